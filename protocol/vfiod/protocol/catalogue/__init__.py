@@ -1,0 +1,51 @@
+"""Every command and event of vfiod, declared once. See :mod:`vfiod.protocol.catalogue.declare`."""
+
+from vfiod.protocol.catalogue import (
+    devices,
+    fds,
+    interrupts,
+    mediated,
+    memory,
+    monitor,
+    objects,
+    regions,
+    reset,
+    words,
+)
+from vfiod.protocol.catalogue.declare import (
+    COMMANDS,
+    EVENTS,
+    Arguments,
+    CommandSpec,
+    Empty,
+    EventData,
+    EventSpec,
+    Family,
+    Result,
+    command_of,
+    event_of,
+)
+
+__all__ = [
+    "COMMANDS",
+    "EVENTS",
+    "Arguments",
+    "CommandSpec",
+    "Empty",
+    "EventData",
+    "EventSpec",
+    "Family",
+    "Result",
+    "command_of",
+    "event_of",
+    "devices",
+    "fds",
+    "interrupts",
+    "mediated",
+    "memory",
+    "monitor",
+    "objects",
+    "regions",
+    "reset",
+    "words",
+]

@@ -1,0 +1,96 @@
+"""Every bound vfiod keeps, with its unit and its reason. Tests hold each of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# --- the stream ---------------------------------------------------------------------------------
+MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of one request. QEMU stops at 64 MiB of tokens; the largest sensible request here is a
+``region-write`` of :data:`MAX_REGION_TRANSFER` in base64 (1.4 MiB). Replies stay under the 10 MiB
+line limit of ``qemu.qmp`` (``qemu/qmp/protocol.py``)."""
+
+MAX_NESTING: Final = 1024
+"""Levels of ``[`` and ``{`` in one request; QEMU's ``MAX_NESTING`` (``qobject/json-streamer.c``)."""
+
+MAX_BATCH: Final = 64
+"""Requests in one JSON-RPC batch: a batch answers as a whole, so it is bounded like a queue."""
+
+READ_CHUNK: Final = 256 * 1024
+"""Bytes asked of one ``recvmsg``: a whole large request in a few calls, without a large idle buffer."""
+
+# --- sessions -----------------------------------------------------------------------------------
+MAX_SESSIONS: Final = 64
+"""Monitor sessions at once, all sockets together (SPDK's number; a manager needs one or two)."""
+
+MAX_INBAND_QUEUE: Final = 8
+"""In-band QMP commands in flight per session; beyond it the session is not read
+(``QMP_REQ_QUEUE_LEN_MAX``, QEMU ``monitor/qmp.c``)."""
+
+MAX_JSONRPC_IN_FLIGHT: Final = 64
+"""JSON-RPC requests in flight per session; beyond it the session is not read."""
+
+MAX_REPLY_BACKLOG: Final = 8 * 1024 * 1024
+"""Bytes of replies a session may leave unread before vfiod stops reading its requests."""
+
+MAX_EVENT_BACKLOG: Final = 1024
+"""Events queued for one reader. Beyond it the newest are dropped, and ``EVENTS_LOST`` says which."""
+
+NEGOTIATION_TIMEOUT: Final = 0
+"""Seconds a session may stay silent: 0, without end. People sit at monitors; sessions are bounded in number."""
+
+# --- file descriptors ---------------------------------------------------------------------------
+MAX_FDS_PER_MESSAGE: Final = 253
+"""fds in one ``sendmsg``: the kernel's ``SCM_MAX_FD`` (``include/net/scm.h``)."""
+
+MAX_PENDING_FDS: Final = 253
+"""fds received and not yet named, per session. One full message, no more: a flood is closed on arrival."""
+
+MAX_NAMED_FDS: Final = 1024
+"""fds named by ``getfd``, per session."""
+
+MAX_FDSETS: Final = 256
+"""fd sets of the machine."""
+
+MAX_FDS_PER_SET: Final = 64
+"""fds in one set."""
+
+MAX_FD_NAME: Final = 255
+"""Characters of a ``getfd`` name."""
+
+# --- the machine --------------------------------------------------------------------------------
+MAX_DEVICES: Final = 4096
+"""Devices of one machine. Far above any VM (a PCI segment has 65,536 functions, a VM's bus 256)."""
+
+MAX_OBJECTS: Final = 4096
+"""Objects of one machine."""
+
+MAX_MAPPINGS: Final = 65_535
+"""Guest memory mappings: type1's default ``dma_entry_limit`` and vfio-user's ``max_dma_maps``."""
+
+MAX_ID: Final = 127
+"""Characters of a device's or object's id."""
+
+MAX_REGION_TRANSFER: Final = 1024 * 1024
+"""Bytes of one ``region-read`` or ``region-write``: vfio-user's ``max_data_xfer_size`` default."""
+
+MAX_VECTORS: Final = 2048
+"""Vectors of one index: MSI-X's table size is eleven bits (PCI 3.0, 6.8.2.3)."""
+
+DEFAULT_UNPLUG_TIMEOUT_MS: Final = 5_000
+"""Milliseconds ``device_del`` waits for holders: libvirt's unplug time-out on x86."""
+
+DEFAULT_MMAP_TIMEOUT_MS: Final = 1_100
+"""Milliseconds before the fast path returns after an interrupt (QEMU ``hw/vfio/pci.c``)."""
+
+MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
+"""Milliseconds: the longest time-out a command takes."""
+
+EVENT_RATE_PERIOD_MS: Final = 1_000
+"""Milliseconds between two rate-limited events of one key (QEMU ``monitor/monitor.c``)."""
+
+MAX_MDEVS: Final = 1024
+"""Mediated devices of one parent type, whatever it claims to have available."""
+
+WORKER_THREADS: Final = 8
+"""Threads for calls that block in the kernel. They wait there and compute nothing (GIL)."""
