@@ -1,0 +1,50 @@
+# Each target does its own set-up. `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab check bench docs minimum fuzz clean
+
+help:            ## List the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)   ## Every part at work on the built-in mediated device; no hardware, no root
+	$(BIN)/vfiod demo
+
+test: $(READY)   ## Everything that needs no emulator: types, style, layers, unit, integration, interop, fuzz
+	$(BIN)/python -m pytest -m "not lab and not qemu" tests
+
+lab: $(READY)    ## The real kernel and the real QEMU, under emulation; installs what they need (apt, as root)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/lab/setup
+	VFIOD_LAB_REQUIRED=1 $(BIN)/python -m pytest -m "lab or qemu" tests/lab tests/interop
+
+check: $(READY)  ## Types, style and layers only
+	$(BIN)/python -m pytest tests/unit/test_checks.py
+
+bench: $(READY)  ## Ratios to peers measured in the same run; no pass or fail
+	$(BIN)/python -m tests.bench
+
+docs: $(READY)   ## Write the command reference again from the catalogue
+	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
+
+minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-minimum/bin/python -m pip install --quiet --editable . --group test --constraint tests/minimum.txt
+	.venv-minimum/bin/python -m pytest -m "not lab and not qemu" tests --ignore tests/unit/test_checks.py
+
+clean:           ## Remove what the targets made
+	rm -rf $(VENV) .venv-minimum .lab .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# pip 25.1 is the first that installs dependency groups.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "vfiod needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	    || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y python3-venv && $(PYTHON) -m venv $(VENV); } \
+	    || { echo "Python's venv module is missing: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	@touch $@
