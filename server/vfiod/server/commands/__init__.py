@@ -1,0 +1,1 @@
+"""One thin function per command, by family. No logic of its own."""

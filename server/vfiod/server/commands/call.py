@@ -1,0 +1,151 @@
+"""One command being executed: what its handler may ask for, besides its arguments.
+
+A handler is a plain function ``handler(call, arguments) -> result``; one that has to wait returns an awaitable of
+its result. It raises :class:`~vfiod.protocol.errors.CommandError` to refuse.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from vfiod.protocol.catalogue import Arguments
+from vfiod.protocol.errors import InvalidArgument
+from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
+from vfiod.server.fds import FdNames, HeldFd
+
+if TYPE_CHECKING:
+    from vfiod.server.machine import Machine
+
+__all__ = ["Call", "Handler", "Handlers", "SessionLike"]
+
+FDSET_PREFIX: Final = "/dev/fdset/"
+
+Handler = Callable[["Call", Any], Any]
+"""Executes a command: returns its result, or an awaitable of it."""
+
+Handlers = Mapping[type[Arguments[Any]], Handler]
+"""What each module of commands exports as ``HANDLERS``."""
+
+
+class SessionLike(Protocol):
+    """What a command may know of the session it came from."""
+
+    @property
+    def id(self) -> int:
+        """Number of the session, from 1."""
+
+    @property
+    def names(self) -> FdNames:
+        """The fds this session sent."""
+
+
+class Call:
+    """One command being executed.
+
+    Attributes:
+        machine: what the command works on.
+        session: where it came from; None for a door that carries no fds.
+        oob: executed out of band: it must answer at once.
+
+    """
+
+    __slots__ = ("_attached", "_used", "machine", "oob", "session")
+
+    def __init__(self, machine: Machine, session: SessionLike | None = None, *, oob: bool = False) -> None:
+        self.machine = machine
+        self.session = session
+        self.oob = oob
+        self._used: list[tuple[str, HeldFd]] | None = None
+        self._attached: list[FileDescriptor] | None = None
+
+    # --- for handlers -------------------------------------------------------------------------
+
+    def fd(self, argument: str, name: str, *expected: FdKind, write: bool = False) -> FileDescriptor:
+        """A duplicate of the fd behind a name, which the handler owns.
+
+        Args:
+            argument: the argument's name on the wire, for the error's text.
+            name: a ``getfd`` name of this session, or ``/dev/fdset/N``.
+            expected: the kinds that will do; none given: any.
+            write: of an fd set, take only what is open for writing (else whatever fits, the widest access first).
+
+        A ``getfd`` name is consumed (its fd closed) when the command succeeds; when it fails, the name stays. An fd
+        set keeps its fds. Raises InvalidArgument, naming the argument, what was found and what is expected.
+
+        """
+        if name.startswith(FDSET_PREFIX):
+            return self._from_set(argument, name, expected, write)
+        if self.session is None:
+            raise InvalidArgument(f"Parameter '{argument}' expects /dev/fdset/N here: this connection carries no fds")
+        held = self.session.names.look(name)
+        if held is None:
+            if name[:1].isdigit():
+                raise InvalidArgument(
+                    f"Parameter '{argument}' expects the name of an fd, not a number: name the fd with getfd first"
+                )
+            raise InvalidArgument(
+                f"Parameter '{argument}': File descriptor named '{name}' not found; send the fd and name it with getfd"
+            )
+        _check_kind(argument, name, held.kind, expected)
+        if self._used is None:
+            self._used = []
+        self._used.append((name, held))
+        return held.fd.duplicate()
+
+    def attach(self, fd: FileDescriptor) -> int:
+        """Send an fd with the reply; returns its index there. The call owns it from here on."""
+        if self._attached is None:
+            self._attached = []
+        if len(self._attached) >= MAX_FDS_PER_MESSAGE:
+            fd.close()
+            raise InvalidArgument(f"A reply carries at most {MAX_FDS_PER_MESSAGE} fds: ask for fewer at once")
+        self._attached.append(fd)
+        return len(self._attached) - 1
+
+    # --- for the dispatcher --------------------------------------------------------------------
+
+    def succeed(self) -> list[FileDescriptor] | None:
+        """The command succeeded: consume the names it used; returns the fds that go with the reply."""
+        if self._used is not None and self.session is not None:
+            for name, held in self._used:
+                self.session.names.consume(name, held)
+            self._used = None
+        attached, self._attached = self._attached, None
+        return attached
+
+    def fail(self) -> None:
+        """The command failed: names stay, fds meant for the reply are closed."""
+        self._used = None
+        attached, self._attached = self._attached, None
+        for fd in attached or ():
+            fd.close()
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _from_set(self, argument: str, path: str, expected: tuple[FdKind, ...], write: bool) -> FileDescriptor:
+        digits = path[len(FDSET_PREFIX) :]
+        if not (digits.isascii() and digits.isdigit()) or len(digits) > 9:
+            raise InvalidArgument(f"Parameter '{argument}' expects /dev/fdset/N with a number N, got '{path}'")
+        held: tuple[HeldFd, ...] | None = self.machine.fdsets.fds(int(digits))
+        if held is None:
+            raise InvalidArgument(f"Parameter '{argument}': File descriptor set {digits} not found; add-fd makes it")
+        fitting = [one for one in held if not expected or one.kind in expected]
+        if not fitting:
+            found = ", ".join(sorted({str(one.kind) for one in held}))
+            raise InvalidArgument(
+                f"Parameter '{argument}': '{path}' holds {found}, expected {' or '.join(expected) or 'any fd'}"
+            )
+        writable = [one for one in fitting if one.access != os.O_RDONLY]
+        if write and not writable:
+            raise InvalidArgument(
+                f"Parameter '{argument}': no fd of '{path}' is open for writing; add one that is", errno="EACCES"
+            )
+        return (writable or fitting)[0].fd.duplicate()
+
+
+def _check_kind(argument: str, name: str, found: FdKind, expected: tuple[FdKind, ...]) -> None:
+    if expected and found not in expected:
+        raise InvalidArgument(f"Parameter '{argument}': fd '{name}' is a {found}, expected {' or '.join(expected)}")
