@@ -1,0 +1,1 @@
+"""Device models: what a device does with the regions and interrupts a backend gives it."""
