@@ -1,0 +1,308 @@
+"""The interface of parents: what one implements to make mediated devices in Python.
+
+A :class:`Parent` offers types and makes devices of them; a :class:`MediatedDevice` is one device. vfiod's device
+model talks to it exactly as it talks to the kernel's VFIO driver: regions, interrupt indexes, ``SET_IRQS``, reset.
+``samples/pci.py`` is a complete example. Another package offers a parent by an entry point::
+
+    [project.entry-points."vfiod.mdev_parents"]
+    mycard = "mycard.vfio:MyParent"          # called without arguments, gives the Parent
+
+**What may be left out.** Only the abstract methods are required. The others have the meaning of "absent" by default:
+
+======================================  ==============================================================
+absent                                  means
+======================================  ==============================================================
+``Parent.destroy``                      it always agrees
+``Parent.start``, ``Parent.shutdown``   it does not care when the VM runs
+``Parent.available_instances``          the type's ``max_instances`` less what exists
+``Parent.attributes``                   nothing to publish
+``MediatedDevice.open``, ``close``      nothing to do for a new or leaving user
+``MediatedDevice.reset``                cannot be reset (``device_info().reset`` is false; ``ENOTTY``)
+``MediatedDevice.region_fd``            no region can be mapped: every access is a ``read`` or ``write``
+``MediatedDevice.validate_map_request`` every mapping within an area is granted as asked
+``MediatedDevice.memory_mapped``        every mapping of guest memory is welcome
+``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
+``MediatedDevice.request``              cannot tell its user that it must go: it just goes
+``MediatedDevice.attributes``           nothing to publish
+======================================  ==============================================================
+
+**Errors.** Refuse with ``OSError(errno.EINVAL, "what was wrong and what would be right")``, in the kernel's errnos, or
+with a :class:`~vfiod.protocol.errors.CommandError`. Anything else that comes out is taken for a defect of the parent:
+the caller gets ``EIO`` naming parent and callback, the traceback goes to the log, and vfiod runs on.
+
+**Threads.** ``create``, ``destroy``, ``start`` and ``shutdown`` of one parent run one at a time, in a worker's thread,
+and may block: other parents go on. ``open``, ``close``, ``reset``, ``validate_map_request``, ``memory_mapped`` and
+``memory_unmapped`` of one device run in a worker's thread and may block. ``read``, ``write`` and ``set_irqs`` may run
+on the event loop's thread, where blocking would stop everybody. None of one device's calls overlap, except that
+callbacks of :meth:`Host.watch`, ``request`` and the informing ones (``*_info``, ``attributes``) come at any time.
+
+**Trust.** The framework checks index, offset, length, alignment of areas and what the kernel checks in ``SET_IRQS``.
+What the values *mean* only the device knows: registers, descriptors, addresses and programs come from an enemy.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from vfiod.protocol.catalogue.mediated import DeviceApi
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.protocol.vfio.irqs import SetIrqs
+
+__all__ = [
+    "ENTRY_POINTS",
+    "Area",
+    "DeviceInfo",
+    "DmaFault",
+    "Host",
+    "IrqInfo",
+    "MapRequest",
+    "MdevType",
+    "MediatedDevice",
+    "Parent",
+    "RegionInfo",
+    "Watch",
+]
+
+ENTRY_POINTS: Final = "vfiod.mdev_parents"
+"""The group of entry points through which other packages offer parents."""
+
+
+@dataclass(frozen=True, slots=True)
+class MdevType:
+    """What can be made: ``mdev_supported_types/TYPE`` of the kernel's mediated bus.
+
+    Attributes:
+        id: its name in ``mdev-create``; a letter, then letters, digits, ``-``, ``.``, ``_``.
+        name: for people.
+        description: what it is, in a sentence.
+        device_api: which device driver can use it.
+        max_instances: how many may exist at once. A ``vfio-ccw`` type has one (a subchannel cannot be shared).
+        parameters: what ``mdev-create`` takes for it: name, and what it means. Others are refused before ``create``.
+
+    """
+
+    id: str
+    name: str
+    description: str
+    device_api: DeviceApi
+    max_instances: int
+    parameters: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """``VFIO_DEVICE_GET_INFO``: how many region and interrupt indexes there are, and whether it can be reset.
+
+    For ``vfio-pci`` the indexes are the kernel's: 9 regions (BAR0 to BAR5, ROM, config, VGA) and 5 interrupts
+    (INTx, MSI, MSI-X, ERR, REQ), of which any may be absent.
+    """
+
+    regions: int
+    irqs: int
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A part of a region that may be mapped: page-aligned offset within the region and size, in bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """``VFIO_DEVICE_GET_REGION_INFO``. Size 0 (the default) says that the region is absent.
+
+    Attributes:
+        size: bytes.
+        readable: ``read`` works.
+        writable: ``write`` works.
+        areas: what may be mapped; the whole region, or parts of it (sparse mmap). Needs ``region_fd``.
+
+    """
+
+    size: int = 0
+    readable: bool = False
+    writable: bool = False
+    areas: tuple[Area, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IrqInfo:
+    """``VFIO_DEVICE_GET_IRQ_INFO``. Count 0 (the default) says that the index has no interrupts.
+
+    Attributes:
+        count: vectors of the index.
+        maskable: MASK and UNMASK work.
+        automasked: it masks itself when it fires (a level interrupt).
+        noresize: the number of vectors in use cannot grow without disabling the index first.
+
+    """
+
+    count: int = 0
+    maskable: bool = False
+    automasked: bool = False
+    noresize: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MapRequest:
+    """Somebody wants to map a part of a region (the kernel series' ``validate_map_request``).
+
+    Attributes:
+        region: index.
+        offset: of the part within the region, in bytes, page-aligned.
+        size: in bytes, whole pages.
+        file_offset: where the part begins in the file of ``region_fd``, in bytes, page-aligned.
+
+    """
+
+    region: int
+    offset: int
+    size: int
+    file_offset: int
+
+
+class DmaFault(Exception):  # noqa: N818 - the field's word: a DMA fault, as an IOMMU reports it
+    """Guest memory could not be reached.
+
+    Attributes:
+        iova: the first address that could not be reached.
+        done: bytes before it that were read or written.
+        write: whether it was a write.
+        readonly: there is memory, but the device may not write it.
+
+    """
+
+    def __init__(self, iova: int, done: int, *, write: bool, readonly: bool = False) -> None:
+        why = "is read-only" if readonly else "is not mapped"
+        super().__init__(f"DMA {'write' if write else 'read'} at 0x{iova:x}: the address {why}")
+        self.iova = iova
+        self.done = done
+        self.write = write
+        self.readonly = readonly
+
+
+class Watch(Protocol):
+    """What :meth:`Host.watch` gives back."""
+
+    def cancel(self) -> None:
+        """Never call back again, and close the fd. From any thread; later calls do nothing."""
+
+
+class Host(Protocol):
+    """What the world gives to a device. Every method may be called from any thread."""
+
+    def read_memory(self, iova: int, length: int) -> bytes:
+        """DMA from guest memory: exactly ``length`` bytes from ``iova``, across as many mappings as it takes.
+
+        Raises DmaFault; nothing that the caller sees was read then. Before the device is open, all addresses fault.
+        """
+
+    def write_memory(self, iova: int, data: bytes | bytearray | memoryview) -> None:
+        """DMA to guest memory. Raises DmaFault, whose ``done`` says how many bytes were written before it."""
+
+    def watch(self, fd: FileDescriptor, callback: Callable[[], None]) -> Watch:
+        """Call back on the loop whenever ``fd`` is readable (level triggered). Takes the fd over."""
+
+
+class MediatedDevice(ABC):
+    """One mediated device, made by :meth:`Parent.create`. What the methods may raise: see the module."""
+
+    @abstractmethod
+    def device_info(self) -> DeviceInfo:
+        """What it has. Constant while it is open."""
+
+    @abstractmethod
+    def region_info(self, index: int) -> RegionInfo:
+        """One region; raise ``EINVAL`` for an index it does not know. Constant while it is open."""
+
+    @abstractmethod
+    def irq_info(self, index: int) -> IrqInfo:
+        """One interrupt index; raise ``EINVAL`` for one it does not know. Constant while it is open."""
+
+    @abstractmethod
+    def read(self, index: int, offset: int, length: int) -> bytes:
+        """Read from a region, within its size. Gives exactly ``length`` bytes; 1, 2, 4 or 8 are one access."""
+
+    @abstractmethod
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Write to a region, within its size. 1, 2, 4 or 8 bytes are one access."""
+
+    @abstractmethod
+    def set_irqs(self, request: SetIrqs) -> int:
+        """``VFIO_DEVICE_SET_IRQS``. Eventfds are lent: duplicate what is kept.
+
+        Returns 0; or, when fewer vectors can be had than asked for, how many (nothing has changed then).
+        """
+
+    def open(self) -> None:
+        """A user comes: be as after power-on. Guest memory is mapped after this."""
+
+    def close(self) -> None:
+        """The user is gone: stop everything and let its eventfds and memory go. Must not fail."""
+
+    def reset(self) -> None:
+        """``VFIO_DEVICE_RESET``: registers as after power-on. What SET_IRQS set up stays."""
+        raise OSError(errno.ENOTTY, "this device cannot be reset")
+
+    def region_fd(self, index: int) -> int | None:
+        """The file that holds a region's memory, lent, or None. Whoever gets it keeps it: seal its size."""
+        return None
+
+    def validate_map_request(self, request: MapRequest) -> MapRequest:
+        """Grant a mapping, move it in the file, make it smaller, or refuse it by raising."""
+        return request
+
+    def memory_mapped(self, iova: int, size: int, readonly: bool) -> None:
+        """Guest memory is about to be mapped, in bytes. Raise to refuse: then no address space gets it."""
+
+    def memory_unmapped(self, iova: int, size: int) -> None:
+        """Guest memory is about to go; when this returns the device must not touch it. Must not fail."""
+
+    def request(self, count: int) -> None:
+        """Ask the user to give the device back (the REQ interrupt); the ``count``-th time, from 0."""
+
+    def attributes(self) -> Mapping[str, str]:
+        """What to publish of this device."""
+        return {}
+
+
+class Parent(ABC):
+    """Makes mediated devices. It need not be physical."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its name in ``mdev-create``; a letter, then letters, digits, ``-``, ``.``, ``_``. Constant."""
+
+    @property
+    @abstractmethod
+    def types(self) -> Sequence[MdevType]:
+        """What it can make. Constant."""
+
+    @abstractmethod
+    def create(self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any]) -> MediatedDevice:
+        """Make a device. The values of ``parameters`` are JSON from a stranger: check them."""
+
+    def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
+        """Take a device apart. Raise to refuse, unless ``forced``: then it is gone whatever this says."""
+
+    def start(self, vm: str, uuids: Sequence[str]) -> None:
+        """The VM is about to run with these devices. Raise to prevent it."""
+
+    def shutdown(self, vm: str, uuids: Sequence[str]) -> None:
+        """The VM has stopped, or did not start after all."""
+
+    def available_instances(self, mdev_type: MdevType) -> int | None:
+        """How many more of a type could be made now, when types share a resource; None: count by type."""
+        return None
+
+    def attributes(self) -> Mapping[str, str]:
+        """What to publish of the parent."""
+        return {}

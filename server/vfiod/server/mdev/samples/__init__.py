@@ -1,0 +1,1 @@
+"""Built-in parents. Each is one module, imported when somebody first asks for it."""
