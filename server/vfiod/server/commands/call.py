@@ -7,10 +7,13 @@ its result. It raises :class:`~vfiod.protocol.errors.CommandError` to refuse.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vfiod.protocol.catalogue import Arguments
+from vfiod.protocol.catalogue.devices import SessionInfo
+from vfiod.protocol.catalogue.fds import FdInfo
+from vfiod.protocol.catalogue.monitor import ShutdownCause, StatsResult, StatusInfo
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
@@ -19,7 +22,7 @@ from vfiod.server.fds import FdNames, HeldFd
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
 
-__all__ = ["Call", "Handler", "Handlers", "SessionLike"]
+__all__ = ["Call", "Handler", "Handlers", "ServerLike", "SessionLike"]
 
 FDSET_PREFIX: Final = "/dev/fdset/"
 
@@ -42,20 +45,44 @@ class SessionLike(Protocol):
         """The fds this session sent."""
 
 
+class ServerLike(Protocol):
+    """What a command may know of, and ask of, the process around the machine."""
+
+    @property
+    def status(self) -> StatusInfo:
+        """Running, or shutting down."""
+
+    def session_infos(self) -> list[SessionInfo]:
+        """The monitor's sessions, for ``query-machine``."""
+
+    def session_stats(self) -> list[StatsResult]:
+        """Counters of each session, for ``query-stats``."""
+
+    def fd_infos(self) -> Iterator[FdInfo]:
+        """The fds of sessions and of the server itself, for ``query-fds``."""
+
+    def shut_down(self, cause: ShutdownCause) -> None:
+        """Begin to close every device in order, and then to end. Returns at once; asked again, it does nothing."""
+
+
 class Call:
     """One command being executed.
 
     Attributes:
         machine: what the command works on.
+        server: the process around it.
         session: where it came from; None for a door that carries no fds.
         oob: executed out of band: it must answer at once.
 
     """
 
-    __slots__ = ("_attached", "_used", "machine", "oob", "session")
+    __slots__ = ("_attached", "_used", "machine", "oob", "server", "session")
 
-    def __init__(self, machine: Machine, session: SessionLike | None = None, *, oob: bool = False) -> None:
+    def __init__(
+        self, machine: Machine, server: ServerLike, session: SessionLike | None = None, oob: bool = False
+    ) -> None:
         self.machine = machine
+        self.server = server
         self.session = session
         self.oob = oob
         self._used: list[tuple[str, HeldFd]] | None = None

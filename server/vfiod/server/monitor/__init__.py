@@ -1,0 +1,1 @@
+"""The monitor: sockets, sessions, dialects, and dispatch through jsonrpcserver."""
