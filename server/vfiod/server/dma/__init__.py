@@ -1,0 +1,1 @@
+"""Guest memory and its mappings: what devices can reach by DMA."""

@@ -1,0 +1,386 @@
+"""What the machine's devices can reach by DMA: one list of mappings, the same in every address space.
+
+A mapping belongs to the machine. ``dma-map`` puts it into every address space there is, or into none; an address
+space that comes later gets all of them before its device is used (:meth:`GuestMemory.attach`).
+
+The methods that change something block in the kernel and are called in the ``topology`` lane, one at a time;
+those that look are called on the loop at any time, and see a picture that was true at one moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from vfiod.protocol.catalogue.memory import MappingInfo
+from vfiod.protocol.catalogue.words import UNSET
+from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
+from vfiod.protocol.limits import MAX_MAPPINGS
+from vfiod.server import trace
+from vfiod.server.backends.base import AddressSpace, Mapping
+from vfiod.server.kernel.memory import SharedMemory
+
+__all__ = ["GuestMemory", "MappedRange", "clip"]
+
+_log: Final = logging.getLogger(__name__)
+
+HOST_PAGE: Final = mmap.PAGESIZE
+END_OF_SPACE: Final = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class MappedRange:
+    """One mapping and where its memory came from.
+
+    Attributes:
+        mapping: what every address space has.
+        backend: the id of the ``memory-backend-fd`` object; None: the mapping owns its memory.
+
+    """
+
+    mapping: Mapping
+    backend: str | None
+
+    @property
+    def first(self) -> int:
+        """The first address."""
+        return self.mapping.iova
+
+    @property
+    def end(self) -> int:
+        """The address after the last."""
+        return self.mapping.iova + self.mapping.size
+
+
+def clip(iova: int, size: int, page: int) -> tuple[int, int]:
+    """The whole pages within a range, as QEMU's listener does: the start rounded up, the end down.
+
+    Args:
+        iova: first address, bytes.
+        size: bytes.
+        page: the IOMMU's smallest page size, a power of two, bytes.
+
+    Returns the first address and the size, which is 0 when no whole page lies within.
+    """
+    first = (iova + page - 1) & -page
+    end = (iova + size) & -page
+    return first, max(0, end - first)
+
+
+class GuestMemory:
+    """All mappings of guest memory of one machine, lowest address first.
+
+    Args:
+        removed: called with IOVA, size and reason when a mapping was lost other than by :meth:`unmap`; in whatever
+            thread that happened.
+
+    """
+
+    def __init__(self, removed: Callable[[int, int, str], None]) -> None:
+        self._removed = removed
+        self._ranges: list[MappedRange] = []  # sorted; changed in the topology lane, by single list operations
+        self._spaces: tuple[AddressSpace, ...] = ()
+        self._backends: dict[str, int] = {}
+
+    # --- looking: any thread, any time --------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    @property
+    def spaces(self) -> tuple[AddressSpace, ...]:
+        """The address spaces that have every mapping."""
+        return self._spaces
+
+    @property
+    def page_size(self) -> int:
+        """What ranges are clipped to: the coarsest of the spaces' smallest page sizes, at least the host's. Bytes."""
+        return max((HOST_PAGE, *(space.page_size for space in self._spaces)))
+
+    def ranges(self) -> tuple[MappedRange, ...]:
+        """Every mapping, lowest address first."""
+        return tuple(self._ranges)
+
+    def find(self, iova: int) -> MappedRange | None:
+        """The mapping that holds an address; found by bisection."""
+        at = bisect_right(self._ranges, iova, key=_first) - 1
+        if at >= 0 and iova < self._ranges[at].end:
+            return self._ranges[at]
+        return None
+
+    def uses(self, backend: str) -> int:
+        """How many mappings take their memory from this object."""
+        return self._backends.get(backend, 0)
+
+    def infos(self) -> list[MappingInfo]:
+        """What ``query-dma`` says."""
+        names = [space.name for space in self._spaces]
+        return [
+            MappingInfo(
+                iova=one.mapping.iova,
+                size=one.mapping.size,
+                offset=one.mapping.offset,
+                readonly=one.mapping.readonly,
+                memory_backend=one.backend if one.backend is not None else UNSET,
+                spaces=names,
+            )
+            for one in self.ranges()
+        ]
+
+    # --- mapping and unmapping: in the topology lane ----------------------------------------------------
+
+    def map(
+        self,
+        iova: int,
+        size: int,
+        memory: SharedMemory,
+        *,
+        offset: int = 0,
+        readonly: bool = False,
+        backend: str | None = None,
+    ) -> tuple[int, int]:
+        """Map a piece of memory into every address space, or into none.
+
+        Args:
+            iova: first address, bytes.
+            size: bytes.
+            memory: the file. Owned by the mapping from here on when ``backend`` is None and this succeeds.
+            offset: where in the file, bytes.
+            readonly: devices may read it, not write it. Memory that is read-only stays so.
+            backend: the id of the object that owns the memory.
+
+        Returns the address and size really mapped: clipped to whole pages.
+        Raises InvalidArgument before anything is touched, or what the address space said, after all is undone.
+        """
+        page = self.page_size
+        _check_range(iova, size)
+        if offset + size > memory.size:
+            raise InvalidArgument(
+                f"Parameter 'size': offset {offset:#x} plus size {size:#x} is beyond the memory's {memory.size:#x} bytes"
+            )
+        if (iova - offset) % page:
+            raise InvalidArgument(
+                f"Parameter 'offset': IOVA {iova:#x} and offset {offset:#x} differ within a page of {page:#x} bytes;"
+                " they must agree there"
+            )
+        first, length = clip(iova, size, page)
+        if not length:
+            raise InvalidArgument(_empty(iova, size, page))
+        mapping = Mapping(
+            iova=first, size=length, memory=memory, offset=offset + first - iova, readonly=readonly or memory.readonly
+        )
+        at = self._room_for(mapping)
+        for space in self._spaces:
+            _check_reach(space, mapping)
+        done: list[AddressSpace] = []
+        try:
+            for space in self._spaces:
+                _map(space, mapping)
+                done.append(space)
+        except BaseException:
+            for space in reversed(done):
+                self._take_back(space, mapping)
+            raise
+        self._ranges.insert(at, MappedRange(mapping, backend))
+        if backend is not None:
+            self._backends[backend] = self._backends.get(backend, 0) + 1
+        return first, length
+
+    def unmap(self, iova: int, size: int) -> int:
+        """Take a range back from every address space, or from none; it may hold several mappings, all of them whole.
+
+        Returns the bytes that were unmapped: 0 when nothing was mapped there.
+        Raises InvalidArgument for a range that would split a mapping or holds no whole page; or what an address
+        space said, after everything is mapped again. A mapping that cannot be restored is removed everywhere,
+        and ``removed`` is told.
+        """
+        page = self.page_size
+        _check_range(iova, size)
+        first, length = clip(iova, size, page)
+        if not length:
+            raise InvalidArgument(_empty(iova, size, page))
+        low, high = self._within(first, first + length)
+        chosen = self._ranges[low:high]
+        done: list[tuple[AddressSpace, MappedRange]] = []
+        try:
+            for one in chosen:
+                for space in self._spaces:
+                    _unmap(space, one.mapping)
+                    done.append((space, one))
+        except BaseException as error:
+            self._restore(done, error)
+            raise
+        del self._ranges[low:high]
+        for one in chosen:
+            self._release(one)
+        return sum(one.mapping.size for one in chosen)
+
+    # --- address spaces: in the topology lane -----------------------------------------------------------
+
+    def attach(self, space: AddressSpace) -> None:
+        """Give a new address space every mapping there is. Failing, it has none of them, and is not ours.
+
+        Raises InvalidArgument when a mapping cannot be in it (page size, addresses), or what the space said.
+        """
+        if any(one is space for one in self._spaces):
+            return
+        ranges = self.ranges()
+        for one in ranges:
+            _check_pages(space, one.mapping)
+            _check_reach(space, one.mapping)
+        done = 0
+        try:
+            for one in ranges:
+                _map(space, one.mapping)
+                done += 1
+        except BaseException:
+            for one in reversed(ranges[:done]):
+                self._take_back(space, one.mapping)
+            raise
+        self._spaces = (*self._spaces, space)
+
+    def detach(self, space: AddressSpace) -> None:
+        """Forget an address space that is about to end, with all its mappings. One that is not ours is passed over."""
+        self._spaces = tuple(one for one in self._spaces if one is not space)
+
+    def close(self) -> None:
+        """Unmap everything and close the memory that mappings own. Never raises; failures are logged."""
+        ranges, self._ranges = self._ranges, []
+        for space in self._spaces:
+            for one in ranges:
+                self._take_back(space, one.mapping)
+        self._spaces = ()
+        for one in ranges:
+            self._release(one)
+
+    # --- inside -----------------------------------------------------------------------------------------
+
+    def _room_for(self, mapping: Mapping) -> int:
+        """Where the mapping goes in the list. Raises InvalidArgument for an overlap, CommandError when full."""
+        if len(self._ranges) >= MAX_MAPPINGS:
+            raise CommandError(f"This machine has {MAX_MAPPINGS} mappings, no more are allowed: dma-unmap some first")
+        at = bisect_left(self._ranges, mapping.iova, key=_first)
+        end = mapping.iova + mapping.size
+        neighbours = self._ranges[max(0, at - 1) : at + 1]
+        for one in neighbours:
+            if one.first < end and mapping.iova < one.end:
+                raise InvalidArgument(
+                    f"Parameter 'iova': {_words(mapping.iova, mapping.size)} overlaps the mapping"
+                    f" {_words(one.first, one.mapping.size)}; dma-unmap that first"
+                )
+        return at
+
+    def _within(self, first: int, end: int) -> tuple[int, int]:
+        """The part of the list that a range covers. Raises InvalidArgument when it would split a mapping."""
+        low = bisect_right(self._ranges, first, key=_first)
+        if low and self._ranges[low - 1].end > first:
+            low -= 1
+        high = bisect_left(self._ranges, end, key=_first)
+        for one in self._ranges[low:high][:1] + self._ranges[low:high][-1:]:
+            if one.first < first or one.end > end:
+                raise InvalidArgument(
+                    f"Parameter 'size': {_words(first, end - first)} would split the mapping"
+                    f" {_words(one.first, one.mapping.size)}; unmap all of it or none"
+                )
+        return low, high
+
+    def _release(self, one: MappedRange) -> None:
+        if one.backend is None:
+            one.mapping.memory.close()
+        else:
+            left = self._backends[one.backend] - 1
+            if left:
+                self._backends[one.backend] = left
+            else:
+                del self._backends[one.backend]
+
+    def _take_back(self, space: AddressSpace, mapping: Mapping) -> None:
+        try:
+            _unmap(space, mapping)
+        except (CommandError, OSError) as error:
+            _log.error("%s still has %s: %s", space.name, _words(mapping.iova, mapping.size), error)
+
+    def _restore(self, done: list[tuple[AddressSpace, MappedRange]], cause: BaseException) -> None:
+        lost: list[MappedRange] = []
+        for space, one in reversed(done):
+            if one in lost:
+                continue
+            try:
+                _map(space, one.mapping)
+            except (CommandError, OSError) as error:
+                _log.error("%s could not be mapped again into %s: %s", _words(one.first, one.mapping.size), space.name, error)
+                lost.append(one)
+        for one in lost:
+            for space in self._spaces:
+                self._take_back(space, one.mapping)
+            at = bisect_left(self._ranges, one.first, key=_first)
+            del self._ranges[at]
+            self._release(one)
+            self._removed(one.first, one.mapping.size, f"It could not be restored after a failed dma-unmap: {cause}")
+
+
+def _first(one: MappedRange) -> int:
+    return one.mapping.iova
+
+
+def _words(iova: int, size: int) -> str:
+    return f"{iova:#x} to {iova + size - 1:#x}"
+
+
+def _empty(iova: int, size: int, page: int) -> str:
+    return (
+        f"Parameter 'size': the range is empty: no whole page of {page:#x} bytes lies within"
+        f" {_words(iova, size)}"
+    )
+
+
+def _check_range(iova: int, size: int) -> None:
+    if iova + size > END_OF_SPACE:
+        raise InvalidArgument(f"Parameter 'size': IOVA {iova:#x} plus size {size:#x} is beyond 64 bits")
+
+
+def _check_pages(space: AddressSpace, mapping: Mapping) -> None:
+    if (mapping.iova | mapping.size | mapping.offset) % space.page_size:
+        raise InvalidArgument(
+            f"The mapping {_words(mapping.iova, mapping.size)} is not made of whole pages of {space.page_size:#x} bytes,"
+            f" the smallest of {space.name}; dma-unmap it, or map it anew in such pages"
+        )
+
+
+def _check_reach(space: AddressSpace, mapping: Mapping) -> None:
+    """Refuse what the IOMMU cannot translate (VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE) before any ioctl."""
+    ranges = space.iova_ranges()
+    last = mapping.iova + mapping.size - 1
+    if not ranges or any(low <= mapping.iova and last <= high for low, high in ranges):
+        return
+    usable = ", ".join(f"{low:#x} to {high:#x}" for low, high in ranges)
+    raise InvalidArgument(
+        f"Parameter 'iova': {space.name} cannot translate {_words(mapping.iova, mapping.size)}; it can do {usable}"
+    )
+
+
+def _map(space: AddressSpace, mapping: Mapping) -> None:
+    try:
+        space.map(mapping)
+    except OSError as error:
+        raise _failed("map", space, mapping, error) from error
+    if trace.mapping_made.on:
+        trace.mapping_made(space=space.name, iova=hex(mapping.iova), size=mapping.size, readonly=mapping.readonly)
+
+
+def _unmap(space: AddressSpace, mapping: Mapping) -> None:
+    try:
+        space.unmap(mapping.iova, mapping.size)
+    except OSError as error:
+        raise _failed("unmap", space, mapping, error) from error
+    if trace.mapping_removed.on:
+        trace.mapping_removed(space=space.name, iova=hex(mapping.iova), size=mapping.size)
+
+
+def _failed(operation: str, space: AddressSpace, mapping: Mapping, error: OSError) -> OperationFailed:
+    what = f"{space.name}, IOVA {_words(mapping.iova, mapping.size)}"
+    return OperationFailed(operation, what, errno=error.errno or "EIO")

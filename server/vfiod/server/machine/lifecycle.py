@@ -1,0 +1,397 @@
+"""Devices come and go: adding with complete unwinding, removing with exactly one event.
+
+Everything here runs on the event loop's thread; what blocks runs in a thread, inside a turn of the ``topology`` lane.
+
+::
+
+    add     reserved (realizing) --- realized, started ---> running      DEVICE_ADDED
+                       \\--- any failure ---> nothing
+    remove  running ---> unplugging --- nobody holds it, or forced ---> closed   DEVICE_DELETED, once
+                               \\--- held when the time is over ---> running      DEVICE_UNPLUG_ERROR
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from vfiod.protocol.catalogue.devices import (
+    DeviceAdded,
+    DeviceDeleted,
+    DeviceUnplugError,
+    Holder,
+    OnRequest,
+)
+from vfiod.protocol.catalogue.words import UNSET, DeviceState, UnsetType
+from vfiod.protocol.errors import CommandError, DeviceNotActive, DeviceNotFound
+from vfiod.protocol.limits import DEFAULT_UNPLUG_TIMEOUT_MS, MAX_DEVICES
+from vfiod.server import trace
+from vfiod.server.backends.base import Backend
+from vfiod.server.devices.pci import PciDevice, PciOptions
+from vfiod.server.events import EventHub
+from vfiod.server.lanes import Lane, Turn
+from vfiod.server.machine.environment import LoopEnvironment
+
+__all__ = ["Devices", "NewDevice"]
+
+_log: Final = logging.getLogger(__name__)
+
+PERIPHERAL: Final = "/machine/peripheral/"
+ANONYMOUS: Final = "/machine/peripheral-anon/device[{}]"
+
+
+@dataclass(frozen=True, slots=True)
+class NewDevice:
+    """What ``device_add`` asked for, checked.
+
+    Attributes:
+        id: the user's; ``""`` for none.
+        backend_kind: ``kernel-group`` or ``mdev``.
+        host: host address or UUID, when known before it is open.
+        options: properties of the device model.
+        on_request_timeout_ms: with ``on-request=delete``, how long holders are waited for.
+        open: opens it for a user (its id or path). Blocks; in a worker's thread; unwinds itself on failure.
+
+    """
+
+    id: str
+    backend_kind: str
+    host: str | None
+    options: PciOptions
+    open: Callable[[str], Backend]
+    on_request_timeout_ms: int = DEFAULT_UNPLUG_TIMEOUT_MS
+
+
+@dataclass(slots=True, eq=False)
+class _Unplug:
+    """One removal that has begun.
+
+    Attributes:
+        deadline: of the wait for holders, in the loop's time.
+        force: do not wait for holders (any longer).
+        insist: when the time is over, force; else give up.
+        closing: past the point of return.
+        wake: something about it or about the holders has changed.
+
+    """
+
+    deadline: float
+    force: bool
+    insist: bool
+    closing: bool = False
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True, eq=False)
+class _Added:
+    """One device, and what its life needs besides."""
+
+    device: PciDevice
+    lane: Lane
+    new: NewDevice
+    unplug: _Unplug | None = None
+
+
+class Devices:
+    """The machine's devices, by name. A device's name is its id, or its path when it has none.
+
+    Args:
+        loop: the machine's event loop.
+        hub: the machine's events.
+        executor: the machine's threads.
+        topology: the lane in which devices come and go.
+
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, executor: Executor, topology: Lane) -> None:
+        self._loop = loop
+        self._hub = hub
+        self._executor = executor
+        self._topology = topology
+        self._added: dict[str, _Added] = {}  # by name, oldest first
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._anonymous = 0
+        self._refusal: CommandError | None = None
+
+    # --- looking ------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._added)
+
+    def get(self, name: str) -> PciDevice:
+        """The device with this id or path. Raises DeviceNotFound."""
+        return self._find(name).device
+
+    def all(self) -> tuple[PciDevice, ...]:
+        """Every device, in the order they were added; those being added too."""
+        return tuple(added.device for added in self._added.values())
+
+    def exists(self, name: str) -> bool:
+        """Whether a device has this id or path."""
+        return self._key(name) in self._added
+
+    # --- adding ---------------------------------------------------------------------------------------
+
+    async def add(self, new: NewDevice) -> PciDevice:
+        """Open a device, read what it has, and start it; or leave nothing behind.
+
+        It goes on to its end when the caller is cancelled: the device is the machine's, not the session's.
+
+        Raises CommandError: a duplicate id (QEMU's words), too many devices, or what opening it said.
+        """
+        added = self._reserve(new)
+        return await asyncio.shield(self._own(self._realize(added)))
+
+    def _reserve(self, new: NewDevice) -> _Added:
+        if self._refusal is not None:
+            raise self._refusal
+        if new.id and new.id in self._added:
+            raise CommandError(f"Duplicate device ID '{new.id}'")
+        if len(self._added) >= MAX_DEVICES:
+            raise CommandError(f"This machine has {MAX_DEVICES} devices, no more are allowed: device_del some first")
+        if new.id:
+            path = PERIPHERAL + new.id
+        else:
+            path = ANONYMOUS.format(self._anonymous)
+            self._anonymous += 1
+        name = new.id or path
+        lane = Lane(f"device {name}", self._executor)
+        device = PciDevice(
+            id=new.id,
+            path=path,
+            backend_kind=new.backend_kind,
+            host=new.host,
+            environment=LoopEnvironment(self._loop, self._hub, lane),
+            options=new.options,
+            on_requested=self._requested,
+        )
+        added = self._added[name] = _Added(device, lane, new)
+        lane.on_idle = lambda: self._wake(added)
+        return added
+
+    async def _realize(self, added: _Added) -> PciDevice:
+        device = added.device
+        try:
+            async with self._topology.turn(f"device_add {device.name}") as turn:
+                await turn.run(lambda: device.realize(lambda: added.new.open(device.name)))
+                try:
+                    device.start()
+                except BaseException:
+                    await self._shut(added, turn)
+                    raise
+        except BaseException:
+            self._forget(added)
+            raise
+        self._hub.emit(DeviceAdded(device=_id(device), path=device.path))
+        if trace.device_realized.on:
+            trace.device_realized(device=device.name)
+        return device
+
+    # --- removing -------------------------------------------------------------------------------------
+
+    def remove(self, name: str, *, force: bool = False, timeout_ms: int = DEFAULT_UNPLUG_TIMEOUT_MS) -> None:
+        """Begin to remove a device; returns at once.
+
+        Ends in one ``DEVICE_DELETED``; or, when somebody still holds it after ``timeout_ms`` and nobody forces, in
+        one ``DEVICE_UNPLUG_ERROR``. A second call with ``force`` forces a removal that waits.
+
+        Raises DeviceNotFound; DeviceNotActive while it is being added; CommandError in QEMU's words while it is
+        being removed.
+        """
+        added = self._find(name)
+        unplug = added.unplug
+        if unplug is not None:
+            if not force or unplug.force or unplug.closing:
+                raise CommandError(f"Device {added.device.name} is already in the process of unplug")
+            unplug.force = True
+            unplug.wake.set()
+            return
+        if added.device.state is DeviceState.REALIZING:
+            raise DeviceNotActive(
+                f"Device '{added.device.name}' is still being added; wait for device_add's reply, then remove it"
+            )
+        self._begin(added, _Unplug(self._loop.time() + timeout_ms / 1000, force=force, insist=False))
+
+    def _requested(self, device: PciDevice) -> None:
+        """The host wants the device back (REQ): with ``on-request=delete`` it gets it, at the latest when time is over."""
+        added = self._added.get(device.name)
+        if added is None or added.new.options.on_request is not OnRequest.DELETE:
+            return
+        deadline = self._loop.time() + added.new.on_request_timeout_ms / 1000
+        if added.unplug is None:
+            self._begin(added, _Unplug(deadline, force=False, insist=True))
+        elif not added.unplug.insist:
+            added.unplug.insist = True
+            added.unplug.deadline = min(added.unplug.deadline, deadline)
+            added.unplug.wake.set()
+
+    def _begin(self, added: _Added, unplug: _Unplug) -> None:
+        added.unplug = unplug
+        former, added.device.state = added.device.state, DeviceState.UNPLUGGING
+        self._own(self._unplug(added, unplug, former))
+
+    async def _unplug(self, added: _Added, unplug: _Unplug, former: DeviceState) -> None:
+        device = added.device
+        while True:
+            holders = await self._wait_for_holders(device, unplug)
+            if holders:
+                added.unplug = None
+                device.state = former
+                self._hub.emit(
+                    DeviceUnplugError(device=_id(device), path=device.path, msg=_still_held(holders), held_by=holders)
+                )
+                return
+            async with self._topology.turn(f"device_del {device.name}") as turn:
+                # Somebody may have come while other work of the topology was waited for.
+                if unplug.force or not device.holders():
+                    unplug.closing = True
+                    added.lane.close(DeviceNotFound.named(device.name))
+                    released = await self._shut(added, turn)
+                    self._forget(added)
+                    self._tell_deleted(device, released)
+                    return
+
+    async def _wait_for_holders(self, device: PciDevice, unplug: _Unplug) -> list[Holder]:
+        """Wait until nobody holds it, somebody forces, or time is over; who still holds it then."""
+        while not unplug.force:
+            unplug.wake.clear()
+            holders = device.holders()
+            if not holders:
+                break
+            left = unplug.deadline - self._loop.time()
+            if left <= 0:
+                if not unplug.insist:
+                    return holders
+                unplug.force = True
+                break
+            waker = self._loop.call_later(left, unplug.wake.set)
+            try:
+                await unplug.wake.wait()
+            finally:
+                waker.cancel()
+        return []
+
+    async def _shut(self, added: _Added, turn: Turn) -> bool:
+        """Stop and close it, whatever fails on the way. Returns whether the kernel let it go."""
+        device = added.device
+        try:
+            device.stop()
+        except Exception:
+            _log.exception("Stopping device %s failed; it is closed all the same", device.name)
+        try:
+            return await turn.run(device.close)
+        except Exception:
+            _log.exception("Closing device %s failed", device.name)
+            return False
+
+    def _tell_deleted(self, device: PciDevice, released: bool) -> None:
+        self._hub.emit(DeviceDeleted(device=_id(device), path=device.path, released=released))
+        if trace.device_removed.on:
+            trace.device_removed(device=device.name, released=released)
+
+    # --- the rest of the machine ------------------------------------------------------------------------
+
+    def session_ended(self, session: int) -> None:
+        """A monitor session ended: what it mapped no longer holds a device."""
+        for added in tuple(self._added.values()):
+            added.device.session_ended(session)
+            self._wake(added)
+
+    async def close(self, refusal: CommandError, deadline: float) -> list[str]:
+        """Close every device, youngest first, and admit no more.
+
+        Args:
+            refusal: what ``device_add`` says from now on. The topology lane is closed already.
+            deadline: in the loop's time; what does not end by then is left to the kernel.
+
+        Returns what went wrong, in sentences. Never raises.
+        """
+        self._refusal = refusal
+        problems: list[str] = []
+        if self._tasks:
+            # Additions and removals that are at work end by themselves; those that waited were refused.
+            for added in self._added.values():
+                if added.unplug is not None:
+                    added.unplug.force = True
+                    added.unplug.wake.set()
+            await self._until(deadline, *self._tasks)
+        for added in reversed(tuple(self._added.values())):
+            device = added.device
+            added.lane.close(refusal)
+            await self._until(deadline, self._own(added.lane.idle()))
+            if added.lane.busy:
+                problems.append(f"Device {device.name} was closed while {added.lane.current} was still running")
+            try:
+                device.stop()
+            except Exception as error:
+                _log.exception("Stopping device %s failed", device.name)
+                problems.append(f"Stopping device {device.name} failed: {error}")
+            closing = self._loop.run_in_executor(self._executor, device.close)
+            await self._until(max(deadline, self._loop.time() + GRACE_S), closing)
+            released = False
+            if not closing.done():
+                problems.append(f"Closing device {device.name} does not end; it is left to the kernel")
+                closing.add_done_callback(_swallow)
+            elif (failure := closing.exception()) is not None:
+                _log.error("Closing device %s failed", device.name, exc_info=failure)
+                problems.append(f"Closing device {device.name} failed: {failure}")
+            else:
+                released = closing.result()
+            self._forget(added)
+            self._tell_deleted(device, released)
+        return problems
+
+    # --- inside -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.removeprefix(PERIPHERAL)
+
+    def _find(self, name: str) -> _Added:
+        added = self._added.get(self._key(name))
+        if added is None:
+            raise DeviceNotFound.named(name)
+        return added
+
+    def _forget(self, added: _Added) -> None:
+        added.lane.on_idle = None
+        added.lane.close(DeviceNotFound.named(added.device.name))
+        self._added.pop(added.device.name, None)
+
+    @staticmethod
+    def _wake(added: _Added) -> None:
+        if added.unplug is not None:
+            added.unplug.wake.set()
+
+    def _own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task of the machine's own: it goes on when the session that asked for it is gone."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_swallow)
+        return task
+
+    async def _until(self, deadline: float, *work: asyncio.Future[Any]) -> None:
+        await asyncio.wait(work, timeout=max(0.0, deadline - self._loop.time()))
+
+
+GRACE_S: Final = 0.2
+"""Seconds that closing one device may take although the time for closing all is over: closing is quick, or stuck."""
+
+
+def _id(device: PciDevice) -> str | UnsetType:
+    return device.id or UNSET
+
+
+def _still_held(holders: list[Holder]) -> str:
+    return "The device is still held by " + ", ".join(f"{one.kind} ({one.detail})" for one in holders)
+
+
+def _swallow(work: asyncio.Future[Any]) -> None:
+    """Whoever asked has heard it, or is gone."""
+    if not work.cancelled():
+        work.exception()
