@@ -301,7 +301,7 @@ def _capability(number: int, version: int, body: bytes, known: tuple[type[Capabi
 
 
 def pack_chain(capabilities: tuple[Capability, ...], start: int) -> bytes:
-    """Lay out a chain that starts ``start`` bytes into its structure; capabilities are aligned to 8, as the kernel's."""
+    """Lay out a chain that starts ``start`` bytes into its structure, each capability aligned to 8 bytes."""
     out = bytearray()
     for position, capability in enumerate(capabilities):
         body = capability.pack()

@@ -1,0 +1,169 @@
+"""What every backend offers: one opened device, wherever it comes from, and the memory it can reach.
+
+Device models see these and nothing below: no ioctl, no fd of the kernel's interfaces. Calls may block; they are
+made in the device's lane, or, where they change who is where (open, close, map, unmap), in the topology lane.
+Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.devices import GroupInfo
+from vfiod.protocol.errors import OperationFailed
+from vfiod.server.kernel.memory import SharedMemory
+
+__all__ = ["AddressSpace", "Backend", "FewerVectors", "Mapping"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A piece of guest memory at an address devices use. All in bytes, whole pages of every address space.
+
+    Attributes:
+        iova: the first address.
+        size: how much.
+        memory: the file.
+        offset: where in the file.
+        readonly: devices may not write it.
+
+    """
+
+    iova: int
+    size: int
+    memory: SharedMemory
+    offset: int
+    readonly: bool
+
+    @property
+    def last(self) -> int:
+        """The last address, inclusive."""
+        return self.iova + self.size - 1
+
+
+class FewerVectors(OperationFailed):
+    """The host has fewer vectors than were asked for. Nothing was set up; ask again with ``granted`` or fewer.
+
+    Attributes:
+        granted: how many the kernel could give (a positive return of ``VFIO_DEVICE_SET_IRQS``).
+
+    """
+
+    def __init__(self, what: str, *, asked: int, granted: int) -> None:
+        super().__init__(
+            "VFIO_DEVICE_SET_IRQS",
+            what,
+            errno="ENOSPC",
+            advice=f"{asked} vectors were asked for, the host can give {granted}",
+        )
+        self.asked = asked
+        self.granted = granted
+
+
+class AddressSpace(Protocol):
+    """What a device, or several, can reach by DMA: a container, or a mediated device's own."""
+
+    @property
+    def name(self) -> str:
+        """``container:3``, ``mdev:UUID``; unique in the machine."""
+        ...
+
+    @property
+    def page_size(self) -> int:
+        """The smallest page, in bytes."""
+        ...
+
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Return what can be mapped: (first, last) inclusive, in bytes. Empty: unknown, anything may be tried."""
+        ...
+
+    def map(self, mapping: Mapping) -> None:
+        """Make it reachable. Blocks while pages are pinned. Raises OperationFailed, and then has changed nothing."""
+        ...
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Take back exactly what one or several former :meth:`map` calls gave, whole ones."""
+        ...
+
+
+class Backend(Protocol):
+    """One opened device."""
+
+    @property
+    def name(self) -> str:
+        """Host address or UUID, for messages."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """``kernel-group`` or ``mdev``."""
+        ...
+
+    @property
+    def address_space(self) -> AddressSpace | None:
+        """Its address space; None: noiommu, where nothing can be mapped."""
+        ...
+
+    @property
+    def group(self) -> GroupInfo | None:
+        """The VFIO group it came from."""
+        ...
+
+    @property
+    def given_out(self) -> bool:
+        """Whether the device's fd was given to another process: then only the kernel knows who still has it."""
+        ...
+
+    def give_out(self) -> None:
+        """Note that an fd from :meth:`region_fd` goes to another process; there is no way back."""
+        ...
+
+    def info(self) -> vfio.DeviceInfo:
+        """``VFIO_DEVICE_GET_INFO``. Read once, when opened: never blocks."""
+        ...
+
+    def region_info(self, index: int) -> vfio.RegionInfo:
+        """``VFIO_DEVICE_GET_REGION_INFO``, capabilities parsed; kept after the first call.
+
+        An index the device has no region for (VGA, mostly) is OperationFailed with EINVAL: treat it as absent.
+        """
+        ...
+
+    def irq_info(self, index: int) -> vfio.IrqInfo:
+        """``VFIO_DEVICE_GET_IRQ_INFO``; EINVAL for an index the device does not have (ERR on a conventional bus)."""
+        ...
+
+    def region_read(self, index: int, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset`` of a region; a short read is OperationFailed with EIO."""
+        ...
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """Write all of ``data`` at ``offset`` of a region; a short write is OperationFailed with EIO."""
+        ...
+
+    def region_fd(self, index: int) -> int | None:
+        """The fd that maps this region at ``region_info(index).offset``, lent; None: it cannot be mapped."""
+        ...
+
+    def set_irqs(self, request: vfio.SetIrqs) -> None:
+        """``VFIO_DEVICE_SET_IRQS``. Raises FewerVectors when the host grants fewer than asked for."""
+        ...
+
+    def reset(self) -> None:
+        """``VFIO_DEVICE_RESET``."""
+        ...
+
+    def probe_feature(self, feature: int) -> bool:
+        """Whether the device has this ``VFIO_DEVICE_FEATURE``; a kernel that knows none has none."""
+        ...
+
+    def close(self) -> bool:
+        """Close everything of this device, once; a second call does nothing. Close windows and eventfds before it.
+
+        Returns:
+            True when the kernel really let the device go; False when an fd given out still holds it.
+
+        """
+        ...
