@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vfiod.server.backends.base import Backend
+
 from vfiod.protocol.catalogue.devices import DeviceInfo, Holder, OnRequest
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.regions import RegionInfo
 from vfiod.protocol.catalogue.words import DeviceState
 from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
-from vfiod.server.backends.base import Backend
 from vfiod.server.devices.environment import Environment
 
 __all__ = ["PciDevice", "PciOptions"]

@@ -1,0 +1,67 @@
+"""Eventfds at the rim: vfiod's own, which it reads, and those of others, which it signals.
+
+An eventfd is a counter of the kernel (``eventfd(2)``). vfiod's own never block. One that came from outside may: its
+owner chose its flags, and may fill its counter. So it is asked first, every time.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Final
+
+from vfiod.protocol.errors import OperationFailed
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.kernel.syscalls import Syscalls
+
+__all__ = ["Consumer", "make", "take"]
+
+_calls: Final = Syscalls()
+
+
+def make(what: str) -> FileDescriptor:
+    """A new eventfd: counter 0, non-blocking, close-on-exec. OperationFailed (EMFILE) names what it was for."""
+    try:
+        return FileDescriptor(_calls.eventfd())
+    except OSError as error:
+        raise OperationFailed(
+            "eventfd", what, errno=error.errno or 0, advice="the open-file limit (RLIMIT_NOFILE) may be too low"
+        ) from error
+
+
+def take(fd: FileDescriptor) -> int:
+    """Read the counter and set it to zero; 0 when nothing was there. Never waits, whoever made it."""
+    asked = select.poll()
+    asked.register(fd.number, select.POLLIN)
+    if not asked.poll(0):
+        return 0
+    try:
+        return os.eventfd_read(fd.number)
+    except BlockingIOError:
+        return 0
+
+
+class Consumer:
+    """An eventfd of somebody else, to be signalled. Owns its duplicate.
+
+    Args:
+        fd: an eventfd; the object owns it from here on.
+
+    """
+
+    __slots__ = ("_poll", "fd")
+
+    def __init__(self, fd: FileDescriptor) -> None:
+        self.fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd.number, select.POLLOUT)
+
+    def signal(self, count: int) -> None:
+        """Add to its counter. Never waits: a counter that is full already says all there is to say."""
+        # A blocking write to a full counter (eventfd(2)) would stop vfiod for as long as its owner likes.
+        if not self._poll.poll(0):
+            return
+        try:
+            os.eventfd_write(self.fd.number, count)
+        except BlockingIOError:
+            return
