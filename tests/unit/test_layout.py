@@ -38,5 +38,8 @@ def test_modules_stay_small_enough_to_read() -> None:
     # style.md section 1: 100 to 400 lines, 700 is the alarm.
     for root in ("protocol", "server", "client"):
         for path in (ROOT / root).rglob("*.py"):
-            lines = path.read_text().count("\n")
+            text = path.read_text()
+            if "do not edit" in text.partition("\n")[0]:
+                continue  # generated: nobody reads it from top to bottom
+            lines = text.count("\n")
             assert lines <= 700, f"{path.relative_to(ROOT)} has {lines} lines: split it"
