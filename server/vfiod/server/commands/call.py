@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
-from vfiod.protocol.catalogue.monitor import ShutdownCause, StatsResult, StatusInfo
+from vfiod.protocol.catalogue.monitor import QmpCapability, ShutdownCause, StatsResult, StatusInfo
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
@@ -44,6 +44,9 @@ class SessionLike(Protocol):
     def names(self) -> FdNames:
         """The fds this session sent."""
 
+    def negotiate(self, enable: list[QmpCapability]) -> None:
+        """``qmp_capabilities``: enable these, and leave negotiation. Raises CommandNotFound when that is over."""
+
 
 class ServerLike(Protocol):
     """What a command may know of, and ask of, the process around the machine."""
@@ -73,18 +76,25 @@ class Call:
         server: the process around it.
         session: where it came from; None for a door that carries no fds.
         oob: executed out of band: it must answer at once.
+        carries_fds: whether fds can go with the reply; not with that to a batch or a notification.
 
     """
 
-    __slots__ = ("_attached", "_used", "machine", "oob", "server", "session")
+    __slots__ = ("_attached", "_used", "carries_fds", "machine", "oob", "server", "session")
 
     def __init__(
-        self, machine: Machine, server: ServerLike, session: SessionLike | None = None, oob: bool = False
+        self,
+        machine: Machine,
+        server: ServerLike,
+        session: SessionLike | None = None,
+        oob: bool = False,
+        carries_fds: bool = True,
     ) -> None:
         self.machine = machine
         self.server = server
         self.session = session
         self.oob = oob
+        self.carries_fds = carries_fds and session is not None
         self._used: list[tuple[str, HeldFd]] | None = None
         self._attached: list[FileDescriptor] | None = None
 
@@ -122,8 +132,21 @@ class Call:
         self._used.append((name, held))
         return held.fd.duplicate()
 
+    def keep_names(self) -> None:
+        """Succeeding will consume no name: a dry run changes nothing."""
+        self._used = None
+
     def attach(self, fd: FileDescriptor) -> int:
-        """Send an fd with the reply; returns its index there. The call owns it from here on."""
+        """Send an fd with the reply; returns its index there. The call owns it from here on, also when this raises.
+
+        Raises InvalidArgument when the reply carries none, or not so many.
+        """
+        if not self.carries_fds:
+            fd.close()
+            raise InvalidArgument(
+                "This reply cannot carry an fd: it answers a batch, a notification, or comes by a connection without"
+                " fds; ask by a single request over a Unix socket"
+            )
         if self._attached is None:
             self._attached = []
         if len(self._attached) >= MAX_FDS_PER_MESSAGE:

@@ -80,4 +80,4 @@ call = dispatcher.call
 async_call = async_dispatcher.call
 """The same for a handler that must be awaited."""
 
-NOID = dispatcher.NOID
+NOID = sys.modules["jsonrpcserver.sentinels"].NOID

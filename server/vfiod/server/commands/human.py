@@ -1,0 +1,239 @@
+"""``human-monitor-command``: a line as a person types it, and text as a person reads it.
+
+``info NAME [ID]`` is ``query-NAME``; every other line is a command's name and its arguments::
+
+    info devices
+    device_add vfio-pci,id=nic0,host=01:00.0,group-fd=g7
+    region-read nic0 bar0 0x10 size=4
+    help irq-start
+
+Words without ``=`` fill the arguments a command requires, then the others, in their order. Numbers may be hexadecimal,
+switches ``on`` or ``off``, lists comma-separated, and anything may be JSON. An error is text too, as in QEMU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Awaitable, Iterator
+from typing import Any, Final
+
+import msgspec
+from msgspec import inspect
+
+from vfiod.protocol.catalogue import COMMANDS, CommandSpec, monitor
+from vfiod.protocol.errors import CommandError, InvalidArgument
+from vfiod.protocol.wire.arguments import decode_arguments
+from vfiod.server.commands.call import Call, Handler, Handlers
+
+__all__ = ["HANDLERS", "format_value", "parse_line"]
+
+QUERY: Final = "query-"
+NOT_HERE: Final = frozenset({"human-monitor-command", "qmp_capabilities"})
+
+_NUMBER: Final = re.compile(r"[-+]?(0[xX][0-9a-fA-F]+|[0-9]+)")
+_WORDS_OF_TRUTH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+
+
+def human_monitor_command(call: Call, arguments: monitor.HumanMonitorCommand) -> str | Awaitable[str]:
+    """Run one line; what goes wrong is part of the text."""
+    from vfiod.server.commands.table import TABLE  # the table holds this function too
+
+    # A line of text cannot say which fd is which.
+    call.carries_fds = False
+    try:
+        words = _split(arguments.command_line)
+        if not words:
+            return ""
+        if words[0] in ("help", "?"):
+            return _help(words[1:])
+        if words[0] == "info" and len(words) == 1:
+            return _help(["info"])
+        spec, given = parse_line(words)
+        value = _run(call, TABLE[spec.name], spec, given)
+    except CommandError as error:
+        return _error(call, error)
+    return _later(call, value) if hasattr(type(value), "__await__") else format_value(value)
+
+
+def _run(call: Call, handler: Handler, spec: CommandSpec, given: dict[str, Any]) -> Any:
+    return handler(call, decode_arguments(spec, msgspec.Raw(msgspec.json.encode(given))))
+
+
+async def _later(call: Call, value: Awaitable[Any]) -> str:
+    try:
+        return format_value(await value)
+    except CommandError as error:
+        return _error(call, error)
+
+
+def _error(call: Call, error: CommandError) -> str:
+    call.fail()  # the names it used stay: to the dispatcher this line succeeded
+    return f"Error: {error}\n"
+
+
+# --- the line -------------------------------------------------------------------------------------
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise InvalidArgument(f"The line cannot be read: {error}") from error
+
+
+def parse_line(words: list[str]) -> tuple[CommandSpec, dict[str, Any]]:
+    """The command and the arguments a line means. Raises CommandError for an unknown command or a word too many."""
+    name, *rest = words
+    if name == "info":
+        name, *rest = QUERY + rest[0], *rest[1:]
+    spec = COMMANDS.get(name)
+    if spec is None or name in NOT_HERE:
+        shown = words[1] if words[0] == "info" else name
+        raise CommandError(f"unknown command: '{shown}'; try help")
+    if name in ("device_add", "object-add") and rest:
+        # QEMU's form: everything in one word, with commas.
+        rest = [*rest[0].split(","), *rest[1:]]
+    return spec, _arguments(spec, rest)
+
+
+def _arguments(spec: CommandSpec, words: list[str]) -> dict[str, Any]:
+    fields = {field.encode_name: field for field in inspect.type_info(spec.arguments).fields}  # type: ignore[attr-defined]
+    required = [name for name, field in fields.items() if field.required]
+    places = required + [name for name in fields if name not in required]
+    given: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            free = [name for name in places if name not in given]
+            if not free:
+                raise InvalidArgument(f"{spec.name} takes no further argument '{word}'")
+            key, text = free[0], word
+        field = fields.get(key)
+        given[key] = text if field is None else _value(text, field.type)
+    return given
+
+
+def _alternatives(kind: inspect.Type) -> Iterator[inspect.Type]:
+    if isinstance(kind, inspect.UnionType):
+        for one in kind.types:
+            yield from _alternatives(one)
+    elif isinstance(kind, inspect.Metadata):
+        yield from _alternatives(kind.type)
+    else:
+        yield kind
+
+
+def _value(text: str, kind: inspect.Type) -> Any:
+    """A word as the JSON value its argument expects; what does not fit stays text, and the check names it."""
+    kinds = list(_alternatives(kind))
+    lists = [one for one in kinds if isinstance(one, inspect.ListType)]
+    wants_json = lists or any(isinstance(one, inspect.AnyType | inspect.DictType | inspect.StructType) for one in kinds)
+    if wants_json and text[:1] in "[{":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InvalidArgument(f"'{text}' is not JSON: {error}") from error
+    if lists:
+        return [_value(part, lists[0].item_type) for part in text.split(",")]
+    numbers = any(
+        isinstance(one, inspect.IntType | inspect.FloatType | inspect.AnyType)
+        or (isinstance(one, inspect.LiteralType) and all(isinstance(value, int) for value in one.values))
+        for one in kinds
+    )
+    if numbers and _NUMBER.fullmatch(text):
+        return int(text, 16 if "x" in text.lower() else 10)
+    if any(isinstance(one, inspect.BoolType | inspect.AnyType) for one in kinds):
+        return _WORDS_OF_TRUTH.get(text, text)
+    return text
+
+
+# --- the text -------------------------------------------------------------------------------------
+
+
+def _help(words: list[str]) -> str:
+    if words[:1] == ["info"]:
+        names = [(name.removeprefix(QUERY), spec.summary) for name, spec in COMMANDS.items() if name.startswith(QUERY)]
+        return "".join(f"info {name:<20} {summary}\n" for name, summary in names)
+    if words:
+        spec = COMMANDS.get(words[0])
+        if spec is None:
+            raise CommandError(f"unknown command: '{words[0]}'; try help")
+        fields = inspect.type_info(spec.arguments).fields  # type: ignore[attr-defined]
+        usage = "".join(f" {f.encode_name}=..." if f.required else f" [{f.encode_name}=...]" for f in fields)
+        return f"{spec.name}{usage}\n{spec.summary}\n"
+    lines = [f"{name:<26} {spec.summary}\n" for name, spec in COMMANDS.items() if name not in NOT_HERE]
+    return "".join(["info [NAME [ID]]           What query-NAME tells, as text.\n", *lines])
+
+
+def format_value(value: Any) -> str:
+    """A result as text: a table for a list of objects, lines for an object; ends with a newline unless empty."""
+    if isinstance(value, str):
+        return value if not value or value.endswith("\n") else value + "\n"
+    if isinstance(value, msgspec.Raw):
+        value = msgspec.json.decode(value)
+    plain = msgspec.to_builtins(value)
+    if plain is None or plain == {}:
+        return ""
+    return "\n".join(_lines(plain)) + "\n"
+
+
+def _lines(value: Any, indent: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        width = max(map(len, value), default=0)
+        for key, one in value.items():
+            if isinstance(one, dict | list) and one and not _is_plain_list(one):
+                yield f"{indent}{key}:"
+                yield from _lines(one, indent + "  ")
+            else:
+                yield f"{indent}{key:<{width}}  {_cell(one)}"
+    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        yield from _table(value, indent)
+    elif isinstance(value, list):
+        for one in value:
+            yield f"{indent}{_cell(one)}"
+        if not value:
+            yield f"{indent}(none)"
+    else:
+        yield f"{indent}{_cell(value)}"
+
+
+def _is_plain_list(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(one, dict | list) for one in value)
+
+
+def _table(rows: list[dict[str, Any]], indent: str) -> Iterator[str]:
+    """Columns for what is short; what holds more (lists of objects) follows its row, indented."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    deep = [key for key in columns if any(isinstance(row.get(key), list) and _has_objects(row[key]) for row in rows)]
+    flat = [key for key in columns if key not in deep]
+    cells = [[_cell(row[key]) if key in row else "-" for key in flat] for row in rows]
+    widths = [max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(flat)]
+    yield indent + "  ".join(f"{name:<{width}}" for name, width in zip(flat, widths, strict=True)).rstrip()
+    for row, texts in zip(rows, cells, strict=True):
+        yield indent + "  ".join(f"{text:<{width}}" for text, width in zip(texts, widths, strict=True)).rstrip()
+        for key in deep:
+            if row.get(key):
+                yield f"{indent}    {key}:"
+                yield from _lines(row[key], indent + "      ")
+
+
+def _has_objects(value: list[Any]) -> bool:
+    return any(isinstance(one, dict) for one in value)
+
+
+def _cell(value: Any) -> str:
+    """A value in one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_cell(one)}" for key, one in value.items()) or "-"
+    if isinstance(value, list):
+        return ",".join(_cell(one) for one in value) or "-"
+    return str(value)
+
+
+HANDLERS: Final[Handlers] = {monitor.HumanMonitorCommand: human_monitor_command}

@@ -1,0 +1,167 @@
+"""From a command's name and raw arguments to its result, through jsonrpcserver, for every dialect.
+
+jsonrpcserver's ``call`` calls the handler and shapes what comes back into its ``Result``. The rest of it is not
+used: our table finds the handler, and the catalogue's types check the arguments, once (the reference on
+performance says what that saves). It would put ``str(exception)`` of whatever a handler raises into the reply, and
+so give away paths and internals; so the function it is given raises nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from msgspec import UNSET, Raw, UnsetType
+
+from vfiod.protocol.catalogue import COMMANDS, Arguments, CommandSpec, Empty
+from vfiod.protocol.errors import CommandError, CommandNotFound, InternalError
+from vfiod.protocol.wire.arguments import decode_arguments
+from vfiod.server import trace
+from vfiod.server.commands.call import Call, Handler
+from vfiod.server.monitor import lean
+
+__all__ = ["Failure", "Method", "Methods", "Pending", "build_methods", "execute", "finish", "find", "prepare"]
+
+_log: Final = logging.getLogger(__name__)
+
+_EMPTY: Final = Empty()
+
+
+class Method:
+    """One command, ready to be called.
+
+    Attributes:
+        name: on the wire.
+        spec: its declaration.
+        allow_oob: may be executed out of band.
+        device_member: the member of its arguments that names the device whose order it joins.
+        invoke: what jsonrpcserver calls: the handler, with its exceptions turned into results.
+
+    """
+
+    __slots__ = ("allow_oob", "device_member", "invoke", "name", "spec")
+
+    def __init__(self, spec: CommandSpec, handler: Handler) -> None:
+        self.name: Final = spec.name
+        self.spec: Final = spec
+        self.allow_oob: Final = spec.allow_oob
+        self.device_member: Final = spec.device_member
+        self.invoke: Final = _guarded(spec.name, handler)
+
+
+Methods = Mapping[str, Method]
+
+
+class Failure(NamedTuple):
+    """A command was refused or failed."""
+
+    error: CommandError
+
+
+class Pending(NamedTuple):
+    """A command goes on: its result is awaited by :func:`finish`."""
+
+    awaitable: Awaitable[Any]
+
+
+def build_methods(table: Mapping[str, Handler]) -> dict[str, Method]:
+    """The method table. Raises ValueError for a handler whose command the catalogue does not know."""
+    unknown = sorted(set(table) - set(COMMANDS))
+    if unknown:
+        raise ValueError(f"Handlers without a declaration in the catalogue: {', '.join(unknown)}")
+    return {name: Method(COMMANDS[name], handler) for name, handler in table.items()}
+
+
+def find(methods: Methods, name: str) -> Method:
+    """The method of this name. Raises CommandNotFound in QEMU's words."""
+    method = methods.get(name)
+    if method is None:
+        raise CommandNotFound(f"The command {name} has not been found")
+    return method
+
+
+def prepare(method: Method, raw: Raw | UnsetType = UNSET) -> Arguments[Any]:
+    """Decode and check a command's arguments. Raises InvalidArgument, before anything has happened."""
+    return decode_arguments(method.spec, raw)
+
+
+def execute(method: Method, call: Call, arguments: Arguments[Any]) -> Any:
+    """Call a handler: returns its result, a :class:`Failure` or a :class:`Pending`. Never raises.
+
+    A result that is not pending is final: the call has succeeded, or has failed, when this returns.
+    """
+    if trace.command_begin.on:
+        trace.command_begin(session=_session(call), command=method.name)
+    result = lean.call(lean.Request(method.name, [arguments], lean.NOID), call, method.invoke)
+    value = _value_of(result)
+    kind = type(value)
+    if kind is Failure:
+        call.fail()
+    elif hasattr(kind, "__await__"):
+        return Pending(value)
+    if trace.command_end.on:
+        trace.command_end(session=_session(call), command=method.name, ok=kind is not Failure)
+    return value
+
+
+async def finish(method: Method, call: Call, pending: Pending) -> Any:
+    """Await a pending command: returns its result or a :class:`Failure`. Never raises, unless it is cancelled."""
+    request = lean.Request(method.name, [pending.awaitable], lean.NOID)
+    try:
+        value = _value_of(await lean.async_call(request, call, _guarded_wait(method.name)))
+    except BaseException:  # cancelled: the server ends
+        call.fail()
+        raise
+    if type(value) is Failure:
+        call.fail()
+    if trace.command_end.on:
+        trace.command_end(session=_session(call), command=method.name, ok=type(value) is not Failure)
+    return value
+
+
+def _guarded(name: str, handler: Handler) -> Callable[[Call, Arguments[Any]], Any]:
+    success = lean.Success
+
+    def invoke(call: Call, arguments: Arguments[Any]) -> Any:
+        try:
+            return success(handler(call, arguments))
+        except Exception as error:  # noqa: BLE001 - the boundary: see the module's text
+            return _refused(name, error)
+
+    return invoke
+
+
+def _guarded_wait(name: str) -> Callable[[Call, Awaitable[Any]], Awaitable[Any]]:
+    async def wait(_call: Call, awaitable: Awaitable[Any]) -> Any:
+        try:
+            return lean.Success(await awaitable)
+        except Exception as error:  # noqa: BLE001 - the boundary: see the module's text
+            return _refused(name, error)
+
+    return wait
+
+
+def _refused(name: str, error: Exception) -> Any:
+    """An error result. What is no CommandError is a defect of ours: its traceback goes to the log, once."""
+    if not isinstance(error, CommandError):
+        _log.error("Command %s failed by a defect of vfiod", name, exc_info=error)
+        error = InternalError(f"The command {name} failed by a defect of vfiod; its log has the details")
+    return lean.Error(error.jsonrpc_code, str(error), Failure(error))
+
+
+def _value_of(result: Any) -> Any:
+    """What a jsonrpcserver Result carries: the value, or the Failure that :func:`_refused` put in."""
+    try:
+        value = result._value.result
+    except AttributeError:
+        failure = result._error.data
+        if type(failure) is Failure:
+            return failure
+        # jsonrpcserver itself objected to something; it has logged what.
+        return Failure(InternalError("The command failed by a defect of vfiod; its log has the details"))
+    return _EMPTY if value is None else value
+
+
+def _session(call: Call) -> int | None:
+    return None if call.session is None else call.session.id

@@ -1,0 +1,135 @@
+"""QMP sessions: in-band commands one after another, out-of-band ones at once (QEMU ``docs/interop/qmp-spec.rst``)."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from typing import Any, ClassVar, Final
+
+from msgspec import Raw, UnsetType
+
+from vfiod.protocol.catalogue.monitor import QmpCapability
+from vfiod.protocol.errors import CommandError, CommandNotFound, InternalError, VfiodError, WireError
+from vfiod.protocol.limits import MAX_INBAND_QUEUE
+from vfiod.protocol.wire import qmp
+from vfiod.server.commands.call import Call
+from vfiod.server.commands.monitor import VERSION
+from vfiod.server.events import Event
+from vfiod.server.monitor import dispatch
+from vfiod.server.monitor.access import Peer
+from vfiod.server.monitor.session import Session
+
+__all__ = ["QmpSession"]
+
+_log: Final = logging.getLogger(__name__)
+
+NEGOTIATION: Final = "qmp_capabilities"
+
+GREETING: Final = qmp.encode_greeting(VERSION)
+
+
+class QmpSession(Session):
+    """One QMP session. It begins in negotiation, where ``qmp_capabilities`` alone is known and no event comes."""
+
+    dialect: ClassVar[str] = "qmp"
+
+    def __init__(self, number: int, connection: socket.socket, peer: Peer, server: Any) -> None:
+        super().__init__(number, connection, peer, server)
+        self._oob_enabled = False
+        self._running = False  # an in-band command is not finished
+        self._queue: Final[deque[qmp.Request | qmp.Rejected]] = deque()
+
+    # --- the dialect ----------------------------------------------------------------------------
+
+    def _greet(self) -> None:
+        self._writer.put(GREETING)
+
+    def negotiate(self, enable: list[QmpCapability]) -> None:
+        """Leave negotiation; from now on events come."""
+        if self.negotiated:
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+        self.negotiated = True
+        self._oob_enabled = QmpCapability.OOB in enable
+        self.subscribe()
+
+    @property
+    def _stalled(self) -> bool:
+        return self._running and len(self._queue) >= MAX_INBAND_QUEUE - 1
+
+    def _encode_event(self, event: Event) -> bytes:
+        return qmp.encode_event(event.data, event.seq, event.seconds, event.microseconds)
+
+    @staticmethod
+    def complaint(error: VfiodError) -> bytes:
+        """One line that tells an error which answers no request."""
+        return qmp.encode_error(error)
+
+    def _take(self, text: bytes | WireError) -> None:
+        request = qmp.decode_request(text, oob_enabled=self._oob_enabled)
+        if self._running and type(request) is not qmp.OobRequest:
+            # Errors wait for their turn too: replies to in-band input come in its order.
+            self._queue.append(request)
+        else:
+            self._begin(request)
+
+    def _abandon(self) -> None:
+        self._queue.clear()
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def _begin(self, request: qmp.Request | qmp.Rejected) -> None:
+        """Begin one request, and answer it unless it goes on."""
+        self.commands += 1
+        if type(request) is qmp.Rejected:
+            self._refuse(request.error, request.id)
+            return
+        oob = request.oob
+        try:
+            method = self._method(request.command, oob)
+            arguments = dispatch.prepare(method, request.arguments)
+        except CommandError as error:
+            self._refuse(error, request.id)
+            return
+        call = self._call(oob=oob)
+        value = dispatch.execute(method, call, arguments)
+        if type(value) is not dispatch.Pending:
+            self._answer(value, call, request.id)
+            return
+        if oob:
+            self._later(method, call, value, lambda value, call: self._answer(value, call, request.id))
+            return
+        self._running = True
+        self._later(method, call, value, lambda value, call: self._next(value, call, request.id))
+
+    def _method(self, name: str, oob: bool) -> dispatch.Method:
+        if not self.negotiated and name != NEGOTIATION:
+            raise CommandNotFound(f"Expecting capabilities negotiation with '{NEGOTIATION}'")
+        method = dispatch.find(self._server.methods, name)
+        if oob and not method.allow_oob:
+            raise CommandError(f"The command {name} does not support OOB")
+        return method
+
+    def _next(self, value: Any, call: Call, request_id: Raw | UnsetType) -> None:
+        """An in-band command that went on has ended: answer it, and begin what waited for that."""
+        self._answer(value, call, request_id)
+        self._running = False
+        while self._queue and not self._running:
+            self._begin(self._queue.popleft())
+
+    def _answer(self, value: Any, call: Call, request_id: Raw | UnsetType) -> None:
+        if type(value) is dispatch.Failure:
+            self._refuse(value.error, request_id)
+            return
+        try:
+            line = qmp.encode_return(value, request_id)
+        except Exception:  # noqa: BLE001 - a result that is not what the catalogue says
+            _log.exception("A result cannot be encoded")
+            call.fail()
+            self._refuse(InternalError("The result cannot be encoded: a defect of vfiod; see its log"), request_id)
+            return
+        self._writer.put(line, call.succeed())
+
+    def _refuse(self, error: VfiodError, request_id: Raw | UnsetType) -> None:
+        self.errors += 1
+        self._writer.put(qmp.encode_error(error, request_id))

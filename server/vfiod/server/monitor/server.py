@@ -1,0 +1,177 @@
+"""The monitor as a whole: its sessions, and what commands may ask of the process around the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from vfiod.protocol.catalogue.devices import SessionInfo
+from vfiod.protocol.catalogue.fds import FdInfo
+from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, StatsResult, StatusInfo
+from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
+from vfiod.protocol.limits import MAX_SESSIONS, READ_CHUNK
+from vfiod.server.commands.call import Handler
+from vfiod.server.commands.table import TABLE
+from vfiod.server.events import EventHub
+from vfiod.server.fds import KindOf
+from vfiod.server.machine import Machine
+from vfiod.server.monitor.access import Access, peer_of
+from vfiod.server.monitor.dispatch import build_methods
+from vfiod.server.monitor.jsonrpc import JsonRpcSession
+from vfiod.server.monitor.listener import Listener
+from vfiod.server.monitor.qmp import QmpSession
+from vfiod.server.monitor.session import Session
+
+__all__ = ["DIALECTS", "MonitorServer"]
+
+_log: Final = logging.getLogger(__name__)
+
+DIALECTS: Final[Mapping[str, type[Session]]] = {"qmp": QmpSession, "jsonrpc": JsonRpcSession}
+"""The dialects a socket may speak."""
+
+
+class MonitorServer:
+    """All sessions of one machine.
+
+    Args:
+        loop: the event loop everything runs on.
+        machine: what commands work on.
+        hub: its events.
+        access: who may come in.
+        kind_of: tells what an fd is.
+        table: the handlers; for tests.
+
+    Attributes:
+        methods: the method table.
+        read_view: where every session reads into; one is enough, since a read is copied at once.
+
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        machine: Machine,
+        hub: EventHub,
+        access: Access,
+        kind_of: KindOf,
+        table: Mapping[str, Handler] = TABLE,
+    ) -> None:
+        self.loop: Final = loop
+        self.machine: Final = machine
+        self.hub: Final = hub
+        self.kind_of: Final = kind_of
+        self.methods: Final = build_methods(table)
+        self.read_view: Final = memoryview(bytearray(READ_CHUNK))
+        self.closing: Final[asyncio.Future[ShutdownCause]] = loop.create_future()
+        self._access: Final = access
+        self._sessions: Final[dict[int, Session]] = {}
+        self._listeners: Final[list[Listener]] = []
+        self._tasks: Final[set[asyncio.Future[None]]] = set()
+        self._number = 0
+
+    # --- coming in ------------------------------------------------------------------------------
+
+    def listen(self, listening: socket.socket, dialect: str) -> Listener:
+        """Accept sessions of a dialect on a listening socket, which is the server's from here on."""
+        session_type = DIALECTS[dialect]
+        listener = Listener(self.loop, listening, lambda connection: self._admit(connection, session_type))
+        self._listeners.append(listener)
+        return listener
+
+    def _admit(self, connection: socket.socket, session_type: type[Session]) -> None:
+        """Somebody connected: begin a session, or say why not."""
+        peer = peer_of(connection)
+        refusal: CommandError | None = None
+        sentence = self._access.refusal(peer)
+        if sentence is not None:
+            refusal = PermissionRefused(sentence)
+        elif len(self._sessions) >= MAX_SESSIONS:
+            refusal = Busy(f"There are {MAX_SESSIONS} monitor sessions, no more are allowed: close one first")
+        if refusal is not None:
+            _log.warning(
+                "Refused a %s session of uid %d, pid %d: %s", session_type.dialect, peer.uid, peer.pid, refusal
+            )
+            _send_and_close(connection, session_type.complaint(refusal))
+            return
+        self._number += 1
+        session = session_type(self._number, connection, peer, self)
+        self._sessions[session.id] = session
+        session.start()
+
+    def ended(self, session: Session) -> None:
+        """A session has ended."""
+        self._sessions.pop(session.id, None)
+
+    def keep(self, task: asyncio.Future[None]) -> None:
+        """Hold on to a command's task, which asyncio itself does not."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- for commands ---------------------------------------------------------------------------
+
+    @property
+    def status(self) -> StatusInfo:
+        """Running, or shutting down."""
+        running = not self.closing.done()
+        return StatusInfo(running=running, status=RunState.RUNNING if running else RunState.SHUTDOWN)
+
+    def session_infos(self) -> list[SessionInfo]:
+        """The sessions, oldest first."""
+        return [session.info() for session in tuple(self._sessions.values())]
+
+    def session_stats(self) -> list[StatsResult]:
+        """Counters of each session."""
+        return [session.stats() for session in tuple(self._sessions.values())]
+
+    def fd_infos(self) -> Iterator[FdInfo]:
+        """The fds of the sessions, and the server's own sockets."""
+        for session in tuple(self._sessions.values()):
+            yield from session.names.infos(f"session:{session.id}")
+            yield FdInfo(
+                owner="server",
+                name=f"session:{session.id}",
+                kind=self.kind_of(session.fileno()),
+                number=session.fileno(),
+            )
+        for listener in self._listeners:
+            yield FdInfo(
+                owner="server", name=listener.name, kind=self.kind_of(listener.fileno()), number=listener.fileno()
+            )
+
+    def shut_down(self, cause: ShutdownCause) -> None:
+        """Begin to end: tell the readers, and whoever awaits :attr:`closing`."""
+        if not self.closing.done():
+            self.closing.set_result(cause)
+            self.hub.emit(Shutdown(guest=False, reason=cause))
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def stop_listening(self) -> None:
+        """Accept nobody any more; socket files that are ours are removed."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until every reply has left, at most so long: a reader that does not read must not keep us."""
+        deadline = self.loop.time() + seconds
+        while any(not session.idle for session in self._sessions.values()) and self.loop.time() < deadline:
+            await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        """End every session."""
+        for session in tuple(self._sessions.values()):
+            session.close()
+
+
+def _send_and_close(connection: socket.socket, line: bytes) -> None:
+    """Tell a peer that it may not come in, if it takes that at once, and hang up."""
+    with connection:
+        try:
+            connection.send(line)
+        except OSError as error:
+            _log.debug("The refusal did not arrive: %s", os.strerror(error.errno or 0))

@@ -1,0 +1,325 @@
+"""One connection to the monitor: bytes and fds in, commands begun, replies and events out.
+
+All of it runs on the event loop's thread and never waits. A dialect (:mod:`.qmp`, :mod:`.jsonrpc`) is a subclass
+that says what a text means, and in which order commands may run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from vfiod.protocol.catalogue.devices import SessionInfo
+from vfiod.protocol.catalogue.monitor import QmpCapability, Stat, StatsResult
+from vfiod.protocol.errors import CommandNotFound, LimitExceeded, VfiodError, WireError
+from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, MSG_CTRUNC, close_all, rights_of
+from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
+from vfiod.protocol.wire.stream import JsonStream
+from vfiod.server import trace
+from vfiod.server.commands.call import Call
+from vfiod.server.events import Event
+from vfiod.server.fds import FdNames
+from vfiod.server.monitor import dispatch
+from vfiod.server.monitor.access import Peer
+from vfiod.server.monitor.writer import Writer
+
+if TYPE_CHECKING:
+    from vfiod.server.monitor.server import MonitorServer
+
+__all__ = ["Session"]
+
+_log: Final = logging.getLogger(__name__)
+
+ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * 4)
+
+TURN: Final = 64
+"""Requests begun in one go: then the other sessions have theirs."""
+
+EVENTS_PER_FLUSH: Final = 64
+"""Events gathered while a read is worked off, before they are sent without waiting for its end."""
+
+
+class Session(ABC):
+    """One connection.
+
+    Args:
+        number: the session's id, from 1.
+        connection: a connected, non-blocking stream socket; the session owns it.
+        peer: who is there.
+        server: the monitor it belongs to.
+
+    """
+
+    dialect: ClassVar[str]
+    """The dialect's name: ``qmp``, ``jsonrpc``."""
+
+    def __init__(self, number: int, connection: socket.socket, peer: Peer, server: MonitorServer) -> None:
+        self.id: Final = number
+        self.peer: Final = peer
+        self.names: Final = FdNames(server.kind_of)
+        self.negotiated = False
+        self.closed = False
+        self.in_flight = 0
+        self.commands = 0
+        self.errors = 0
+        self.events = 0
+        self.fds_received = 0
+        self.bytes_received = 0
+        self._server: Final = server
+        self._loop: Final = server.loop
+        self._connection: Final = connection
+        self._stream: Final = JsonStream()
+        self._inbox: Final[deque[bytes | WireError]] = deque()
+        self._writer: Final = Writer(connection, server.loop, self._drained, self._broken)
+        self._reading = False
+        self._working = False
+        self._scheduled = False
+        self._unsubscribe: Any = None
+
+    # --- what a dialect says --------------------------------------------------------------------
+
+    @abstractmethod
+    def _take(self, text: bytes | WireError) -> None:
+        """Work on one text of the stream: begin what it asks for, or answer why not."""
+
+    @property
+    @abstractmethod
+    def _stalled(self) -> bool:
+        """Whether so much is in flight that no further text may be taken."""
+
+    @abstractmethod
+    def _encode_event(self, event: Event) -> bytes:
+        """One line for one event."""
+
+    @staticmethod
+    @abstractmethod
+    def complaint(error: VfiodError) -> bytes:
+        """One line that tells an error which answers no request."""
+
+    def _greet(self) -> None:
+        """Say what the dialect says first."""
+
+    def negotiate(self, enable: list[QmpCapability]) -> None:
+        """``qmp_capabilities``. Raises CommandNotFound where there is nothing to negotiate."""
+        raise CommandNotFound("qmp_capabilities belongs to QMP sessions: this dialect negotiates nothing")
+
+    # --- for the server -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Greet, and begin to read."""
+        if trace.session_opened.on:
+            trace.session_opened(session=self.id, dialect=self.dialect, uid=self.peer.uid, pid=self.peer.pid)
+        self._greet()
+        self._writer.flush()
+        self._settle()
+
+    def info(self) -> SessionInfo:
+        """What ``query-machine`` says of it."""
+        return SessionInfo(
+            id=self.id,
+            dialect=self.dialect,
+            uid=self.peer.uid,
+            pid=self.peer.pid,
+            negotiated=self.negotiated,
+            events_lost=self._writer.backlog.lost_total,
+        )
+
+    def stats(self) -> StatsResult:
+        """What ``query-stats`` says of it."""
+        values = {
+            "commands": self.commands,
+            "errors": self.errors,
+            "events": self.events,
+            "events-lost": self._writer.backlog.lost_total,
+            "fds-received": self.fds_received,
+            "bytes-received": self.bytes_received,
+            "bytes-sent": self._writer.bytes_sent,
+            "in-flight": self.in_flight,
+            "bytes-waiting": self._writer.bytes_waiting,
+        }
+        return StatsResult(
+            provider="vfiod",
+            qom_path=f"/sessions/{self.id}",
+            stats=[Stat(name=name, value=value) for name, value in values.items()],
+        )
+
+    def fileno(self) -> int:
+        """The connection's fd, lent."""
+        return self._connection.fileno()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is in flight and nothing waits to be sent."""
+        return self.in_flight == 0 and self._writer.idle
+
+    def close(self) -> None:
+        """End it: what is in flight goes on, its reply is dropped; what was named is closed."""
+        if self.closed:
+            return
+        self.closed = True
+        if trace.session_closed.on:
+            trace.session_closed(session=self.id)
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        self._stop_reading()
+        self._writer.close()
+        self._inbox.clear()
+        self._abandon()
+        self.names.close()
+        self._connection.close()
+        self._server.ended(self)
+
+    def _abandon(self) -> None:
+        """Forget commands that have not begun."""
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def subscribe(self) -> None:
+        """From now on events come here."""
+        if self._unsubscribe is None:
+            self._unsubscribe = self._server.hub.subscribe(self._deliver)
+
+    def _deliver(self, event: Event) -> None:
+        backlog = self._writer.backlog
+        if not backlog.admit(event.seq):
+            return
+        self._put_event(event)
+        if not self._working or backlog.waiting > EVENTS_PER_FLUSH:
+            self._writer.flush()
+
+    def _put_event(self, event: Event) -> None:
+        line = event.encoded.get(self.dialect)
+        if line is None:
+            line = event.encoded[self.dialect] = self._encode_event(event)
+        self.events += 1
+        self._writer.put(line, event=True)
+
+    def _tell_lost(self) -> None:
+        """All that waited has left: name what could not wait."""
+        lost = self._writer.backlog.take_lost()
+        if lost is not None:
+            event = self._server.hub.lost(*lost)
+            self._writer.backlog.waiting += 1
+            self._put_event(event)
+            self._writer.flush()
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        view = self._server.read_view
+        try:
+            count, ancillary, flags, _ = self._connection.recvmsg_into([view], ANCILLARY_BYTES, MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._broken(error)
+            return
+        if ancillary or flags & MSG_CTRUNC:
+            self._receive_fds(ancillary, flags)
+        if count == 0:
+            self.close()
+            return
+        self.bytes_received += count
+        texts = self._stream.receive_data(bytes(view[:count]))
+        if texts:
+            self._inbox.extend(texts)
+            self._work()
+
+    def _receive_fds(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
+        fds = rights_of(ancillary)  # owned, whatever comes next
+        self.fds_received += len(fds)
+        if trace.session_fds.on:
+            trace.session_fds(session=self.id, fds=[fd.number for fd in fds])
+        try:
+            if flags & MSG_CTRUNC:
+                count = len(fds)
+                close_all(fds)
+                raise LimitExceeded(
+                    f"File descriptors were lost on arrival, {count} that came were closed: the server has too many"
+                    " open files; close some, or raise its RLIMIT_NOFILE"
+                )
+            self.names.receive(fds)
+        except LimitExceeded as error:
+            self.errors += 1
+            self._writer.put(self.complaint(error))
+            self._writer.flush()
+
+    def _work(self) -> None:
+        """Take texts as long as that is allowed, answer, and see whether to read on."""
+        if self._working:
+            return
+        self._working = True
+        inbox = self._inbox
+        turn = TURN
+        try:
+            while inbox and turn and not self._stalled and not self._writer.full:
+                turn -= 1
+                self._take(inbox.popleft())
+        finally:
+            self._working = False
+        if self.closed:
+            return
+        self._writer.flush()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Read on, work on later, or wait for something to end."""
+        if self.closed:
+            return
+        if self._stalled or self._writer.full:
+            self._stop_reading()
+        elif self._inbox:
+            self._stop_reading()
+            if not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._continue)
+        elif not self._reading:
+            self._reading = True
+            self._loop.add_reader(self._connection.fileno(), self._readable)
+
+    def _continue(self) -> None:
+        self._scheduled = False
+        if not self.closed:
+            self._work()
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._connection.fileno())
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def _drained(self) -> None:
+        self._tell_lost()
+        self._work()
+
+    def _broken(self, error: OSError) -> None:
+        _log.debug("Session %d broke: %s", self.id, error)
+        self.close()
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def _call(self, *, oob: bool = False, carries_fds: bool = True) -> Call:
+        return Call(self._server.machine, self._server, self, oob, carries_fds)
+
+    def _later(self, method: dispatch.Method, call: Call, pending: dispatch.Pending, done: Any) -> None:
+        """Wait for a pending command in a task of its own; ``done(value, call)`` has its end."""
+        self.in_flight += 1
+
+        async def wait() -> None:
+            try:
+                value = await dispatch.finish(method, call, pending)
+            finally:
+                self.in_flight -= 1
+            if self.closed:
+                close_all(call.succeed() or ())  # nobody is left to take them
+                return
+            done(value, call)
+            self._writer.flush()
+            self._work()
+
+        self._server.keep(asyncio.ensure_future(wait()))

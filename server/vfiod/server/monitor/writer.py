@@ -1,0 +1,186 @@
+"""What goes out of one session: in order, bounded, never waiting, each fd with the first byte of its reply.
+
+A write goes straight to the socket; only what the socket does not take is kept, and sent when it is writable again.
+Replies and events share one queue, so that their order is the order in which they happened.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from vfiod.protocol.fd import SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all
+from vfiod.protocol.limits import MAX_REPLY_BACKLOG
+from vfiod.server.events import Backlog
+
+__all__ = ["SendLoop", "Writer"]
+
+JOIN_BYTES: Final = 64 * 1024
+"""How much is joined into one ``send``: about what a Unix socket takes at once."""
+
+
+_NATIVE: Final = sys.byteorder
+
+
+class SendLoop(Protocol):
+    """The part of an event loop the writer needs."""
+
+    def add_writer(self, fd: int, callback: Callable[[], object]) -> object:
+        """Call back while the fd is writable."""
+
+    def remove_writer(self, fd: int) -> object:
+        """Call back no more."""
+
+
+class _Entry:
+    """One reply or event that waits; ``data`` shrinks as it goes out."""
+
+    __slots__ = ("data", "event", "fds")
+
+    def __init__(self, data: bytes | memoryview, fds: list[FileDescriptor] | None, event: bool) -> None:
+        self.data = data
+        self.fds = fds
+        self.event = event
+
+
+class Writer:
+    """The outgoing side of one connection.
+
+    Args:
+        connection: a non-blocking stream socket; lent.
+        loop: the event loop.
+        drained: called when everything has left after the socket had been full.
+        broken: called once, when the peer cannot be written to any more.
+
+    Attributes:
+        backlog: the account of this reader's events.
+        bytes_waiting: bytes that the socket has not taken yet.
+        bytes_sent: bytes it has.
+
+    """
+
+    __slots__ = (
+        "_blocked",
+        "_broken",
+        "_connection",
+        "_drained",
+        "_loop",
+        "_queue",
+        "backlog",
+        "bytes_sent",
+        "bytes_waiting",
+        "dead",
+    )
+
+    def __init__(
+        self, connection: socket.socket, loop: SendLoop, drained: Callable[[], None], broken: Callable[[OSError], None]
+    ) -> None:
+        self._connection = connection
+        self._loop = loop
+        self._drained = drained
+        self._broken = broken
+        self._queue: deque[_Entry] = deque()
+        self._blocked = False
+        self.backlog = Backlog()
+        self.bytes_waiting = 0
+        self.bytes_sent = 0
+        self.dead = False
+
+    @property
+    def full(self) -> bool:
+        """So many bytes wait that the session must not be read until they have left."""
+        return self.bytes_waiting >= MAX_REPLY_BACKLOG
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits."""
+        return not self._queue
+
+    def put(self, data: bytes, fds: list[FileDescriptor] | None = None, *, event: bool = False) -> None:
+        """Queue one reply or event; :meth:`flush` sends it. The fds are the writer's from here on."""
+        if self.dead:
+            close_all(fds or ())
+            return
+        self._queue.append(_Entry(data, fds, event))
+        self.bytes_waiting += len(data)
+
+    def flush(self) -> None:
+        """Send what the socket takes now; the rest follows by itself."""
+        if not self._blocked:
+            self._send()
+
+    def _send(self) -> None:
+        queue = self._queue
+        try:
+            while queue:
+                entry = queue[0]
+                if entry.fds:
+                    self._send_with_fds(entry)
+                elif len(queue) == 1:
+                    self._sent(self._connection.send(entry.data))
+                else:
+                    self._sent(self._connection.send(self._joined()))
+        except (BlockingIOError, InterruptedError):
+            if not self._blocked:
+                self._blocked = True
+                self._loop.add_writer(self._connection.fileno(), self._writable)
+        except OSError as error:
+            self.close()
+            self._broken(error)
+
+    def _joined(self) -> bytes:
+        """The oldest entries without fds, joined, as many as one send may take."""
+        parts: list[bytes | memoryview] = []
+        size = 0
+        for entry in self._queue:
+            if entry.fds or size >= JOIN_BYTES:
+                break
+            parts.append(entry.data)
+            size += len(entry.data)
+        return b"".join(parts)
+
+    def _send_with_fds(self, entry: _Entry) -> None:
+        """Fds go with the first byte of their reply, and with it alone: then they are the receiver's."""
+        fds = entry.fds or []
+        rights = b"".join(fd.number.to_bytes(4, _NATIVE, signed=True) for fd in fds)
+        count = self._connection.sendmsg([entry.data], [(SOL_SOCKET, SCM_RIGHTS, rights)])
+        entry.fds = None
+        close_all(fds)
+        self._sent(count)
+
+    def _sent(self, count: int) -> None:
+        """So many bytes have left: take them off the queue."""
+        self.bytes_waiting -= count
+        self.bytes_sent += count
+        queue = self._queue
+        while count:
+            entry = queue[0]
+            size = len(entry.data)
+            if count < size:
+                entry.data = memoryview(entry.data)[count:]
+                return
+            count -= size
+            queue.popleft()
+            if entry.event:
+                self.backlog.sent()
+
+    def _writable(self) -> None:
+        self._blocked = False
+        self._send()
+        if not self._blocked and not self.dead:
+            self._loop.remove_writer(self._connection.fileno())
+            self._drained()
+
+    def close(self) -> None:
+        """Drop what waits, with its fds. Call it before the connection is closed."""
+        if self.dead:
+            return
+        self.dead = True
+        self._loop.remove_writer(self._connection.fileno())
+        for entry in self._queue:
+            close_all(entry.fds or ())
+        self._queue.clear()
+        self.bytes_waiting = 0

@@ -1,0 +1,215 @@
+"""The program's options: from the command line, and from a TOML file with the same names.
+
+The command line wins over the file; an option that may be repeated replaces the file's list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import grp
+import logging
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vfiod.protocol.catalogue.words import UUID_PATTERN
+from vfiod.protocol.errors import VfiodError
+
+__all__ = ["OptionError", "Options", "SocketOption", "parse"]
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+MAX_NAME: Final = 255
+"""Characters of ``--name``."""
+
+
+class OptionError(VfiodError):
+    """An option or a key of the file is wrong: which, its value, and what is expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOption:
+    """Where to listen: a path, or an inherited listening fd; exactly one of them.
+
+    Attributes:
+        dialect: ``qmp`` or ``jsonrpc``.
+        path: of a Unix socket to make.
+        fd: an inherited, listening Unix socket.
+
+    """
+
+    dialect: str
+    path: str | None = None
+    fd: int | None = None
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path is not None else f"fd={self.fd}"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options, checked."""
+
+    name: str
+    sockets: tuple[SocketOption, ...]
+    uuid: str | None = None
+    allow_open: bool = False
+    allow_uid: frozenset[int] = frozenset()
+    socket_gid: int | None = None
+    pidfile: str | None = None
+    log_level: int = logging.WARNING
+    trace: tuple[str, ...] = ()
+
+
+# What a TOML file may say: the options without their dashes, and the type of each.
+_KEYS: Final[dict[str, type | tuple[type, ...]]] = {
+    "name": str,
+    "uuid": str,
+    "qmp": (str, list),
+    "jsonrpc": (str, list),
+    "allow-open": bool,
+    "allow-uid": (int, list),
+    "socket-group": (str, int),
+    "pidfile": str,
+    "log-level": str,
+    "trace": (str, list),
+}
+_TYPE_NAMES: Final = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vfiod serve",
+        description="Hold the VFIO devices of one VM, and serve them.",
+        epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already.",
+        allow_abbrev=False,
+        argument_default=None,
+    )
+    add = parser.add_argument
+    add("--name", metavar="VM", help="the name of the VM")
+    add("--uuid", metavar="U", help="the UUID of the VM")
+    add("--qmp", metavar="SOCKET", action="append", help="serve QMP here; may be repeated")
+    add("--jsonrpc", metavar="SOCKET", action="append", help="serve JSON-RPC 2.0 here; may be repeated")
+    add("--allow-open", action="store_true", default=None, help="let device_add open host devices by itself")
+    add(
+        "--allow-uid",
+        metavar="UID",
+        action="append",
+        help="let this user in, besides root and our own; may be repeated",
+    )
+    add("--socket-group", metavar="G", help="give sockets to this group, mode 0660 instead of 0600")
+    add("--pidfile", metavar="P", help="lock this file, and write the process id into it once ready")
+    add("--log-level", metavar="L", help=f"what to log to stderr: {', '.join(LEVELS)} (warning)")
+    add("--trace", metavar="PATTERN", action="append", help="switch trace points on; may be repeated")
+    add("--config", metavar="FILE.toml", help="take options from a file; those given here win")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Options from the command line, and the file it names.
+
+    Raises OptionError; SystemExit for ``--help`` and for what argparse itself refuses.
+    """
+    given = {key.replace("_", "-"): value for key, value in vars(_parser().parse_args(arguments)).items()}
+    config = given.pop("config")
+    values = _read_config(config) if config is not None else {}
+    values.update({key: value for key, value in given.items() if value is not None})
+    return _checked(values)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        with Path(path).open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise OptionError(f"Cannot read the configuration '{path}': {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"The configuration '{path}' is not TOML: {error}") from error
+    for key, value in values.items():
+        expected = _KEYS.get(key)
+        if expected is None:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_KEYS)}"
+            raise OptionError(f"The configuration '{path}' has an unknown key '{key}': {advice}")
+        types = expected if isinstance(expected, tuple) else (expected,)
+        if type(value) not in types:  # a bool is an int to isinstance, and not here
+            wanted = " or ".join(_TYPE_NAMES[one] for one in types)
+            raise OptionError(f"The configuration '{path}': '{key}' is {value!r}, expected {wanted}")
+    return values
+
+
+def _checked(values: dict[str, Any]) -> Options:
+    name = values.get("name")
+    if not name:
+        raise OptionError("--name is missing: give the VM's name")
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise OptionError(f"--name expects at most {MAX_NAME} printable characters")
+    uuid = values.get("uuid")
+    if uuid is not None and not re.match(UUID_PATTERN, uuid):
+        raise OptionError(f"--uuid expects a UUID in its 8-4-4-4-12 form, got '{uuid}'")
+    sockets = tuple(
+        _socket(dialect, text) for dialect in ("qmp", "jsonrpc") for text in _list(values.get(dialect), dialect)
+    )
+    if not sockets:
+        raise OptionError("No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N")
+    doubled = [
+        one for index, one in enumerate(sockets) if (one.path, one.fd) in [(s.path, s.fd) for s in sockets[:index]]
+    ]
+    if doubled:
+        raise OptionError(f"{doubled[0]} is given twice: each socket serves one dialect")
+    return Options(
+        name=name,
+        uuid=None if uuid is None else uuid.lower(),
+        sockets=sockets,
+        allow_open=bool(values.get("allow-open", False)),
+        allow_uid=frozenset(_uid(one) for one in _list(values.get("allow-uid"), "allow-uid")),
+        socket_gid=_gid(values.get("socket-group")),
+        pidfile=values.get("pidfile"),
+        log_level=_level(values.get("log-level", "warning")),
+        trace=tuple(str(one) for one in _list(values.get("trace"), "trace")),
+    )
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    wrong = [one for one in values if type(one) not in (str, int)]
+    if wrong:
+        raise OptionError(f"'{key}' holds {wrong[0]!r}, expected strings")
+    return values
+
+
+def _socket(dialect: str, text: Any) -> SocketOption:
+    kind, separator, rest = re.match(r"([a-z]*)([:=]?)(.*)", str(text), re.DOTALL).groups()  # type: ignore[union-attr]
+    if kind == "unix" and separator == ":" and rest:
+        return SocketOption(dialect, path=rest)
+    if kind == "fd" and separator == "=" and rest.isascii() and rest.isdigit() and len(rest) <= 9:
+        return SocketOption(dialect, fd=int(rest))
+    raise OptionError(f"--{dialect} expects unix:PATH or fd=N, got '{text}'")
+
+
+def _uid(text: Any) -> int:
+    if isinstance(text, int) and text >= 0:
+        return text
+    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 10:
+        return int(text)
+    raise OptionError(f"--allow-uid expects a user's number, got '{text}'")
+
+
+def _gid(text: Any) -> int | None:
+    if text is None:
+        return None
+    if isinstance(text, int) or (text.isascii() and text.isdigit()):
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError as error:
+        raise OptionError(f"--socket-group: there is no group '{text}'") from error
+
+
+def _level(text: str) -> int:
+    if text.lower() not in LEVELS:
+        raise OptionError(f"--log-level expects one of {', '.join(LEVELS)}, got '{text}'")
+    return int(getattr(logging, text.upper()))

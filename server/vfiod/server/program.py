@@ -1,0 +1,162 @@
+"""The process: what it checks before it begins, when it is ready, and the order in which it ends.
+
+Exit status: 0 when it was asked to end (a signal, ``quit``) and closed every device; 1 when it could not begin, or
+something could not be closed; 2 for wrong options.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vfiod.server.kernel.kinds import kind_of
+
+from vfiod.protocol.catalogue.monitor import ShutdownCause
+from vfiod.protocol.errors import VfiodError
+from vfiod.server import trace
+from vfiod.server.events import EventHub
+from vfiod.server.machine import Machine
+from vfiod.server.monitor import listener
+from vfiod.server.monitor.access import Access, overflow_uid
+from vfiod.server.monitor.server import MonitorServer
+from vfiod.server.options import OptionError, Options, SocketOption, parse
+
+__all__ = ["main", "serve"]
+
+_log: Final = logging.getLogger("vfiod")
+
+LAST_REPLIES_SECONDS: Final = 1.0
+"""How long the last replies and events may take to leave."""
+
+
+class StartError(VfiodError):
+    """The server cannot begin."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the server; returns the exit status."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except OptionError as error:
+        print(f"vfiod: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=options.log_level, format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr)
+    try:
+        refuse_overflow_uid()
+        for pattern in options.trace:
+            if not trace.switch(pattern, True):
+                raise StartError(f"--trace '{pattern}' matches no trace point")
+        clean = asyncio.run(serve(options))
+    except VfiodError as error:
+        print(f"vfiod: {error}", file=sys.stderr)
+        return 1
+    return 0 if clean else 1
+
+
+def refuse_overflow_uid(own: int | None = None) -> None:
+    """Refuse to run as the user that stands for every unmapped one: any of them could come in as "ourselves"."""
+    own = os.geteuid() if own is None else own
+    if own == overflow_uid():
+        raise StartError(f"vfiod does not run as uid {own}, the kernel's overflow uid: give it a user of its own")
+
+
+async def serve(options: Options) -> bool:
+    """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
+        hub = EventHub(loop.call_later)
+        machine = _machine(options, hub)
+        server = MonitorServer(loop, machine, hub, Access(options.allow_uid), kind_of)
+        try:
+            for option in options.sockets:
+                _listen(server, option, options.socket_gid)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
+            if pidfile is not None:
+                pidfile.write()
+            notify(f"READY=1\nSTATUS=Serving {options.name}")
+            _log.info("Serving %s on %s", options.name, ", ".join(map(str, options.sockets)))
+            cause = await server.closing
+            _log.info("Ending: %s", cause)
+        finally:
+            notify("STOPPING=1")
+            troubles = await machine.close()
+            server.stop_listening()
+            await server.drain(LAST_REPLIES_SECONDS)
+            server.close()
+            hub.flush()
+        for trouble in troubles:
+            _log.error("%s", trouble)
+        return not troubles
+
+
+def _machine(options: Options, hub: EventHub) -> Machine:
+    if options.uuid is None:
+        return Machine(options.name, hub=hub, allow_open=options.allow_open)
+    return Machine(options.name, options.uuid, hub=hub, allow_open=options.allow_open)
+
+
+def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> None:
+    if option.path is None:
+        server.listen(listener.inherit(option.fd or 0), option.dialect)
+        return
+    made = server.listen(listener.open_path(option.path, gid), option.dialect)
+    made.remove_at_close(option.path)
+
+
+class Pidfile:
+    """A file that is locked while the process lives, and names it once it is ready. Removed at the end.
+
+    The lock is a record lock (``fcntl(2)``), as QEMU's. Raises StartError when another process holds it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._fd = -1
+
+    def __enter__(self) -> Pidfile:
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise StartError(f"Cannot open the pidfile '{self._path}': {error.strerror}") from error
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise StartError(f"The pidfile '{self._path}' is locked: another server uses it") from error
+        return self
+
+    def write(self) -> None:
+        """Name this process: it is ready."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        os.close(self._fd)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, when it started us (``sd_notify(3)``). What goes wrong here must not stop the server."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address[0] == "@":
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.connect(address)
+            sender.send(state.encode())
+    except OSError as error:
+        _log.warning("Cannot notify the service manager at %s: %s", os.environ["NOTIFY_SOCKET"], error)
