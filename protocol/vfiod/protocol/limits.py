@@ -80,6 +80,9 @@ MAX_VECTORS: Final = 2048
 DEFAULT_UNPLUG_TIMEOUT_MS: Final = 5_000
 """Milliseconds ``device_del`` waits for holders: libvirt's unplug time-out on x86."""
 
+CLOSE_TIMEOUT_MS: Final = 10_000
+"""Milliseconds that work under way has to end, and devices to close, when the server ends. systemd gives 90 s."""
+
 DEFAULT_MMAP_TIMEOUT_MS: Final = 1_100
 """Milliseconds before the fast path returns after an interrupt (QEMU ``hw/vfio/pci.c``)."""
 

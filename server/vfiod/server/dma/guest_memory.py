@@ -65,6 +65,7 @@ def clip(iova: int, size: int, page: int) -> tuple[int, int]:
         page: the IOMMU's smallest page size, a power of two, bytes.
 
     Returns the first address and the size, which is 0 when no whole page lies within.
+
     """
     first = (iova + page - 1) & -page
     end = (iova + size) & -page
@@ -85,6 +86,7 @@ class GuestMemory:
         self._ranges: list[MappedRange] = []  # sorted; changed in the topology lane, by single list operations
         self._spaces: tuple[AddressSpace, ...] = ()
         self._backends: dict[str, int] = {}
+        self._bytes = 0
 
     # --- looking: any thread, any time --------------------------------------------------------------
 
@@ -95,6 +97,11 @@ class GuestMemory:
     def spaces(self) -> tuple[AddressSpace, ...]:
         """The address spaces that have every mapping."""
         return self._spaces
+
+    @property
+    def mapped_bytes(self) -> int:
+        """How much is mapped, in bytes; an address space pins as much."""
+        return self._bytes
 
     @property
     def page_size(self) -> int:
@@ -155,12 +162,13 @@ class GuestMemory:
 
         Returns the address and size really mapped: clipped to whole pages.
         Raises InvalidArgument before anything is touched, or what the address space said, after all is undone.
+
         """
         page = self.page_size
         _check_range(iova, size)
         if offset + size > memory.size:
             raise InvalidArgument(
-                f"Parameter 'size': offset {offset:#x} plus size {size:#x} is beyond the memory's {memory.size:#x} bytes"
+                f"Parameter 'size': offset {offset:#x} plus size {size:#x} is beyond the memory's {memory.size:#x}"
             )
         if (iova - offset) % page:
             raise InvalidArgument(
@@ -186,6 +194,7 @@ class GuestMemory:
                 self._take_back(space, mapping)
             raise
         self._ranges.insert(at, MappedRange(mapping, backend))
+        self._bytes += length
         if backend is not None:
             self._backends[backend] = self._backends.get(backend, 0) + 1
         return first, length
@@ -289,8 +298,12 @@ class GuestMemory:
         return low, high
 
     def _release(self, one: MappedRange) -> None:
+        self._bytes -= one.mapping.size
         if one.backend is None:
-            one.mapping.memory.close()
+            try:
+                one.mapping.memory.close()
+            except BufferError:
+                _log.error("%s is still being looked at; it stays open until that ends", one.mapping.memory.name)
         else:
             left = self._backends[one.backend] - 1
             if left:
@@ -312,7 +325,9 @@ class GuestMemory:
             try:
                 _map(space, one.mapping)
             except (CommandError, OSError) as error:
-                _log.error("%s could not be mapped again into %s: %s", _words(one.first, one.mapping.size), space.name, error)
+                _log.error(
+                    "%s could not be mapped again into %s: %s", _words(one.first, one.mapping.size), space.name, error
+                )
                 lost.append(one)
         for one in lost:
             for space in self._spaces:
@@ -332,10 +347,7 @@ def _words(iova: int, size: int) -> str:
 
 
 def _empty(iova: int, size: int, page: int) -> str:
-    return (
-        f"Parameter 'size': the range is empty: no whole page of {page:#x} bytes lies within"
-        f" {_words(iova, size)}"
-    )
+    return f"Parameter 'size': the range is empty: no whole page of {page:#x} bytes lies within {_words(iova, size)}"
 
 
 def _check_range(iova: int, size: int) -> None:
@@ -346,7 +358,7 @@ def _check_range(iova: int, size: int) -> None:
 def _check_pages(space: AddressSpace, mapping: Mapping) -> None:
     if (mapping.iova | mapping.size | mapping.offset) % space.page_size:
         raise InvalidArgument(
-            f"The mapping {_words(mapping.iova, mapping.size)} is not made of whole pages of {space.page_size:#x} bytes,"
+            f"The mapping {_words(mapping.iova, mapping.size)} is not made of pages of {space.page_size:#x} bytes,"
             f" the smallest of {space.name}; dma-unmap it, or map it anew in such pages"
         )
 

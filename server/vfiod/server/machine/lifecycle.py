@@ -1,25 +1,26 @@
-"""Devices come and go: adding with complete unwinding, removing with exactly one event.
+r"""Devices come and go: adding with complete unwinding, removing with exactly one event.
 
 Everything here runs on the event loop's thread; what blocks runs in a thread, inside a turn of the ``topology`` lane.
 
 ::
 
     add     reserved (realizing) --- realized, started ---> running      DEVICE_ADDED
-                       \\--- any failure ---> nothing
+                       \--- any failure ---> nothing
     remove  running ---> unplugging --- nobody holds it, or forced ---> closed   DEVICE_DELETED, once
-                               \\--- held when the time is over ---> running      DEVICE_UNPLUG_ERROR
+                               \--- held when the time is over ---> running      DEVICE_UNPLUG_ERROR
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vfiod.protocol.catalogue.devices import (
+    Check,
     DeviceAdded,
     DeviceDeleted,
     DeviceUnplugError,
@@ -34,6 +35,7 @@ from vfiod.server.backends.base import Backend
 from vfiod.server.devices.pci import PciDevice, PciOptions
 from vfiod.server.events import EventHub
 from vfiod.server.lanes import Lane, Turn
+from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.environment import LoopEnvironment
 
 __all__ = ["Devices", "NewDevice"]
@@ -54,7 +56,9 @@ class NewDevice:
         host: host address or UUID, when known before it is open.
         options: properties of the device model.
         on_request_timeout_ms: with ``on-request=delete``, how long holders are waited for.
-        open: opens it for a user (its id or path). Blocks; in a worker's thread; unwinds itself on failure.
+        open: opens it for a user (its id or path). Blocks; in a worker's thread; takes the origin's fds over,
+            whatever comes of it, and unwinds itself on failure.
+        discard: closes the origin's fds, when it does not come to ``open``.
 
     """
 
@@ -63,6 +67,7 @@ class NewDevice:
     host: str | None
     options: PciOptions
     open: Callable[[str], Backend]
+    discard: Callable[[], None]
     on_request_timeout_ms: int = DEFAULT_UNPLUG_TIMEOUT_MS
 
 
@@ -104,14 +109,23 @@ class Devices:
         hub: the machine's events.
         executor: the machine's threads.
         topology: the lane in which devices come and go.
+        on_deleted: called on the loop after each ``DEVICE_DELETED``.
 
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, executor: Executor, topology: Lane) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        hub: EventHub,
+        executor: Executor,
+        topology: Lane,
+        on_deleted: Callable[[], None],
+    ) -> None:
         self._loop = loop
         self._hub = hub
         self._executor = executor
         self._topology = topology
+        self._on_deleted = on_deleted
         self._added: dict[str, _Added] = {}  # by name, oldest first
         self._tasks: set[asyncio.Task[Any]] = set()
         self._anonymous = 0
@@ -136,15 +150,31 @@ class Devices:
 
     # --- adding ---------------------------------------------------------------------------------------
 
-    async def add(self, new: NewDevice) -> PciDevice:
+    def add(self, new: NewDevice) -> Awaitable[PciDevice]:
         """Open a device, read what it has, and start it; or leave nothing behind.
 
-        It goes on to its end when the caller is cancelled: the device is the machine's, not the session's.
+        It goes on to its end when the caller is cancelled: the device is the machine's, not the session's. What
+        ``new`` holds is taken over on every path.
 
-        Raises CommandError: a duplicate id (QEMU's words), too many devices, or what opening it said.
+        Raises CommandError: a duplicate id (QEMU's words) or too many devices, at once; or, when awaited, what
+        opening it said.
         """
-        added = self._reserve(new)
-        return await asyncio.shield(self._own(self._realize(added)))
+        try:
+            added = self._reserve(new)
+        except BaseException:
+            new.discard()
+            raise
+        return asyncio.shield(self._own(self._realize(added)))
+
+    def check(self, id: str) -> tuple[Check, ...]:
+        """What a dry run says of the id and the number of devices."""
+        named = f"'{id}'" if id else "none; the device would be known by its path"
+        taken = bool(id) and id in self._added
+        full = len(self._added) >= MAX_DEVICES
+        return (
+            Check(name="id", ok=not taken, detail=f"Duplicate device ID '{id}'" if taken else f"The id is {named}"),
+            Check(name="devices", ok=not full, detail=f"{len(self._added)} of at most {MAX_DEVICES} devices are there"),
+        )
 
     def _reserve(self, new: NewDevice) -> _Added:
         if self._refusal is not None:
@@ -175,9 +205,16 @@ class Devices:
 
     async def _realize(self, added: _Added) -> PciDevice:
         device = added.device
+        taken_over = False
+
+        def open_backend() -> Backend:
+            nonlocal taken_over
+            taken_over = True
+            return added.new.open(device.name)
+
         try:
             async with self._topology.turn(f"device_add {device.name}") as turn:
-                await turn.run(lambda: device.realize(lambda: added.new.open(device.name)))
+                await turn.run(lambda: device.realize(open_backend))
                 try:
                     device.start()
                 except BaseException:
@@ -185,6 +222,8 @@ class Devices:
                     raise
         except BaseException:
             self._forget(added)
+            if not taken_over:
+                added.new.discard()
             raise
         self._hub.emit(DeviceAdded(device=_id(device), path=device.path))
         if trace.device_realized.on:
@@ -217,7 +256,7 @@ class Devices:
         self._begin(added, _Unplug(self._loop.time() + timeout_ms / 1000, force=force, insist=False))
 
     def _requested(self, device: PciDevice) -> None:
-        """The host wants the device back (REQ): with ``on-request=delete`` it gets it, at the latest when time is over."""
+        """The host wants the device back (REQ). With ``on-request=delete`` it gets it, by force when time is over."""
         added = self._added.get(device.name)
         if added is None or added.new.options.on_request is not OnRequest.DELETE:
             return
@@ -280,11 +319,11 @@ class Devices:
         device = added.device
         try:
             device.stop()
-        except Exception:
+        except Exception:  # noqa: BLE001 - what it was is logged; closing goes on
             _log.exception("Stopping device %s failed; it is closed all the same", device.name)
         try:
             return await turn.run(device.close)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a removal always ends
             _log.exception("Closing device %s failed", device.name)
             return False
 
@@ -292,6 +331,7 @@ class Devices:
         self._hub.emit(DeviceDeleted(device=_id(device), path=device.path, released=released))
         if trace.device_removed.on:
             trace.device_removed(device=device.name, released=released)
+        self._on_deleted()
 
     # --- the rest of the machine ------------------------------------------------------------------------
 
@@ -301,49 +341,34 @@ class Devices:
             added.device.session_ended(session)
             self._wake(added)
 
-    async def close(self, refusal: CommandError, deadline: float) -> list[str]:
-        """Close every device, youngest first, and admit no more.
+    async def close(self, refusal: CommandError, ending: Ending) -> None:
+        """Close every device, youngest first, and admit no more. Never raises: ``ending`` notes what goes wrong.
 
-        Args:
-            refusal: what ``device_add`` says from now on. The topology lane is closed already.
-            deadline: in the loop's time; what does not end by then is left to the kernel.
-
-        Returns what went wrong, in sentences. Never raises.
+        The topology lane is closed before: who waited there is refused, who works there has ended or is stuck.
         """
         self._refusal = refusal
-        problems: list[str] = []
-        if self._tasks:
-            # Additions and removals that are at work end by themselves; those that waited were refused.
-            for added in self._added.values():
-                if added.unplug is not None:
-                    added.unplug.force = True
-                    added.unplug.wake.set()
-            await self._until(deadline, *self._tasks)
+        for added in self._added.values():
+            if added.unplug is not None:  # it no longer waits for holders: it is refused its turn, and ends
+                added.unplug.force = True
+                added.unplug.wake.set()
+        await ending.wait(*self._tasks)
         for added in reversed(tuple(self._added.values())):
-            device = added.device
-            added.lane.close(refusal)
-            await self._until(deadline, self._own(added.lane.idle()))
-            if added.lane.busy:
-                problems.append(f"Device {device.name} was closed while {added.lane.current} was still running")
-            try:
-                device.stop()
-            except Exception as error:
-                _log.exception("Stopping device %s failed", device.name)
-                problems.append(f"Stopping device {device.name} failed: {error}")
-            closing = self._loop.run_in_executor(self._executor, device.close)
-            await self._until(max(deadline, self._loop.time() + GRACE_S), closing)
-            released = False
-            if not closing.done():
-                problems.append(f"Closing device {device.name} does not end; it is left to the kernel")
-                closing.add_done_callback(_swallow)
-            elif (failure := closing.exception()) is not None:
-                _log.error("Closing device %s failed", device.name, exc_info=failure)
-                problems.append(f"Closing device {device.name} failed: {failure}")
-            else:
-                released = closing.result()
-            self._forget(added)
-            self._tell_deleted(device, released)
-        return problems
+            await self._end(added, refusal, ending)
+
+    async def _end(self, added: _Added, refusal: CommandError, ending: Ending) -> None:
+        device = added.device
+        added.lane.close(refusal)
+        if not await ending.wait(added.lane.idle()):
+            ending.note(f"Device {device.name}: {added.lane.current} is still running; it is closed all the same")
+        try:
+            device.stop()
+        except Exception as error:  # noqa: BLE001 - closing goes on
+            _log.exception("Stopping device %s failed", device.name)
+            ending.note(f"Stopping device {device.name} failed: {error}")
+        closing = self._loop.run_in_executor(self._executor, device.close)
+        released = await ending.step(f"Closing device {device.name}", closing)
+        self._forget(added)
+        self._tell_deleted(device, bool(released))
 
     # --- inside -----------------------------------------------------------------------------------------
 
@@ -374,13 +399,6 @@ class Devices:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_swallow)
         return task
-
-    async def _until(self, deadline: float, *work: asyncio.Future[Any]) -> None:
-        await asyncio.wait(work, timeout=max(0.0, deadline - self._loop.time()))
-
-
-GRACE_S: Final = 0.2
-"""Seconds that closing one device may take although the time for closing all is over: closing is quick, or stuck."""
 
 
 def _id(device: PciDevice) -> str | UnsetType:

@@ -1,0 +1,205 @@
+"""Family "devices": ``device_add``, ``device_del``, and looking; and ``query-machine``."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Final
+
+import msgspec
+
+from vfiod.protocol.catalogue.declare import Arguments, Empty, command_of
+from vfiod.protocol.catalogue.devices import (
+    Check,
+    DeviceAdd,
+    DeviceAddResult,
+    DeviceDel,
+    DeviceInfo,
+    DeviceListProperties,
+    Driver,
+    MachineInfo,
+    PropertyInfo,
+    QueryDevices,
+    QueryMachine,
+)
+from vfiod.protocol.catalogue.words import UNSET
+from vfiod.protocol.errors import DeviceNotFound, InvalidArgument
+from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.protocol.introspection import argument_properties
+from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
+from vfiod.server.backends.group import ContainerSource, GroupOrigin
+from vfiod.server.commands.call import Call, Handler
+from vfiod.server.devices.pci import PciDevice, PciOptions
+from vfiod.server.machine import NewDevice
+
+__all__ = ["HANDLERS"]
+
+ORIGINS: Final = (
+    "give one origin: 'host' or 'sysfsdev' (a device of a kernel group, with 'group-fd' for the first of its group), "
+    "or 'mdev' (a mediated device)"
+)
+
+NOT_PROPERTIES: Final = frozenset({"driver", "id", "x-dry-run"})
+
+
+# --- adding ---------------------------------------------------------------------------------------
+
+
+def device_add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
+    """Add a device, or say whether it could be added."""
+    a = arguments
+    if a.driver not in set(Driver):
+        raise InvalidArgument(f"'{a.driver}' is not a valid device model name")
+    _check_origin(a)
+    options = _options(a)
+    if a.mdev is not UNSET:
+        return _add_mediated(call, a, options, a.mdev.lower())
+    return _add_from_group(call, a, options)
+
+
+def _check_origin(a: DeviceAdd) -> None:
+    """Exactly one origin, and only what belongs to it. Raises InvalidArgument."""
+    named = [name for name in ("host", "sysfsdev", "mdev") if getattr(a, name) is not UNSET]
+    if not named:
+        raise InvalidArgument(f"Parameter 'host' is missing: {ORIGINS}")
+    if len(named) > 1:
+        both = " and ".join(f"'{name}'" for name in named)
+        raise InvalidArgument(f"Parameters {both} exclude each other: {ORIGINS}")
+    if a.mdev is not UNSET:
+        for name in ("group_fd", "container_fd", "container", "x_noiommu"):
+            if getattr(a, name) not in (UNSET, False):
+                wire = name.replace("_", "-")
+                raise InvalidArgument(f"Parameter '{wire}' is for devices of a kernel group; 'mdev' takes none")
+    if a.container_fd is not UNSET and a.container is not UNSET:
+        raise InvalidArgument("Parameters 'container-fd' and 'container' exclude each other: give one of them")
+
+
+def _options(a: DeviceAdd) -> PciOptions:
+    timeout = a.mmap_timeout_ms
+    if timeout is UNSET:
+        timeout = a.x_intx_mmap_timeout_ms
+    elif a.x_intx_mmap_timeout_ms not in (UNSET, timeout):
+        raise InvalidArgument(
+            "Parameters 'mmap-timeout-ms' and 'x-intx-mmap-timeout-ms' are two names of one property;"
+            f" they differ: {timeout} and {a.x_intx_mmap_timeout_ms}"
+        )
+    return PciOptions(
+        mmap_timeout_ms=DEFAULT_MMAP_TIMEOUT_MS if timeout is UNSET else timeout,
+        share_fd=a.share_fd,
+        no_mmap=a.x_no_mmap,
+        on_request=a.on_request,
+    )
+
+
+def _add_mediated(call: Call, a: DeviceAdd, options: PciOptions, uuid: str) -> Awaitable[DeviceAddResult]:
+    machine = call.machine
+    if a.x_dry_run:
+        return _report(call, a, machine.check_mediated(uuid))
+    new = NewDevice(
+        id="" if a.id is UNSET else a.id,
+        backend_kind="mdev",
+        host=uuid,
+        options=options,
+        open=lambda user: machine.mediated.open(uuid, user),
+        discard=lambda: None,
+        on_request_timeout_ms=a.on_request_timeout_ms,
+    )
+    return _added(machine.add_device(new))
+
+
+def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[DeviceAddResult]:
+    machine = call.machine
+    container_object = None if a.container is UNSET else a.container
+    if container_object is not None:
+        machine.objects.container(container_object)  # an unknown id is said before anything is opened
+    group_fd: FileDescriptor | None = None
+    container: ContainerSource | None = None
+    try:
+        if a.group_fd is not UNSET:
+            group_fd = call.fd("group-fd", a.group_fd, FdKind.VFIO_GROUP)
+        if a.container_fd is not UNSET:
+            fd = call.fd("container-fd", a.container_fd, FdKind.VFIO_CONTAINER)
+            container = ContainerSource(fd, a.container_fd)
+    except BaseException:
+        if group_fd is not None:
+            group_fd.close()
+        raise
+    origin = GroupOrigin(
+        driver=a.driver,
+        host=None if a.host is UNSET else a.host,
+        sysfsdev=None if a.sysfsdev is UNSET else a.sysfsdev,
+        group_fd=group_fd,
+        container=container,
+        noiommu=a.x_noiommu,
+    )
+    if a.x_dry_run:
+        call.keep_names()
+        return _report(call, a, machine.check_group(origin, container_object))
+
+    def discard() -> None:
+        if group_fd is not None:
+            group_fd.close()
+        if container is not None:
+            container.fd.close()
+
+    new = NewDevice(
+        id="" if a.id is UNSET else a.id,
+        backend_kind="kernel-group",
+        host=origin.host or origin.sysfsdev,
+        options=options,
+        open=lambda _: machine.open_group(origin, container_object),
+        discard=discard,
+        on_request_timeout_ms=a.on_request_timeout_ms,
+    )
+    return _added(machine.add_device(new))
+
+
+async def _added(work: Awaitable[PciDevice]) -> DeviceAddResult:
+    await work
+    return DeviceAddResult()
+
+
+async def _report(call: Call, a: DeviceAdd, work: Awaitable[tuple[Check, ...]]) -> DeviceAddResult:
+    own = call.machine.devices.check("" if a.id is UNSET else a.id)
+    checks = [*own, *await work]
+    return DeviceAddResult(possible=all(check.ok for check in checks), checks=checks)
+
+
+# --- removing -------------------------------------------------------------------------------------
+
+
+def device_del(call: Call, arguments: DeviceDel) -> Empty:
+    """Begin to remove a device."""
+    call.machine.remove_device(arguments.id, force=arguments.force, timeout_ms=arguments.timeout_ms)
+    return Empty()
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def query_devices(call: Call, arguments: QueryDevices) -> list[DeviceInfo]:
+    """List devices, or show one."""
+    if arguments.id is not UNSET:
+        return [call.machine.device(arguments.id).info()]
+    return [device.info() for device in call.machine.devices.all()]
+
+
+def device_list_properties(call: Call, arguments: DeviceListProperties) -> list[PropertyInfo]:
+    """List what ``device_add`` takes for a driver."""
+    if arguments.typename not in set(Driver):
+        raise DeviceNotFound.named(arguments.typename)
+    properties = msgspec.convert(argument_properties(command_of(DeviceAdd)), list[PropertyInfo])
+    return [one for one in properties if one.name not in NOT_PROPERTIES]
+
+
+def query_machine(call: Call, arguments: QueryMachine) -> MachineInfo:
+    """Show everything at one moment."""
+    return call.machine.snapshot(call.server.status, call.server.session_infos())
+
+
+HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {
+    DeviceAdd: device_add,
+    DeviceDel: device_del,
+    QueryDevices: query_devices,
+    DeviceListProperties: device_list_properties,
+    QueryMachine: query_machine,
+}

@@ -1,0 +1,166 @@
+"""What ``object-add`` makes: things that devices and mappings refer to by id.
+
+Changed in the ``topology`` lane only; looked at from anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from vfiod.protocol.catalogue.fds import FdInfo
+from vfiod.protocol.catalogue.objects import ObjectInfo, ObjectType
+from vfiod.protocol.errors import CommandError, InvalidArgument
+from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.protocol.limits import MAX_OBJECTS
+from vfiod.server.dma.guest_memory import GuestMemory
+from vfiod.server.kernel.memory import SharedMemory
+
+__all__ = ["ContainerObject", "MemoryObject", "Objects"]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryObject:
+    """A ``memory-backend-fd``: guest memory that ``dma-map`` takes pieces of."""
+
+    id: str
+    memory: SharedMemory
+    kind: FdKind
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerObject:
+    """A ``vfio-container``: a passed container, for ``device_add container=ID``."""
+
+    id: str
+    fd: FileDescriptor
+
+
+class Objects:
+    """The machine's objects, by id.
+
+    Args:
+        guest_memory: whose mappings refer to memory backends.
+        groups_in: ``group:N`` of each group in the container that an object of this id passed.
+
+    """
+
+    def __init__(self, guest_memory: GuestMemory, groups_in: Callable[[str], tuple[str, ...]]) -> None:
+        self._guest_memory = guest_memory
+        self._groups_in = groups_in
+        self._objects: dict[str, MemoryObject | ContainerObject] = {}
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    # --- changing: in the topology lane -------------------------------------------------------------
+
+    def check_room(self, id: str) -> None:
+        """Whether an object of this id may be added. Raises CommandError."""
+        if id in self._objects:
+            raise CommandError(f"Duplicate object ID '{id}'")
+        if len(self._objects) >= MAX_OBJECTS:
+            raise CommandError(f"This machine has {MAX_OBJECTS} objects, no more are allowed: object-del some first")
+
+    def add(self, one: MemoryObject | ContainerObject) -> None:
+        """Take an object over. Raises CommandError for a duplicate id or too many; then its owner stays."""
+        self.check_room(one.id)
+        self._objects[one.id] = one
+
+    def remove(self, id: str) -> None:
+        """Close an object. Raises CommandError, in QEMU's words, when it is unknown or something refers to it."""
+        one = self._objects.get(id)
+        if one is None:
+            raise CommandError(f"object '{id}' not found")
+        users = self._users(one)
+        if users:
+            raise CommandError(f"object '{id}' is in use, can not be deleted: {_some(users)} refers to it")
+        del self._objects[id]
+        _close(one)
+
+    def close(self) -> list[str]:
+        """Close all. Returns what went wrong, in sentences."""
+        objects, self._objects = self._objects, {}
+        problems = []
+        for one in objects.values():
+            try:
+                _close(one)
+            except (OSError, BufferError) as error:
+                problems.append(f"Closing object {one.id} failed: {error}")
+        return problems
+
+    # --- looking --------------------------------------------------------------------------------------
+
+    def memory(self, id: str) -> SharedMemory:
+        """The memory of a ``memory-backend-fd``, lent. Raises InvalidArgument."""
+        one = self._objects.get(id)
+        if not isinstance(one, MemoryObject):
+            raise _unfit("memory-backend", id, one, ObjectType.MEMORY_BACKEND_FD)
+        return one.memory
+
+    def container(self, id: str) -> FileDescriptor:
+        """The fd of a ``vfio-container``, lent. Raises InvalidArgument."""
+        one = self._objects.get(id)
+        if not isinstance(one, ContainerObject):
+            raise _unfit("container", id, one, ObjectType.VFIO_CONTAINER)
+        return one.fd
+
+    def infos(self) -> list[ObjectInfo]:
+        """What ``query-objects`` says."""
+        mappings: dict[str, list[str]] = {}
+        for mapped in self._guest_memory.ranges():
+            if mapped.backend is not None:
+                mappings.setdefault(mapped.backend, []).append(f"mapping:{mapped.first:#x}")
+        infos = []
+        for one in tuple(self._objects.values()):
+            if isinstance(one, MemoryObject):
+                infos.append(
+                    ObjectInfo(
+                        id=one.id,
+                        qom_type=ObjectType.MEMORY_BACKEND_FD,
+                        size=one.memory.size,
+                        readonly=one.memory.readonly,
+                        used_by=mappings.get(one.id, []),
+                    )
+                )
+            else:
+                infos.append(ObjectInfo(id=one.id, qom_type=ObjectType.VFIO_CONTAINER, used_by=self._users(one)))
+        return infos
+
+    def fd_infos(self) -> Iterator[FdInfo]:
+        """What ``query-fds`` says of them."""
+        for one in tuple(self._objects.values()):
+            if isinstance(one, MemoryObject):
+                yield FdInfo(owner=f"object:{one.id}", kind=one.kind, number=one.memory.number)
+            else:
+                yield FdInfo(owner=f"object:{one.id}", kind=FdKind.VFIO_CONTAINER, number=one.fd.number)
+
+    def _users(self, one: MemoryObject | ContainerObject) -> list[str]:
+        if isinstance(one, ContainerObject):
+            return list(self._groups_in(one.id))
+        if not self._guest_memory.uses(one.id):
+            return []
+        return [f"mapping:{mapped.first:#x}" for mapped in self._guest_memory.ranges() if mapped.backend == one.id]
+
+
+NAMED_USERS: Final = 8
+"""How many users an error text names; ``query-objects`` lists all."""
+
+
+def _some(users: list[str]) -> str:
+    more = len(users) - NAMED_USERS
+    return ", ".join(users[:NAMED_USERS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _close(one: MemoryObject | ContainerObject) -> None:
+    if isinstance(one, MemoryObject):
+        one.memory.close()
+    else:
+        one.fd.close()
+
+
+def _unfit(argument: str, id: str, found: MemoryObject | ContainerObject | None, wanted: ObjectType) -> InvalidArgument:
+    if found is None:
+        return InvalidArgument(f"Parameter '{argument}': object '{id}' not found; object-add of type {wanted} makes it")
+    return InvalidArgument(f"Parameter '{argument}' expects the id of a {wanted}; object '{id}' is none")
