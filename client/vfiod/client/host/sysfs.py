@@ -1,0 +1,266 @@
+"""What sysfs says about PCI devices and their IOMMU groups. Read only.
+
+Sources: ``Documentation/ABI/testing/sysfs-bus-pci`` (driver_override, reset_method, sriov_*),
+``sysfs-kernel-iommu_groups``, ``Documentation/driver-api/vfio.rst`` (viability).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vfiod.client.errors import ClientError
+from vfiod.client.host.names import PciNames, system_names
+from vfiod.protocol.errors import errno_name
+
+__all__ = ["HostDevice", "HostError", "HostGroup", "Sysfs", "normal_address"]
+
+ADDRESS: Final = re.compile(r"^(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?([0-9a-fA-F]{1,2})\.([0-7])$")
+#: Drivers that leave a group viable (drivers/vfio/vfio_main.c, and bridges' port driver).
+HARMLESS: Final = frozenset({"pci-stub", "pcieport", "shpchp"})
+BRIDGE: Final = 0x06
+
+
+class HostError(ClientError):
+    """The host does not have it, or does not let us. The text says what to do."""
+
+
+def normal_address(text: str) -> str:
+    """``[[DDDD:]BB:]DD.F`` as sysfs writes it: ``0000:03:00.0``. Raises HostError."""
+    match = ADDRESS.match(text.strip())
+    if match is None or int(match[3], 16) > 0x1F:
+        raise HostError(f"A PCI address is [[DDDD:]BB:]DD.F in hexadecimal, such as 0000:03:00.0; got '{text}'")
+    domain, bus, slot, function = match.groups()
+    return f"{int(domain or '0', 16):04x}:{int(bus or '0', 16):02x}:{int(slot, 16):02x}.{function}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostDevice:
+    """One PCI function.
+
+    Attributes:
+        address: ``DDDD:BB:DD.F``.
+        vendor_id, device_id: 16 bits. kind: the class, in words. name: vendor and device, in words or numbers.
+        bridge: a bridge of any kind: it is never given to VFIO, and does not make its group unviable.
+        driver: what it is bound to; None: nothing.
+        override: ``driver_override``; None: none.
+        group: IOMMU group; None: no IOMMU stands before it.
+        iommu: the IOMMU's name (``dmar0``), where the kernel tells.
+        reset_methods: how the kernel can reset it alone (``flr``, ``bus``, ...); empty: it cannot.
+        numa_node: None when there is one node only.
+        vfio_device: the name under ``/dev/vfio/devices``, once bound to VFIO.
+        physical_function: for a virtual function, the address it belongs to.
+        used_by: what on this host would lose it: ``network interface eth0 (up)``, ``mounted /dev/sda1``.
+
+    """
+
+    address: str
+    vendor_id: int
+    device_id: int
+    kind: str
+    name: str
+    bridge: bool
+    driver: str | None
+    override: str | None
+    group: int | None
+    iommu: str | None
+    reset_methods: tuple[str, ...]
+    numa_node: int | None
+    vfio_device: str | None
+    physical_function: str | None
+    used_by: tuple[str, ...]
+
+    @property
+    def blocks_group(self) -> bool:
+        """Whether its driver keeps the group from VFIO."""
+        return (
+            not self.bridge and self.driver is not None and not vfio_driver(self.driver) and self.driver not in HARMLESS
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostGroup:
+    """One IOMMU group: what VFIO gives away as a whole.
+
+    Attributes:
+        number: the group's; its VFIO file is ``/dev/vfio/NUMBER`` (``noiommu-NUMBER`` without an IOMMU).
+        type: the kernel's default domain (``DMA``, ``identity``), where readable.
+        devices: the addresses in it.
+        blockers: ``address (driver)`` of the devices that make it unviable.
+        noiommu: made by vfio's unsafe no-IOMMU mode.
+
+    """
+
+    number: int
+    type: str | None
+    devices: tuple[str, ...]
+    blockers: tuple[str, ...]
+    noiommu: bool
+
+
+def vfio_driver(name: str) -> bool:
+    """Whether a driver is one of VFIO's: ``vfio-pci``, or a variant such as ``mlx5_vfio_pci``."""
+    return name.startswith(("vfio-", "vfio_")) or name.endswith(("-vfio-pci", "_vfio_pci", "_vfio"))
+
+
+class Sysfs:
+    """One sysfs tree.
+
+    Args:
+        root: ``/sys``, or a copy of one.
+        names: names for ids; default: the host's ``pci.ids``.
+        mountinfo: what is mounted (``proc(5)``); consulted for the real ``/sys`` only, unless given.
+
+    """
+
+    def __init__(
+        self, root: Path | str = "/sys", *, names: PciNames | None = None, mountinfo: Path | None = None
+    ) -> None:
+        self.root = Path(root)
+        self._names = names or system_names()
+        real = self.root.resolve() == Path("/sys")
+        self._mounts = _mounts(mountinfo or (Path("/proc/self/mountinfo") if real else None))
+
+    @property
+    def bus(self) -> Path:
+        """The PCI bus."""
+        return self.root / "bus/pci"
+
+    def path(self, address: str) -> Path:
+        """A device's directory. Raises HostError when there is no such device."""
+        address = normal_address(address)
+        path = self.bus / "devices" / address
+        if not path.exists():
+            raise HostError(f"There is no PCI device {address} ({path} does not exist); 'vfiod host list' shows them")
+        return path
+
+    def devices(self) -> Iterator[HostDevice]:
+        """Every PCI function, lowest address first. Those that vanish meanwhile are passed over."""
+        try:
+            addresses = sorted(path.name for path in (self.bus / "devices").iterdir())
+        except OSError as error:
+            raise HostError(f"Cannot read {self.bus / 'devices'}: {errno_name(error.errno or 0)}") from error
+        for address in addresses:
+            try:
+                yield self.device(address)
+            except (HostError, ValueError):
+                continue
+
+    def device(self, address: str) -> HostDevice:
+        """One PCI function. Raises HostError."""
+        path = self.path(address)
+        vendor, device = (_hexadecimal(path / name) for name in ("vendor", "device"))
+        code = _hexadecimal(path / "class")
+        vendor_name = self._names.vendor(vendor)
+        device_name = self._names.device(vendor, device)
+        node = _text(path / "numa_node")
+        group = _link(path / "iommu_group")
+        methods = _text(path / "reset_method")
+        return HostDevice(
+            address=path.name,
+            vendor_id=vendor,
+            device_id=device,
+            kind=self._names.kind(code),
+            name=" ".join([vendor_name or f"{vendor:04x}", device_name or f"{device:04x}"]),
+            bridge=code >> 16 == BRIDGE,
+            driver=_link(path / "driver"),
+            override=_override(path),
+            group=int(group) if group is not None and group.isdigit() else None,
+            iommu=_link(path / "iommu"),
+            reset_methods=tuple((methods or "").split()) or (("unknown",) if _needs_method(path, methods) else ()),
+            numa_node=int(node) if node is not None and node.isdigit() else None,
+            vfio_device=next(iter(_names(path / "vfio-dev")), None),
+            physical_function=_link(path / "physfn"),
+            used_by=tuple(self._users(path)),
+        )
+
+    def groups(self) -> Iterator[HostGroup]:
+        """Every IOMMU group, by number."""
+        for number in sorted(int(name) for name in _names(self.root / "kernel/iommu_groups") if name.isdigit()):
+            yield self.group(number)
+
+    def group(self, number: int) -> HostGroup:
+        """One IOMMU group. Members that are no PCI devices (platform) are listed, and cannot be judged."""
+        path = self.root / "kernel/iommu_groups" / str(number)
+        if not path.exists():
+            raise HostError(f"There is no IOMMU group {number} ({path} does not exist); is an IOMMU enabled?")
+        members = tuple(sorted(_names(path / "devices")))
+        blockers = []
+        for member in members:
+            try:
+                device = self.device(member)
+            except (HostError, ValueError):
+                continue
+            if device.blocks_group:
+                blockers.append(f"{device.address} ({device.driver})")
+        return HostGroup(
+            number=number,
+            type=_text(path / "type"),
+            devices=members,
+            blockers=tuple(blockers),
+            noiommu=_text(path / "name") == "vfio-noiommu",
+        )
+
+    def _users(self, path: Path) -> Iterator[str]:
+        """What on this host works with the device at this moment."""
+        for directory, subdirectories, files in os.walk(path):  # links are not followed: this device's own tree
+            here = Path(directory)
+            if here.parent.name == "net" and _text(here / "operstate") == "up":
+                yield f"network interface {here.name} (up)"
+            if "dev" in files and (number := _text(here / "dev")) in self._mounts:
+                yield f"{self._mounts[number]} is mounted from {here.name}"
+            subdirectories.sort()
+
+
+def _mounts(mountinfo: Path | None) -> dict[str | None, str]:
+    """Mount points by device number, ``major:minor``."""
+    if mountinfo is None:
+        return {}
+    try:
+        lines = mountinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {fields[2]: fields[4] for line in lines if len(fields := line.split()) > 4}
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in path.iterdir())
+    except OSError:
+        return []
+
+
+def _link(path: Path) -> str | None:
+    """The last component of a link's target: sysfs' way to name a relation."""
+    try:
+        return path.readlink().name
+    except OSError:
+        return None
+
+
+def _hexadecimal(path: Path) -> int:
+    text = _text(path)
+    if text is None:
+        raise HostError(f"Cannot read {path}: the device has gone, or this is no sysfs")
+    return int(text, 16)
+
+
+def _override(path: Path) -> str | None:
+    text = _text(path / "driver_override")
+    return None if text in (None, "", "(null)") else text
+
+
+def _needs_method(path: Path, methods: str | None) -> bool:
+    """Kernels before 5.15 have a ``reset`` file, and do not say how."""
+    return methods is None and (path / "reset").exists()
