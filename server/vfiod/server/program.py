@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vfiod.server.kernel.kinds import kind_of
-
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
 from vfiod.server import trace
 from vfiod.server.events import EventHub
+from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.machine import Machine
 from vfiod.server.monitor import listener
 from vfiod.server.monitor.access import Access, overflow_uid
@@ -90,14 +89,17 @@ async def serve(options: Options) -> bool:
             _log.info("Ending: %s", cause)
         finally:
             notify("STOPPING=1")
-            troubles = await machine.close()
+            # Sessions are served until all is closed: who asks then is told that we are ending.
+            ending = await machine.close()
+            hub.flush()
             server.stop_listening()
             await server.drain(LAST_REPLIES_SECONDS)
             server.close()
-            hub.flush()
-        for trouble in troubles:
-            _log.error("%s", trouble)
-        return not troubles
+    if ending.stuck:
+        # A thread hangs in the kernel: the interpreter would wait for it for ever. All of ours is put away.
+        logging.shutdown()
+        os._exit(1)
+    return not ending.problems
 
 
 def _machine(options: Options, hub: EventHub) -> Machine:

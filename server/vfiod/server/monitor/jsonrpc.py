@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from msgspec import UNSET
+
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.errors import CommandError, InternalError, VfiodError, WireError
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -98,7 +100,7 @@ class JsonRpcSession(Session):
 
     def _take(self, text: bytes | WireError) -> None:
         message = jsonrpc.decode_request(text)
-        if type(message) is jsonrpc.Single:
+        if isinstance(message, jsonrpc.Single):
             self._begin(message.item, self._put, True)
             return
         items = message.items
@@ -115,7 +117,7 @@ class JsonRpcSession(Session):
 
     def _begin(self, request: jsonrpc.Request | jsonrpc.Rejected, answer: Answer, alone: bool) -> None:
         self.commands += 1
-        if type(request) is jsonrpc.Rejected:
+        if isinstance(request, jsonrpc.Rejected):
             self.errors += 1
             answer(jsonrpc.encode_error(request.error, request.id), None)
             return
@@ -161,12 +163,12 @@ class JsonRpcSession(Session):
             self._refuse(job.request, value.error, job.answer)
             return
         request_id = job.request.id
-        if not isinstance(request_id, bytes | memoryview) and job.request.is_notification:
+        if request_id is UNSET:  # a notification
             close_all(call.succeed() or ())
             job.answer(None, None)
             return
         try:
-            line = jsonrpc.encode_result(value, request_id)  # type: ignore[arg-type]
+            line = jsonrpc.encode_result(value, request_id)
         except Exception:  # noqa: BLE001 - a result that is not what the catalogue says
             _log.exception("A result cannot be encoded")
             call.fail()

@@ -81,7 +81,7 @@ class QmpSession(Session):
     def _begin(self, request: qmp.Request | qmp.Rejected) -> None:
         """Begin one request, and answer it unless it goes on."""
         self.commands += 1
-        if type(request) is qmp.Rejected:
+        if isinstance(request, qmp.Rejected):
             self._refuse(request.error, request.id)
             return
         oob = request.oob

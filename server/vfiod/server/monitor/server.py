@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
@@ -18,13 +19,15 @@ from vfiod.server.commands.call import Handler
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
-from vfiod.server.machine import Machine
 from vfiod.server.monitor.access import Access, peer_of
 from vfiod.server.monitor.dispatch import build_methods
 from vfiod.server.monitor.jsonrpc import JsonRpcSession
 from vfiod.server.monitor.listener import Listener
 from vfiod.server.monitor.qmp import QmpSession
 from vfiod.server.monitor.session import Session
+
+if TYPE_CHECKING:
+    from vfiod.server.machine import Machine
 
 __all__ = ["DIALECTS", "MonitorServer"]
 
@@ -71,6 +74,7 @@ class MonitorServer:
         self._sessions: Final[dict[int, Session]] = {}
         self._listeners: Final[list[Listener]] = []
         self._tasks: Final[set[asyncio.Future[None]]] = set()
+        self._drained: asyncio.Future[None] | None = None
         self._number = 0
 
     # --- coming in ------------------------------------------------------------------------------
@@ -105,6 +109,8 @@ class MonitorServer:
     def ended(self, session: Session) -> None:
         """A session has ended."""
         self._sessions.pop(session.id, None)
+        self.machine.session_ended(session.id)
+        self.settled()
 
     def keep(self, task: asyncio.Future[None]) -> None:
         """Hold on to a command's task, which asyncio itself does not."""
@@ -131,16 +137,11 @@ class MonitorServer:
         """The fds of the sessions, and the server's own sockets."""
         for session in tuple(self._sessions.values()):
             yield from session.names.infos(f"session:{session.id}")
-            yield FdInfo(
-                owner="server",
-                name=f"session:{session.id}",
-                kind=self.kind_of(session.fileno()),
-                number=session.fileno(),
-            )
+            number = session.fileno()
+            yield FdInfo(owner="server", name=f"session:{session.id}", kind=self.kind_of(number), number=number)
         for listener in self._listeners:
-            yield FdInfo(
-                owner="server", name=listener.name, kind=self.kind_of(listener.fileno()), number=listener.fileno()
-            )
+            number = listener.fileno()
+            yield FdInfo(owner="server", name=listener.name, kind=self.kind_of(number), number=number)
 
     def shut_down(self, cause: ShutdownCause) -> None:
         """Begin to end: tell the readers, and whoever awaits :attr:`closing`."""
@@ -158,9 +159,16 @@ class MonitorServer:
 
     async def drain(self, seconds: float) -> None:
         """Wait until every reply has left, at most so long: a reader that does not read must not keep us."""
-        deadline = self.loop.time() + seconds
-        while any(not session.idle for session in self._sessions.values()) and self.loop.time() < deadline:
-            await asyncio.sleep(0.005)
+        self._drained = self.loop.create_future()
+        self.settled()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drained, seconds)
+
+    def settled(self) -> None:
+        """A session has done what it could for now."""
+        drained = self._drained
+        if drained is not None and not drained.done() and all(one.idle for one in self._sessions.values()):
+            drained.set_result(None)
 
     def close(self) -> None:
         """End every session."""

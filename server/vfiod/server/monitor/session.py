@@ -100,8 +100,9 @@ class Session(ABC):
     def complaint(error: VfiodError) -> bytes:
         """One line that tells an error which answers no request."""
 
+    @abstractmethod
     def _greet(self) -> None:
-        """Say what the dialect says first."""
+        """Say what the dialect says first, if anything."""
 
     def negotiate(self, enable: list[QmpCapability]) -> None:
         """``qmp_capabilities``. Raises CommandNotFound where there is nothing to negotiate."""
@@ -173,6 +174,7 @@ class Session(ABC):
         self._connection.close()
         self._server.ended(self)
 
+    @abstractmethod
     def _abandon(self) -> None:
         """Forget commands that have not begun."""
 
@@ -234,18 +236,21 @@ class Session(ABC):
         self.fds_received += len(fds)
         if trace.session_fds.on:
             trace.session_fds(session=self.id, fds=[fd.number for fd in fds])
-        try:
-            if flags & MSG_CTRUNC:
-                count = len(fds)
-                close_all(fds)
-                raise LimitExceeded(
-                    f"File descriptors were lost on arrival, {count} that came were closed: the server has too many"
-                    " open files; close some, or raise its RLIMIT_NOFILE"
-                )
-            self.names.receive(fds)
-        except LimitExceeded as error:
+        trouble: LimitExceeded | None = None
+        if flags & MSG_CTRUNC:
+            close_all(fds)
+            trouble = LimitExceeded(
+                f"File descriptors were lost on arrival, {len(fds)} that came were closed: the server has too many"
+                " open files; close some, or raise its RLIMIT_NOFILE"
+            )
+        else:
+            try:
+                self.names.receive(fds)
+            except LimitExceeded as error:
+                trouble = error
+        if trouble is not None:
             self.errors += 1
-            self._writer.put(self.complaint(error))
+            self._writer.put(self.complaint(trouble))
             self._writer.flush()
 
     def _work(self) -> None:
@@ -268,6 +273,7 @@ class Session(ABC):
 
     def _settle(self) -> None:
         """Read on, work on later, or wait for something to end."""
+        self._server.settled()
         if self.closed:
             return
         if self._stalled or self._writer.full:
