@@ -41,6 +41,7 @@ class MdevTypeInfo(Result):
     device_api: DeviceApi
     available_instances: int
     parameters: Annotated[dict[str, str], Meta(description="What mdev-create takes for it: name, and what it means.")]
+    parent_attributes: Annotated[dict[str, str], Meta(description="What the parent publishes of itself.")]
     devices: list[MdevInfo]
 
 

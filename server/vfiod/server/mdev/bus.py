@@ -1,65 +1,495 @@
-"""The mediated bus: parents, their devices, and the drivers that use them."""
+"""The mediated bus: parents, their devices, and the drivers that use them.
+
+A device's life, and what may come in between (behaviour: section 8 of the reference)::
+
+    mdev-create    name reserved, instance counted        loop     a second one with this UUID is refused from here on
+                   parent.create                          worker   in the parent's own lane
+                   group made, driver.probe               worker   failing unwinds: driver, group, parent.destroy
+                   visible                                loop     unless the parent was unregistered meanwhile
+    device_add     acquire: one user at a time
+    mdev-destroy   refused while it has a user
+                   hidden, driver.remove                  worker
+                   parent.destroy; refused: back to visible
+                   group and name free, MDEV_REMOVED      loop
+
+Every parent has a lane of its own: a slow one holds nobody up but itself. ``start`` and ``shutdown`` take the lanes of
+all parents that have devices, so that create, destroy and unregister wait until it is decided.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from typing import Any
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from vfiod.protocol.catalogue import EventData
-from vfiod.protocol.catalogue.mediated import MdevTypeInfo
-from vfiod.server.mdev.parent import Parent
+from vfiod.protocol.catalogue.devices import DeviceError
+from vfiod.protocol.catalogue.mediated import MdevInfo, MdevRemoved, MdevStarted, MdevStopped, MdevTypeInfo
+from vfiod.protocol.catalogue.words import UNSET, UUID_PATTERN
+from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNotFound, InvalidArgument, OperationFailed
+from vfiod.server import trace
+from vfiod.server.lanes import Turn
+from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost, published, quietly
+from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent
+from vfiod.server.mdev.registered import Registered, load_parents
 
-__all__ = ["MdevBus"]
+__all__ = ["BUILT_IN", "MdevBus"]
+
+_log: Final = logging.getLogger(__name__)
+
+BUILT_IN: Final[Mapping[str, str]] = {"primer": "vfiod.server.mdev.samples.pci:Primer"}
+"""The parents that come with vfiod. Imported when somebody first looks for parents."""
+
+PATIENCE: Final = 1.0
+"""Seconds that ``unregister`` waits for users after asking for the devices, before it takes them."""
+
+T = TypeVar("T")
 
 
 class MdevBus:
-    """Keeps parents and mediated devices. Made and called on the loop's thread, except where it says otherwise.
+    """Keeps parents and mediated devices.
+
+    Called on the loop's thread, except where it says otherwise. What a method has begun it finishes, even when its
+    caller is cancelled meanwhile: a session that ends leaves no half-made device.
 
     Args:
         emit: sends an event.
         executor: the machine's pool of threads.
+        built_in: parents to load at :meth:`discover`, ``name: "module:attribute"``.
+        entry_points: the group of entry points to load parents from; None: none.
 
     """
 
-    def __init__(self, *, emit: Callable[[EventData], None], executor: Executor) -> None: ...
+    def __init__(
+        self,
+        *,
+        emit: Callable[[EventData], None],
+        executor: Executor,
+        built_in: Mapping[str, str] = BUILT_IN,
+        entry_points: str | None = ENTRY_POINTS,
+    ) -> None:
+        self._emit = emit
+        self._executor = executor
+        self._built_in = built_in
+        self._entry_points = entry_points
+        self._parents: dict[str, Registered] = {}
+        self._leaving: set[str] = set()
+        self._names: set[str] = set()
+        self._groups: set[int] = set()
+        self._drivers: list[MdevDriver] = []
+        # Visible devices. The lock makes "who has it" one decision: acquire and release come from workers too.
+        self._visible: dict[str, Instance] = {}
+        self._lock = threading.Lock()
+        self._deciding = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._discovery: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # --- parents and drivers ----------------------------------------------------------------------
 
     def register(self, parent: Parent) -> None:
-        """Offer a parent. EEXIST when one of that name is there."""
-        raise NotImplementedError
+        """Offer a parent.
 
-    async def unregister(self, name: str, *, reason: str = "unregistered", patience: float = 1.0) -> None:
-        """Take a parent away: hidden first, users told first, then every device goes, whatever it says."""
-        raise NotImplementedError
+        Raises OperationFailed with EEXIST when one of that name is there (or still leaving), InvalidArgument when its
+        name or types cannot be, DeviceNotActive when the bus is closed.
+        """
+        record = Registered(parent, self._executor)
+        if self._closed:
+            raise DeviceNotActive(f"{record.what} comes too late: vfiod ends")
+        if record.name in self._parents or record.name in self._leaving:
+            raise OperationFailed("register", record.what, errno="EEXIST", advice="unregister the other one first")
+        self._parents[record.name] = record
 
-    async def create(self, parent: str, mdev_type: str, uuid: str | None, parameters: Mapping[str, Any]) -> str:
-        """Make a device; returns its UUID."""
-        raise NotImplementedError
+    async def unregister(
+        self, name: str, *, reason: str = "its parent was unregistered", patience: float = PATIENCE
+    ) -> None:
+        """Take a parent away.
 
-    async def destroy(self, uuid: str) -> None:
-        """Destroy a device. Busy while it is added; refused when its parent refuses."""
-        raise NotImplementedError
+        Hidden first, so that creates racing with it fail; users are asked for their devices (REQ) and given
+        ``patience`` seconds; then every device goes, whatever the parent or its users say.
+        """
+        record = self._parents.pop(name, None)
+        if record is None:
+            raise InvalidArgument(f"mdev parent '{name}' not found; {self._known_parents()}")
+        record.hidden = True
+        self._leaving.add(name)
+        with self._lock:
+            for uuid in record.devices:
+                self._visible.pop(uuid, None)
+        await self._finish(self._unregister(record, reason, patience))
 
-    async def start(self, vm: str) -> None:
-        """All mediated devices are started for a VM, or none."""
-        raise NotImplementedError
-
-    async def shutdown(self, vm: str) -> None:
-        """The VM has stopped."""
-        raise NotImplementedError
+    def register_driver(self, driver: MdevDriver) -> None:
+        """Offer a device driver: probed with every device made from now on that has its device API."""
+        self._drivers.append(driver)
 
     async def discover(self) -> None:
-        """Load the parents that other packages offer, once. Blocks nobody."""
-        raise NotImplementedError
+        """Load the built-in parents and those of other packages (entry points), once.
+
+        A parent that cannot be loaded is logged and left out.
+        """
+        if self._discovery is None:
+            self._discovery = asyncio.get_running_loop().create_task(self._discover())
+        await asyncio.shield(self._discovery)
+
+    # --- devices ----------------------------------------------------------------------------------
+
+    async def create(
+        self, parent: str, mdev_type: str, uuid: str | None = None, parameters: Mapping[str, Any] | None = None
+    ) -> str:
+        """Make a device.
+
+        Args:
+            parent: a parent's name.
+            mdev_type: one of its types.
+            uuid: the device's name; None: a random one.
+            parameters: what the type takes.
+
+        Returns:
+            Its UUID, in lower case.
+
+        Raises:
+            InvalidArgument: unknown parent, type or parameter, not a UUID.
+            OperationFailed: EEXIST: there is one; ENOSPC: no more instances; or what the parent said.
+
+        """
+        await self.discover()
+        record, made_of = self._find(parent, mdev_type)
+        values = dict(parameters or {})
+        for name in values:
+            if name not in made_of.parameters:
+                known = ", ".join(made_of.parameters) or "no parameters"
+                raise InvalidArgument(f"Parameter 'parameters.{name}' is unexpected; type '{mdev_type}' takes {known}")
+        if uuid is None:
+            import uuid as uuids  # a server without mediated devices need not import it
+
+            uuid = str(uuids.uuid4())
+        name = _canonical(uuid)
+        what = f"mdev {name}"
+        if name in self._names:
+            raise OperationFailed("mdev-create", what, errno="EEXIST", advice="a device has this UUID already")
+        if record.available(made_of) < 1:
+            has = len(record.instances(made_of))
+            advice = f"no more of type '{mdev_type}' of {record.what} are available, {has} exist; destroy one first"
+            raise OperationFailed("mdev-create", what, errno="ENOSPC", advice=advice)
+        self._names.add(name)
+        record.making[made_of.id] += 1
+        await self._finish(self._create(record, made_of, name, values))
+        return name
+
+    async def destroy(self, uuid: str) -> None:
+        """Destroy a device. Raises DeviceNotFound, Busy (somebody uses it), or what its parent refuses with."""
+        with self._lock:
+            instance = self._get(uuid)
+            _not_used(instance)
+        await self._finish(self._destroy(self._parents[instance.parent], instance))
+
+    async def start(self, vm: str) -> None:
+        """Start all mediated devices for a VM: every one, or none.
+
+        Those already started for it stay as they are. Raises Busy when one is started for another VM, or what a
+        parent refused with, after the parents that had started were shut down again.
+        """
+        await self._finish(self._start(_canonical(vm)))
+
+    async def shutdown(self, vm: str) -> None:
+        """The VM has stopped: its devices are shut down.
+
+        Every parent is told, even when one fails; then the first failure is raised. Raises DeviceNotActive when no
+        device was started for this VM.
+        """
+        await self._finish(self._shutdown(_canonical(vm)))
+
+    def acquire(self, uuid: str, user: str) -> Instance:
+        """Take a device into use. From any thread. Raises DeviceNotFound, Busy."""
+        with self._lock:
+            instance = self._get(uuid)
+            _not_used(instance)
+            instance.user = user
+            return instance
+
+    def release(self, instance: Instance) -> None:
+        """The user lets go. From any thread."""
+        with self._lock:
+            instance.user = None
+            released = instance.released
+        if released is not None:
+            released()
+
+    def look(self, uuid: str) -> Instance:
+        """A visible device, to ask about it. From any thread. Raises DeviceNotFound."""
+        with self._lock:
+            return self._get(uuid)
+
+    # --- looking: never waits ----------------------------------------------------------------------
+
+    @property
+    def discovered(self) -> bool:
+        """Whether :meth:`discover` has ended."""
+        return self._discovery is not None and self._discovery.done()
 
     def types(self) -> list[MdevTypeInfo]:
-        """All types and devices, as ``query-mdev-types`` shows them. Never waits."""
-        raise NotImplementedError
+        """All types with their devices, as ``query-mdev-types`` shows them."""
+        found = []
+        for record in tuple(self._parents.values()):
+            attributes = published(record.what, record.parent.attributes)
+            for one in record.types.values():
+                try:
+                    available = record.available(one)
+                except CommandError as error:
+                    _log.warning("%s", error)
+                    available = 0
+                found.append(
+                    MdevTypeInfo(
+                        parent=record.name,
+                        type=one.id,
+                        name=one.name,
+                        description=one.description,
+                        device_api=one.device_api,
+                        available_instances=available,
+                        parameters=dict(one.parameters),
+                        parent_attributes=attributes,
+                        devices=[_info(each) for each in record.instances(one) if each.uuid in self._visible],
+                    )
+                )
+        return found
 
     def uuids(self) -> list[str]:
-        """The visible devices. Never waits."""
-        raise NotImplementedError
+        """The visible devices' names."""
+        return sorted(self._visible)
 
     async def close(self) -> None:
-        """Unregister every parent."""
-        raise NotImplementedError
+        """Unregister every parent, without patience, and admit no other."""
+        self._closed = True
+        for name in tuple(self._parents):
+            await self.unregister(name, reason="vfiod ends", patience=0)
+        while self._tasks:
+            await asyncio.gather(*tuple(self._tasks), return_exceptions=True)
+
+    # --- inside: parents ----------------------------------------------------------------------------
+
+    async def _discover(self) -> None:
+        load = partial(load_parents, self._built_in, self._entry_points)
+        for parent in await asyncio.get_running_loop().run_in_executor(self._executor, load):
+            try:
+                self.register(parent)
+            except CommandError as error:
+                _log.error("%s", error)
+
+    async def _unregister(self, record: Registered, reason: str, patience: float) -> None:
+        async with record.lane.turn("unregister") as turn:
+            for instance in record.devices.values():
+                self._emit(MdevRemoved(uuid=instance.uuid, parent=record.name, reason=reason))
+            await self._ask_users(record, turn, patience)
+            for instance in tuple(record.devices.values()):
+                with self._lock:
+                    user = instance.user
+                    if user is not None:
+                        instance.gone = reason
+                        instance.host.memory = None
+                if user is not None:
+                    self._emit(DeviceError(device=user, reason=f"{instance.what} is gone: {reason}"))
+                await turn.run(partial(record.unmake, instance))
+                self._forget(record, instance)
+            self._leaving.discard(record.name)
+
+    async def _ask_users(self, record: Registered, turn: Turn, patience: float) -> None:
+        """Ask for the devices that are in use (REQ), and wait until they are free, for so many seconds."""
+        loop = asyncio.get_running_loop()
+        free: list[asyncio.Future[None]] = []
+        for instance in record.devices.values():
+            future = loop.create_future()
+            with self._lock:
+                if instance.user is None:
+                    continue
+                instance.released = partial(loop.call_soon_threadsafe, _settle, future)
+            free.append(future)
+            await turn.run(partial(quietly, "request", instance.what, instance.device.request, 0))
+        if free and patience > 0:
+            await asyncio.wait(free, timeout=patience)
+        for instance in record.devices.values():
+            instance.released = None
+
+    def _find(self, parent: str, mdev_type: str) -> tuple[Registered, MdevType]:
+        record = self._parents.get(parent)
+        if record is None:
+            raise InvalidArgument(f"Parameter 'parent': mdev parent '{parent}' not found; {self._known_parents()}")
+        found = record.types.get(mdev_type)
+        if found is None:
+            raise InvalidArgument(
+                f"Parameter 'type': {record.what} has no type '{mdev_type}'; it has {', '.join(record.types)}"
+            )
+        return record, found
+
+    def _known_parents(self) -> str:
+        return f"there is {', '.join(self._parents)}" if self._parents else "there is none"
+
+    # --- inside: devices ------------------------------------------------------------------------------
+
+    def _get(self, uuid: str) -> Instance:
+        instance = self._visible.get(_canonical(uuid))
+        if instance is None:
+            raise DeviceNotFound(f"Mediated device '{uuid}' not found; make it with mdev-create")
+        return instance
+
+    async def _create(self, record: Registered, mdev_type: MdevType, uuid: str, parameters: Mapping[str, Any]) -> None:
+        host = MdevHost(f"mdev {uuid} of parent '{record.name}'", asyncio.get_running_loop())
+        group: int | None = None
+        made = False
+        try:
+            async with record.lane.turn(f"mdev-create {uuid}") as turn:
+                if record.hidden:
+                    raise _left(record, uuid)
+                group = next(number for number in range(len(self._groups) + 1) if number not in self._groups)
+                self._groups.add(group)
+                make = partial(record.make, host, mdev_type, uuid, parameters, group, tuple(self._drivers))
+                instance = await turn.run(make)
+                if record.hidden:
+                    await turn.run(partial(record.unmake, instance))
+                    raise _left(record, uuid)
+                record.devices[uuid] = instance
+                with self._lock:
+                    self._visible[uuid] = instance
+                made = True
+        finally:
+            record.making[mdev_type.id] -= 1
+            if not made:
+                self._names.discard(uuid)
+                if group is not None:
+                    self._groups.discard(group)
+        if trace.mdev_created.on:
+            trace.mdev_created(device=uuid, parent=record.name, type=mdev_type.id)
+
+    async def _destroy(self, record: Registered, instance: Instance) -> None:
+        uuid = instance.uuid
+        async with record.lane.turn(f"mdev-destroy {uuid}") as turn:
+            with self._lock:
+                if self._get(uuid) is not instance:  # destroyed while this one waited, and made again
+                    raise DeviceNotFound(f"Mediated device '{uuid}' not found; it was destroyed meanwhile")
+                _not_used(instance)
+                del self._visible[uuid]
+            try:
+                await turn.run(partial(record.destroy, instance, tuple(self._drivers)))
+            except CommandError:
+                if not record.hidden:
+                    with self._lock:
+                        self._visible[uuid] = instance
+                raise
+            self._forget(record, instance)
+            self._emit(MdevRemoved(uuid=uuid, parent=record.name, reason="destroyed"))
+
+    def _forget(self, record: Registered, instance: Instance) -> None:
+        """It no longer exists: its group, its name and its instance are free."""
+        record.devices.pop(instance.uuid, None)
+        self._groups.discard(instance.group)
+        self._names.discard(instance.uuid)
+        if trace.mdev_destroyed.on:
+            trace.mdev_destroyed(device=instance.uuid, parent=record.name)
+
+    # --- inside: start and shutdown --------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _all_lanes(self, what: str) -> AsyncIterator[list[tuple[Registered, Turn]]]:
+        """The turn of every parent that has devices: nothing is made, destroyed or unregistered meanwhile."""
+        async with self._deciding, AsyncExitStack() as stack:
+            turns = []
+            for name in sorted(self._parents):
+                record = self._parents.get(name)
+                if record is not None and (record.devices or record.lane.busy):
+                    turns.append((record, await stack.enter_async_context(record.lane.turn(what))))
+            yield [(record, turn) for record, turn in turns if not record.hidden]
+
+    async def _start(self, vm: str) -> None:
+        async with self._all_lanes("mdev-start") as turns:
+            for record, _ in turns:
+                for instance in record.devices.values():
+                    if instance.vm not in (None, vm):
+                        raise Busy(f"{instance.what} is started for VM {instance.vm}; mdev-shutdown that one first")
+            started: list[tuple[Registered, Turn, list[Instance]]] = []
+            for record, turn in turns:
+                todo = [instance for instance in record.devices.values() if instance.vm is None]
+                if not todo:
+                    continue
+                try:
+                    await turn.run(partial(record.start, vm, todo))
+                except CommandError:
+                    for other, its_turn, instances in reversed(started):
+                        await its_turn.run(partial(quietly, "shutdown", other.what, other.shutdown, vm, instances))
+                    raise
+                started.append((record, turn, todo))
+            for _, _, instances in started:
+                for instance in instances:
+                    instance.vm = vm
+                    self._emit(MdevStarted(uuid=instance.uuid, vm=vm))
+                    if trace.mdev_started.on:
+                        trace.mdev_started(device=instance.uuid, vm=vm)
+
+    async def _shutdown(self, vm: str) -> None:
+        failure: CommandError | None = None
+        any_started = False
+        async with self._all_lanes("mdev-shutdown") as turns:
+            for record, turn in turns:
+                todo = [instance for instance in record.devices.values() if instance.vm == vm]
+                if not todo:
+                    continue
+                any_started = True
+                try:
+                    await turn.run(partial(record.shutdown, vm, todo))
+                except CommandError as error:
+                    failure = failure or error
+                    continue
+                for instance in todo:
+                    instance.vm = None
+                    self._emit(MdevStopped(uuid=instance.uuid, vm=vm))
+                    if trace.mdev_shut_down.on:
+                        trace.mdev_shut_down(device=instance.uuid, vm=vm)
+        if failure is not None:
+            raise failure
+        if not any_started:
+            raise DeviceNotActive(f"No mediated device is started for VM {vm}")
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it to the end in a task of its own: cancelling the caller leaves nothing half done."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+
+def _canonical(uuid: str) -> str:
+    # "$" also matches before a final newline.
+    if len(uuid) != 36 or re.match(UUID_PATTERN, uuid) is None:
+        raise InvalidArgument(f"'{uuid}' is not a UUID in its 8-4-4-4-12 form (RFC 9562)")
+    return uuid.lower()
+
+
+def _info(instance: Instance) -> MdevInfo:
+    return MdevInfo(
+        uuid=instance.uuid,
+        parent=instance.parent,
+        type=instance.mdev_type.id,
+        started=instance.vm is not None,
+        device=instance.user if instance.user is not None else UNSET,
+        attributes={"group": str(instance.group)} | published(instance.what, instance.device.attributes),
+    )
+
+
+def _not_used(instance: Instance) -> None:
+    if instance.user is not None:
+        raise Busy(f"{instance.what} is in use as device '{instance.user}'; device_del it first")
+
+
+def _left(record: Registered, uuid: str) -> CommandError:
+    return OperationFailed(
+        "mdev-create", f"mdev {uuid}", errno="ENODEV", advice=f"{record.what} was unregistered meanwhile"
+    )
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

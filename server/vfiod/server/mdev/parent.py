@@ -33,8 +33,9 @@ the caller gets ``EIO`` naming parent and callback, the traceback goes to the lo
 **Threads.** ``create``, ``destroy``, ``start`` and ``shutdown`` of one parent run one at a time, in a worker's thread,
 and may block: other parents go on. ``open``, ``close``, ``reset``, ``validate_map_request``, ``memory_mapped`` and
 ``memory_unmapped`` of one device run in a worker's thread and may block. ``read``, ``write`` and ``set_irqs`` may run
-on the event loop's thread, where blocking would stop everybody. None of one device's calls overlap, except that
-callbacks of :meth:`Host.watch`, ``request`` and the informing ones (``*_info``, ``attributes``) come at any time.
+on the event loop's thread, where blocking would stop everybody. None of one device's calls overlap, except
+``set_irqs``, ``request``, the callbacks of :meth:`Host.watch`, and those that only inform (``*_info``, ``attributes``):
+they come at any time, even during a reset.
 
 **Trust.** The framework checks index, offset, length, alignment of areas and what the kernel checks in ``SET_IRQS``.
 What the values *mean* only the device knows: registers, descriptors, addresses and programs come from an enemy.
@@ -50,7 +51,7 @@ from typing import Any, Final, Protocol
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.vfio.irqs import SetIrqs
+from vfiod.protocol.vfio import Area, SetIrqs
 
 __all__ = [
     "ENTRY_POINTS",
@@ -107,14 +108,6 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Area:
-    """A part of a region that may be mapped: page-aligned offset within the region and size, in bytes."""
-
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class RegionInfo:
     """``VFIO_DEVICE_GET_REGION_INFO``. Size 0 (the default) says that the region is absent.
 
@@ -122,7 +115,7 @@ class RegionInfo:
         size: bytes.
         readable: ``read`` works.
         writable: ``write`` works.
-        areas: what may be mapped; the whole region, or parts of it (sparse mmap). Needs ``region_fd``.
+        areas: what may be mapped, in whole pages; the whole region, or parts of it (sparse mmap). Needs ``region_fd``.
 
     """
 
@@ -168,7 +161,7 @@ class MapRequest:
     file_offset: int
 
 
-class DmaFault(Exception):  # noqa: N818 - the field's word: a DMA fault, as an IOMMU reports it
+class DmaFault(Exception):
     """Guest memory could not be reached.
 
     Attributes:
@@ -213,6 +206,8 @@ class Host(Protocol):
 
 class MediatedDevice(ABC):
     """One mediated device, made by :meth:`Parent.create`. What the methods may raise: see the module."""
+
+    # ruff: noqa: B027 - what is not abstract here may be left out; the module says what that means.
 
     @abstractmethod
     def device_info(self) -> DeviceInfo:

@@ -1,0 +1,69 @@
+"""Eventfds that a stranger gave: signalled and drained without ever waiting for him.
+
+The other end shares the counter, and the file's flags. A full counter makes a blocking ``write`` wait, an empty one a
+blocking ``read``; the kernel's own ``eventfd_signal`` never waits, and neither may a device.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+
+from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.server.kernel.kinds import kind_of
+
+__all__ = ["EventFd", "drain"]
+
+
+class EventFd:
+    """A duplicate of an eventfd that was lent, to be signalled (``eventfd_ctx`` of the kernel).
+
+    Args:
+        number: the lent fd.
+
+    Raises OSError: EBADF, EMFILE; EINVAL when it is no eventfd, as ``eventfd_ctx_fdget`` says.
+
+    """
+
+    __slots__ = ("_fd", "_poll")
+
+    def __init__(self, number: int) -> None:
+        self._fd = duplicate(number)
+        self._poll = select.poll()
+        self._poll.register(self._fd.number, select.POLLOUT)
+
+    def signal(self) -> None:
+        """Add one. A counter that is full stays full: its reader will wake anyway."""
+        # Asked first because a full blocking eventfd would hold the loop. What fills it between the two calls
+        # is the same VM's hypervisor, which can only hold up itself.
+        if self._poll.poll(0):
+            try:
+                os.eventfd_write(self._fd.number, 1)
+            except BlockingIOError:
+                return
+
+    def close(self) -> None:
+        """Let go of it. Later calls do nothing."""
+        self._fd.close()
+
+
+def duplicate(number: int) -> FileDescriptor:
+    """A duplicate of a lent eventfd. Raises OSError: EBADF, EMFILE; EINVAL when it is no eventfd."""
+    if number < 0:
+        raise OSError(errno.EBADF, f"{number} is no file descriptor")
+    fd = FileDescriptor.duplicate_of(number)
+    kind = kind_of(fd.number)
+    if kind is not FdKind.EVENTFD:
+        fd.close()
+        raise OSError(errno.EINVAL, f"an eventfd is expected, got a {kind}")
+    return fd
+
+
+def drain(number: int) -> bool:
+    """Take the counter of an eventfd down to zero; whether it was above."""
+    try:
+        # Not eventfd_read: that waits when somebody else was faster and the file is a blocking one.
+        return os.preadv(number, [bytearray(8)], -1, os.RWF_NOWAIT) == 8
+    except BlockingIOError:
+        return False

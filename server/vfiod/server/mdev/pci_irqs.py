@@ -1,0 +1,328 @@
+"""The interrupts of a PCI device in Python, with the semantics of the kernel's vfio-pci.
+
+A parent's device hands its :meth:`~vfiod.server.mdev.parent.MediatedDevice.set_irqs` to :meth:`PciIrqs.set_irqs`, and
+says what its hardware does with :meth:`PciIrqs.set_line`, :meth:`PciIrqs.message`, :meth:`PciIrqs.error`.
+
+Source: ``drivers/vfio/vfio_main.c`` (``vfio_set_irqs_validate_and_prepare``) and ``drivers/vfio/pci/vfio_pci_intrs.c``.
+The rules that are easily missed:
+
+* one kind is active at a time; another one is EINVAL until the first is disabled (TRIGGER, no data, count 0);
+* INTx masks itself when it fires; UNMASK fires it again at once while the line is still up;
+* the loopback trigger of INTx (no data, or BOOL) does not mask;
+* MSI is enabled with as many vectors as the first request reaches, and does not grow;
+* MASK and UNMASK of anything but INTx is ENOTTY, MASK by eventfd as well;
+* a second eventfd for UNMASK is EBUSY until -1 took the first away.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Mapping
+
+from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, IrqAction, IrqData, PciIrq, SetIrqs
+from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
+from vfiod.server.mdev.parent import Host, IrqInfo, Watch
+
+__all__ = ["PciIrqs"]
+
+
+class PciIrqs:
+    """All interrupts of one PCI device. Its methods may be called from any thread, and never wait.
+
+    Args:
+        host: the device's host; watches the eventfd that unmasks INTx.
+        intx: whether the device has an interrupt pin.
+        msi: vectors of its MSI capability: 0, or a power of two to 32.
+        err: whether it reports errors (a PCI Express device).
+        granted: MSI vectors that can really be had, to be asked for again when more are wanted.
+
+    """
+
+    def __init__(
+        self, host: Host, *, intx: bool = True, msi: int = 0, err: bool = False, granted: int | None = None
+    ) -> None:
+        self._host = host
+        self._granted = msi if granted is None else granted
+        self._counts: Mapping[int, int] = {
+            PciIrq.INTX: int(intx),
+            PciIrq.MSI: msi,
+            PciIrq.MSIX: 0,
+            PciIrq.ERR: int(err),
+            PciIrq.REQ: 1,
+        }
+        self._lock = threading.RLock()
+        self._kind: PciIrq | None = None
+        # INTx
+        self._trigger: EventFd | None = None
+        self._unmask: Watch | None = None
+        self._masked = False
+        self._line = False
+        self._intx_disable = False
+        # MSI: one entry per enabled vector
+        self._vectors: list[EventFd | None] = []
+        # ERR and REQ
+        self._single: dict[int, EventFd] = {}
+        self._handlers: Mapping[tuple[int, IrqAction], Callable[[SetIrqs], int]] = {
+            (PciIrq.INTX, IrqAction.MASK): self._intx_mask,
+            (PciIrq.INTX, IrqAction.UNMASK): self._intx_unmask,
+            (PciIrq.INTX, IrqAction.TRIGGER): self._intx_trigger,
+            (PciIrq.MSI, IrqAction.TRIGGER): self._msi_trigger,
+            (PciIrq.ERR, IrqAction.TRIGGER): self._single_trigger,
+            (PciIrq.REQ, IrqAction.TRIGGER): self._single_trigger,
+        }
+
+    # --- the user's side: VFIO_DEVICE_GET_IRQ_INFO, VFIO_DEVICE_SET_IRQS ------------------------------
+
+    def info(self, index: int) -> IrqInfo:
+        """What an index has. Raises EINVAL for an unknown one, and for ERR on a device without it, as vfio-pci."""
+        count = self._counts.get(index)
+        if count is None or (index == PciIrq.ERR and not count):
+            raise OSError(errno.EINVAL, f"there is no interrupt index {index}")
+        intx = index == PciIrq.INTX
+        return IrqInfo(count=count, maskable=intx, automasked=intx, noresize=not intx)
+
+    def set_irqs(self, request: SetIrqs) -> int:
+        """``VFIO_DEVICE_SET_IRQS``. Returns 0, or how many vectors can be had. Raises OSError as vfio-pci does."""
+        index, start, count = request.index, request.start, request.count
+        if not 0 <= index < VFIO_PCI_NUM_IRQS:
+            raise OSError(errno.EINVAL, f"there is no interrupt index {index}")
+        has = self._counts[index]
+        if start < 0 or count < 0 or start >= has or start + count > has:
+            raise OSError(errno.EINVAL, f"index {index} has {has} interrupts, not {start} to {start + count - 1}")
+        handler = self._handlers.get((index, request.action))
+        if handler is None:
+            raise OSError(errno.ENOTTY, f"index {index} cannot do {request.action.name}")
+        with self._lock:
+            return handler(request)
+
+    # --- the device's side ------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> PciIrq | None:
+        """What is enabled: INTX, MSI, or None."""
+        return self._kind
+
+    @property
+    def vectors(self) -> int:
+        """How many MSI vectors are enabled."""
+        return len(self._vectors)
+
+    def set_line(self, level: bool) -> None:
+        """The device raises or lowers its INTx. A line that is up fires as soon as it is enabled and not masked."""
+        with self._lock:
+            self._line = level
+            self._settle_intx()
+
+    def set_intx_disable(self, disable: bool) -> None:
+        """The Interrupt Disable bit of the command register: the device keeps its line to itself."""
+        with self._lock:
+            self._intx_disable = disable
+            self._settle_intx()
+
+    def message(self, vector: int) -> bool:
+        """The device sends an MSI message; whether somebody listens to that vector."""
+        with self._lock:
+            trigger = self._vectors[vector] if vector < len(self._vectors) else None
+            if trigger is not None:
+                trigger.signal()
+            return trigger is not None
+
+    def error(self) -> bool:
+        """An uncorrectable error happened (ERR); whether somebody listens."""
+        return self._signal_single(PciIrq.ERR)
+
+    def request(self) -> bool:
+        """The host wants the device back (REQ); whether somebody listens."""
+        return self._signal_single(PciIrq.REQ)
+
+    def close(self) -> None:
+        """Disable everything and let every eventfd go."""
+        with self._lock:
+            self._disable_intx()
+            self._disable_msi()
+            for trigger in self._single.values():
+                trigger.close()
+            self._single.clear()
+
+    # --- INTx --------------------------------------------------------------------------------------
+
+    def _settle_intx(self) -> None:
+        if self._line and self._kind is PciIrq.INTX and not self._masked and not self._intx_disable:
+            self._masked = True
+            if self._trigger is not None:
+                self._trigger.signal()
+
+    def _intx_mask(self, request: SetIrqs) -> int:
+        self._only_intx(request)
+        if request.data is IrqData.EVENTFD:
+            raise OSError(errno.ENOTTY, "INTx cannot be masked by an eventfd")
+        if _applies(request, 0):
+            self._masked = True
+        return 0
+
+    def _intx_unmask(self, request: SetIrqs) -> int:
+        self._only_intx(request)
+        if request.data is IrqData.EVENTFD:
+            self._watch_unmask(request.fds[0])
+        elif _applies(request, 0):
+            self._do_unmask()
+        return 0
+
+    def _intx_trigger(self, request: SetIrqs) -> int:
+        if self._kind is PciIrq.INTX and request.is_disable:
+            self._disable_intx()
+            return 0
+        if self._kind not in (PciIrq.INTX, None) or request.count != 1:
+            raise OSError(errno.EINVAL, _not_now(self._kind, request))
+        if request.data is IrqData.EVENTFD:
+            # Duplicated before anything changes: a bad fd leaves all as it was.
+            trigger = EventFd(request.fds[0]) if request.fds[0] >= 0 else None
+            old, self._trigger = self._trigger, trigger
+            if old is not None:
+                old.close()
+            if self._kind is None:
+                self._kind, self._masked = PciIrq.INTX, False
+                self._settle_intx()
+            return 0
+        if self._kind is None:
+            raise OSError(errno.EINVAL, "INTx is not enabled: give it an eventfd first")
+        if _applies(request, 0) and self._trigger is not None and not self._intx_disable:
+            self._trigger.signal()
+        return 0
+
+    def _only_intx(self, request: SetIrqs) -> None:
+        if self._kind is not PciIrq.INTX or request.count != 1:
+            raise OSError(errno.EINVAL, _not_now(self._kind, request))
+
+    def _do_unmask(self) -> None:
+        self._masked = False
+        self._settle_intx()
+
+    def _watch_unmask(self, number: int) -> None:
+        if number < 0:
+            watch, self._unmask = self._unmask, None
+            if watch is not None:
+                watch.cancel()
+            return
+        if self._unmask is not None:
+            raise OSError(errno.EBUSY, "INTx has an eventfd that unmasks it: take it away with -1 first")
+        fd = duplicate(number)
+        lent = fd.number
+
+        def ready() -> None:
+            with self._lock:
+                # Cancelled by another thread just now? Then the number may be somebody else's file already.
+                if self._unmask is watch and drain(lent):
+                    self._do_unmask()
+
+        watch = self._unmask = self._host.watch(fd, ready)
+
+    def _disable_intx(self) -> None:
+        if self._kind is not PciIrq.INTX:
+            return
+        self._watch_unmask(-1)
+        if self._trigger is not None:
+            self._trigger.close()
+        self._trigger, self._kind, self._masked = None, None, False
+
+    # --- MSI ---------------------------------------------------------------------------------------
+
+    def _msi_trigger(self, request: SetIrqs) -> int:
+        if self._kind is PciIrq.MSI and request.is_disable:
+            self._disable_msi()
+            return 0
+        if self._kind not in (PciIrq.MSI, None):
+            raise OSError(errno.EINVAL, _not_now(self._kind, request))
+        start, count = request.start, request.count
+        if request.data is IrqData.EVENTFD:
+            return self._msi_eventfds(start, request.fds)
+        if self._kind is None:
+            raise OSError(errno.EINVAL, "MSI is not enabled: give it eventfds first")
+        for vector in range(start, min(start + count, len(self._vectors))):
+            if _applies(request, vector - start):
+                self.message(vector)
+        return 0
+
+    def _msi_eventfds(self, start: int, fds: tuple[int, ...]) -> int:
+        if self._kind is None:
+            if not fds:
+                raise OSError(errno.EINVAL, "MSI is enabled with at least one vector")
+            if start + len(fds) > self._granted:
+                return self._granted
+        elif start + len(fds) > len(self._vectors):
+            raise OSError(
+                errno.EINVAL, f"MSI is enabled with {len(self._vectors)} vectors and cannot grow: disable it first"
+            )
+        fresh: list[EventFd | None] = []
+        try:
+            for number in fds:
+                fresh.append(EventFd(number) if number >= 0 else None)
+        except OSError:
+            for trigger in fresh:
+                if trigger is not None:
+                    trigger.close()
+            # vfio_msi_set_block takes the eventfds of the whole block away when one is bad.
+            if self._kind is not None:
+                self._replace(start, [None] * len(fds))
+            raise
+        if self._kind is None:
+            self._kind = PciIrq.MSI
+            self._vectors = [None] * (start + len(fds))
+        self._replace(start, fresh)
+        return 0
+
+    def _replace(self, start: int, fresh: list[EventFd | None]) -> None:
+        for vector, trigger in enumerate(fresh, start):
+            old, self._vectors[vector] = self._vectors[vector], trigger
+            if old is not None:
+                old.close()
+
+    def _disable_msi(self) -> None:
+        if self._kind is not PciIrq.MSI:
+            return
+        self._replace(0, [None] * len(self._vectors))
+        self._vectors, self._kind = [], None
+
+    # --- ERR and REQ ---------------------------------------------------------------------------------
+
+    def _single_trigger(self, request: SetIrqs) -> int:
+        """``vfio_pci_set_ctx_trigger_single``."""
+        index, has = request.index, self._single.get(request.index)
+        if request.data is IrqData.NONE:
+            if has is None:
+                raise OSError(errno.EINVAL, f"index {index} has no eventfd")
+            if request.count:
+                has.signal()
+            else:
+                self._single.pop(index).close()
+            return 0
+        if not request.count:
+            raise OSError(errno.EINVAL, f"index {index} takes a count of 1")
+        if request.data is IrqData.BOOL:
+            if has is not None and request.values[0]:
+                has.signal()
+            return 0
+        fresh = EventFd(request.fds[0]) if request.fds[0] >= 0 else None
+        if has is not None:
+            self._single.pop(index).close()
+        if fresh is not None:
+            self._single[index] = fresh
+        return 0
+
+    def _signal_single(self, index: int) -> bool:
+        with self._lock:
+            trigger = self._single.get(index)
+            if trigger is not None:
+                trigger.signal()
+            return trigger is not None
+
+
+def _applies(request: SetIrqs, position: int) -> bool:
+    return request.data is IrqData.NONE or (request.data is IrqData.BOOL and request.values[position])
+
+
+def _not_now(kind: PciIrq | None, request: SetIrqs) -> str:
+    return (
+        f"{kind.name if kind is not None else 'nothing'} is enabled; index {request.index} with count {request.count}"
+    )
