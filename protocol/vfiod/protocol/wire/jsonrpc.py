@@ -87,12 +87,12 @@ def decode_request(text: bytes | WireError) -> Single | Batch:
     raise NotImplementedError
 
 
-def encode_result(value: Any, id: Raw) -> bytes:  # noqa: A002
+def encode_result(value: Any, id: Raw) -> bytes:
     """``{"jsonrpc": "2.0", "result": value, "id"}``, one line."""
     raise NotImplementedError
 
 
-def encode_error(error: VfiodError, id: Raw | UnsetType = UNSET) -> bytes:  # noqa: A002
+def encode_error(error: VfiodError, id: Raw | UnsetType = UNSET) -> bytes:
     """``{"jsonrpc": "2.0", "error": {"code", "message", "data": {"class", "errno"?}}, "id"}``; id null when unset."""
     raise NotImplementedError
 
@@ -110,7 +110,7 @@ def encode_notification(data: EventData, seq: int, seconds: int, microseconds: i
 def encode_request(
     command: str,
     arguments: Any = UNSET,
-    id: int | str | Raw | UnsetType = UNSET,  # noqa: A002
+    id: int | str | Raw | UnsetType = UNSET,
 ) -> bytes:
     """A call, one line; without ``id`` a notification."""
     raise NotImplementedError

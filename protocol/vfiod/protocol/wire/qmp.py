@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from vfiod.protocol.catalogue.declare import EventData
+from vfiod.protocol.catalogue.declare import EventData, event_of
 from vfiod.protocol.catalogue.monitor import VersionInfo
-from vfiod.protocol.errors import VfiodError, WireError
+from vfiod.protocol.errors import CommandError, InvalidRequest, JsonSyntaxError, VfiodError, WireError
+from vfiod.protocol.wire.text import encode_json, encode_line, has_unique_keys, members, one_line
 
 __all__ = [
     "Request",
@@ -91,43 +92,190 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 
 Message = Greeting | Return | Error | Event
 
+_decode_in_band = msgspec.json.Decoder(Request).decode
+_OPENING_BRACE: Final = ord("{")
 
+
+# --- the server's side ------------------------------------------------------------------------------------
 def decode_request(text: bytes | WireError, *, oob_enabled: bool) -> Request | Rejected:
-    """Turn one item of :meth:`JsonStream.receive_data` into a request. Never raises."""
-    raise NotImplementedError
+    """Turn one item of :meth:`JsonStream.receive_data` into a request.
+
+    Never raises. ``oob_enabled`` says whether the session has negotiated the capability ``oob``; without it
+    ``exec-oob`` is an unexpected member. A rejected text carries its id when it had one (QEMU
+    ``qapi/qmp-dispatch.c``, ``qmp_dispatch_check_obj``).
+    """
+    if isinstance(text, bytes):
+        try:
+            request = _decode_in_band(text)
+        except (ValueError, RecursionError):  # msgspec's errors and UnicodeDecodeError are ValueErrors
+            pass  # wrong, out of band, lenient, or nested deeply: the careful reader knows
+        else:
+            arguments = request.arguments
+            if (arguments is UNSET or memoryview(arguments)[0] == _OPENING_BRACE) and has_unique_keys(text):
+                return request
+        return _decode_carefully(text, oob_enabled)
+    return Rejected(text)
+
+
+def _decode_carefully(text: bytes, oob_enabled: bool) -> Request | Rejected:
+    try:
+        found = members(text)
+    except WireError as error:
+        return Rejected(error)
+    if found is None:
+        return Rejected(InvalidRequest("QMP input must be a JSON object"))
+    id = found.get("id", UNSET)
+    for name, value in found.items():
+        first = bytes(memoryview(value)[:1])
+        if name == "execute" or (name == "exec-oob" and oob_enabled):
+            if first != b'"':
+                return Rejected(InvalidRequest(f"QMP input member '{name}' must be a string"), id)
+        elif name == "arguments":
+            if first != b"{":
+                return Rejected(InvalidRequest("QMP input member 'arguments' must be an object"), id)
+        elif name != "id":
+            return Rejected(InvalidRequest(f"QMP input member '{name}' is unexpected"), id)
+    if "execute" in found and "exec-oob" in found:
+        return Rejected(InvalidRequest("QMP input member 'execute' clashes with 'exec-oob'"), id)
+    kind: type[Request] = OobRequest if "exec-oob" in found else Request
+    command = found.get("exec-oob", found.get("execute"))
+    if command is None:
+        return Rejected(InvalidRequest("QMP input lacks member 'execute'"), id)
+    return kind(command=msgspec.json.decode(command, type=str), arguments=found.get("arguments", UNSET), id=id)
 
 
 def encode_greeting(version: VersionInfo, capabilities: Sequence[str] = ("oob",)) -> bytes:
     """The server's first line."""
-    raise NotImplementedError
+    return encode_line(encode_json({"QMP": {"version": version, "capabilities": capabilities}}))
 
 
-def encode_return(value: Any, id: Raw | UnsetType = UNSET) -> bytes:  # noqa: A002
+def encode_return(value: Any, id: Raw | UnsetType = UNSET) -> bytes:
     """``{"return": value, "id"?}``, one line; ``value`` is a :class:`Result`, or anything msgspec encodes."""
-    raise NotImplementedError
+    if isinstance(id, Raw):
+        return encode_line(b'{"return":%b,"id":%b}' % (encode_json(value), one_line(id)))
+    return encode_line(b'{"return":%b}' % encode_json(value))
 
 
-def encode_error(error: VfiodError, id: Raw | UnsetType = UNSET) -> bytes:  # noqa: A002
-    """``{"id"?, "error": {"class", "desc", "errno"?}}``, one line."""
-    raise NotImplementedError
+def encode_error(error: VfiodError, id: Raw | UnsetType = UNSET) -> bytes:
+    """``{"id"?, "error": {"class", "desc", "errno"?}}``, one line.
+
+    ``errno`` is vfiod's addition: the name of the errno behind the error, when there is one.
+    """
+    body: dict[str, str] = {"class": error.error_class, "desc": str(error)}
+    if isinstance(error, CommandError) and error.errno is not None:
+        body["errno"] = error.errno
+    if isinstance(id, Raw):
+        return encode_line(b'{"id":%b,"error":%b}' % (one_line(id), encode_json(body)))
+    return encode_line(b'{"error":%b}' % encode_json(body))
 
 
 def encode_event(data: EventData, seq: int, seconds: int, microseconds: int) -> bytes:
-    """``{"timestamp", "event", "data": {..., "seq"}}``, one line; the name comes from the catalogue."""
-    raise NotImplementedError
+    """``{"timestamp", "event", "data": {..., "seq"}}``, one line; the name comes from the catalogue.
+
+    Args:
+        data: an instance of a class declared with ``@event``.
+        seq: the event's place among all events of the machine, from 1.
+        seconds: since the epoch; -1 when the clock failed (QMP specification, "Asynchronous events").
+        microseconds: 0 to 999,999, or -1.
+
+    """
+    return encode_line(
+        b'{"timestamp":{"seconds":%d,"microseconds":%d},"event":"%b","data":%b}'
+        % (seconds, microseconds, event_of(data).name.encode(), with_seq(data, seq))
+    )
 
 
+# --- the client's side ------------------------------------------------------------------------------------
 def encode_request(
     command: str,
     arguments: Any = UNSET,
-    id: int | str | Raw | UnsetType = UNSET,  # noqa: A002
+    id: int | str | Raw | UnsetType = UNSET,
     *,
     oob: bool = False,
 ) -> bytes:
     """A request, one line; ``arguments`` is an :class:`Arguments`, a mapping, or absent."""
-    raise NotImplementedError
+    request: dict[str, Any] = {"exec-oob" if oob else "execute": command}
+    if arguments is not UNSET:
+        request["arguments"] = arguments
+    if id is not UNSET:
+        request["id"] = id
+    return encode_line(encode_json(request))
+
+
+class _GreetingBody(msgspec.Struct):
+    version: VersionInfo
+    capabilities: tuple[str, ...]
+
+
+class _ErrorBody(msgspec.Struct):
+    error_class: str = msgspec.field(name="class")
+    desc: str
+    errno: str | None = None
+
+
+class _Timestamp(msgspec.Struct):
+    seconds: int
+    microseconds: int
+
+
+class _Incoming(msgspec.Struct):
+    """Any message of a server; which one it is, its members tell."""
+
+    greeting: _GreetingBody | UnsetType = msgspec.field(default=UNSET, name="QMP")
+    value: Raw | UnsetType = msgspec.field(default=UNSET, name="return")
+    error: _ErrorBody | UnsetType = UNSET
+    event: str | UnsetType = UNSET
+    data: Raw | UnsetType = UNSET
+    timestamp: _Timestamp | UnsetType = UNSET
+    id: Raw | UnsetType = UNSET
+
+
+class _Numbered(msgspec.Struct):
+    seq: Any = None
+
+
+_decode_incoming = msgspec.json.Decoder(_Incoming).decode
+_decode_numbered = msgspec.json.Decoder(_Numbered).decode
 
 
 def decode_message(text: bytes | WireError) -> Message:
-    """What a server sent. Raises :class:`WireError` when it is not QMP."""
-    raise NotImplementedError
+    """What a server sent: vfiod, or any QMP server.
+
+    Raises:
+        WireError: it is not QMP.
+
+    """
+    if not isinstance(text, bytes):
+        raise text
+    try:
+        incoming = _decode_incoming(text)
+        if incoming.value is not UNSET:
+            return Return(incoming.value, incoming.id)
+        if incoming.event is not UNSET:
+            stamp = incoming.timestamp or _Timestamp(-1, -1)
+            return Event(incoming.event, incoming.data, seq_of(incoming.data), stamp.seconds, stamp.microseconds)
+        if incoming.error is not UNSET:
+            error = incoming.error
+            return Error(error.error_class, error.desc, error.errno, incoming.id)
+        if incoming.greeting is not UNSET:
+            return Greeting(incoming.greeting.version, incoming.greeting.capabilities)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The server sent a message that is not QMP: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise JsonSyntaxError(f"The server sent a message that is not JSON: {error}") from None
+    raise InvalidRequest("The server sent a message without QMP, return, error or event")
+
+
+# --- shared with JSON-RPC ---------------------------------------------------------------------------------
+def with_seq(data: EventData, seq: int) -> bytes:
+    """An event's data as a JSON object, with its sequence number."""
+    body = encode_json(data)
+    return b'{"seq":%d}' % seq if body == b"{}" else b'%b,"seq":%d}' % (body[:-1], seq)
+
+
+def seq_of(data: Raw | UnsetType) -> int | None:
+    """The sequence number in an event's data; None when a foreign server sent none."""
+    if data is UNSET:
+        return None
+    seq = _decode_numbered(data).seq
+    return seq if type(seq) is int else None
