@@ -14,7 +14,7 @@ from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel.syscalls import Syscalls
 
-__all__ = ["Consumer", "make", "take"]
+__all__ = ["Consumer", "duplicate", "make", "take", "take_foreign"]
 
 _calls: Final = Syscalls()
 
@@ -29,16 +29,29 @@ def make(what: str) -> FileDescriptor:
         ) from error
 
 
+def duplicate(fd: FileDescriptor | int, what: str) -> FileDescriptor:
+    """A second fd on the same open file. OperationFailed (EMFILE) names what it was for."""
+    try:
+        return FileDescriptor.duplicate_of(fd if isinstance(fd, int) else fd.number)
+    except OSError as error:
+        raise OperationFailed(
+            "dup", what, errno=error.errno or 0, advice="the open-file limit (RLIMIT_NOFILE) may be too low"
+        ) from error
+
+
 def take(fd: FileDescriptor) -> int:
-    """Read the counter and set it to zero; 0 when nothing was there. Never waits, whoever made it."""
-    asked = select.poll()
-    asked.register(fd.number, select.POLLIN)
-    if not asked.poll(0):
-        return 0
+    """Read one of vfiod's own eventfds and set it to zero; 0 when nothing was there."""
     try:
         return os.eventfd_read(fd.number)
     except BlockingIOError:
         return 0
+
+
+def take_foreign(fd: FileDescriptor) -> int:
+    """The same for one that came from outside: asked first, because reading an empty one might wait."""
+    asked = select.poll()
+    asked.register(fd.number, select.POLLIN)
+    return take(fd) if asked.poll(0) else 0
 
 
 class Consumer:

@@ -14,20 +14,41 @@ Its life, and who calls what (behaviour: sections 1, 3, 4 and 6 of the reference
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from vfiod.server.backends.base import Backend
-
-from vfiod.protocol.catalogue.devices import DeviceInfo, Holder, OnRequest
+from vfiod.protocol.catalogue.devices import (
+    DeviceError,
+    DeviceInfo,
+    DeviceRequested,
+    Driver,
+    Holder,
+    OnRequest,
+)
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
-from vfiod.protocol.catalogue.regions import RegionInfo
-from vfiod.protocol.catalogue.words import DeviceState
+from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
+from vfiod.protocol.catalogue.reset import DeviceResetDone
+from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
+from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed, PermissionRefused
+from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
+from vfiod.server import trace
+from vfiod.server.backends.base import Backend
+from vfiod.server.devices import eventfds
 from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.irq_index import REQ, IrqIndex
+from vfiod.server.devices.irqs import DeviceInterrupts
+from vfiod.server.devices.populate import Model, populate
+from vfiod.server.devices.regions import CONFIG, Region, Regions
+from vfiod.server.lanes import Lane, Turn
 
 __all__ = ["PciDevice", "PciOptions"]
+
+_log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,55 +100,327 @@ class PciDevice:
         self.id = id
         self.path = path
         self.state = DeviceState.REALIZING
+        self.options = options
+        self._backend_kind = backend_kind
+        self._host = host
+        self._environment = environment
+        self._on_requested = on_requested
+        self._model: Model | None = None
+        self._requested = 0
+        self._fast_path_told = True
+        self._mapped_by: dict[int, set[str]] = {}  # by session: names of the regions
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def name(self) -> str:
         """What replies and events call it: its id, or its path when it has none."""
-        raise NotImplementedError
+        return self.id or self.path
+
+    @property
+    def lane(self) -> Lane:
+        """The order of its commands."""
+        return self._environment.lane
 
     # --- life -------------------------------------------------------------------------------------
 
     def realize(self, open_backend: Callable[[], Backend]) -> None:
         """Open the device and read what it has. Blocks; in a worker. On failure closes everything, and raises."""
-        raise NotImplementedError
+        backend = open_backend()
+        try:
+            model = populate(
+                self.name,
+                backend,
+                self._environment,
+                no_mmap=self.options.no_mmap,
+                mmap_timeout_ms=self.options.mmap_timeout_ms,
+                on_trap=self._trap,
+            )
+        except BaseException:
+            self.state = DeviceState.FAILED
+            backend.close()
+            raise
+        self._fast_path_told = model.regions.fast_path
+        self._model = model
 
     def start(self) -> None:
         """Begin to listen; state ``running``. On the loop, once, after :meth:`realize`."""
-        raise NotImplementedError
+        self._active().notices.start(self._environment, self._noticed)
+        self.state = DeviceState.RUNNING
 
     def stop(self) -> None:
         """Listen to nothing any more, cancel timers. On the loop."""
-        raise NotImplementedError
+        model = self._model
+        if model is not None:
+            model.notices.stop()
+            model.interrupts.silence()
 
     def close(self) -> bool:
         """Disarm every interrupt, unmap, close. Blocks; in a worker, after :meth:`stop`.
 
         Returns whether the kernel really let the device go: False when an fd given out keeps it open.
         """
-        raise NotImplementedError
+        model, self._model = self._model, None
+        if model is None:
+            return True
+        try:
+            model.interrupts.close()
+            model.notices.close()
+            model.regions.close()
+        finally:
+            released = model.backend.close()
+        return released
+
+    def _active(self) -> Model:
+        model = self._model
+        if model is None:
+            raise DeviceNotActive(f"Device '{self.name}' is {self.state}: it has no regions or interrupts now")
+        return model
 
     # --- looking: on the loop, at any time, never waiting -----------------------------------------------
 
     def info(self) -> DeviceInfo:
         """For ``query-devices``."""
-        raise NotImplementedError
+        model = self._model
+        group = None if model is None else model.backend.group
+        return DeviceInfo(
+            id=self.id,
+            path=self.path,
+            driver=Driver.VFIO_PCI,
+            backend=self._backend_kind if model is None else model.backend.kind,
+            host=(self._host if model is None else model.backend.name) or UNSET,
+            state=self.state,
+            reset=model is not None and model.info.can_reset,
+            regions=0 if model is None else len(model.regions.all),
+            irq_indexes=0 if model is None else len(model.interrupts.indexes),
+            irq_kind=IrqKind.NONE if model is None else model.interrupts.kind,
+            vendor_id=UNSET if model is None else model.config.vendor_id,
+            device_id=UNSET if model is None else model.config.device_id,
+            group=UNSET if group is None else group,
+            migratable=model is not None and model.migratable,
+            share_fd=self.options.share_fd,
+            fast_path=model is not None and model.regions.fast_path,
+            on_request=self.options.on_request,
+            requested=self._requested,
+            held_by=self.holders(),
+        )
 
     def irq_infos(self) -> list[IrqInfo]:
         """For ``query-irqs``."""
-        raise NotImplementedError
+        return [] if self._model is None else self._model.interrupts.infos()
 
     def region_infos(self) -> list[RegionInfo]:
         """For ``query-regions``."""
-        raise NotImplementedError
+        return [] if self._model is None else self._model.regions.infos()
 
     def fds(self) -> Sequence[FdInfo]:
         """The fds this device holds (its interrupts' eventfds), for ``query-fds``. The device fd is the backend's."""
-        raise NotImplementedError
+        model = self._model
+        if model is None:
+            return []
+        owner = f"device:{self.name}"
+        return [
+            FdInfo(owner=owner, name=name, kind=FdKind.EVENTFD, number=fd.number)
+            for name, fd in (*model.interrupts.fds(), *model.notices.fds())
+            if not fd.closed
+        ]
 
     def holders(self) -> list[Holder]:
         """Who keeps it from being removed: running and waiting operations, sessions that mapped a region."""
-        raise NotImplementedError
+        operations = [Holder(kind="operation", detail=what) for what in self.lane.pending()]
+        mappings = [
+            Holder(kind="mapping", detail=f"session {session}: {', '.join(sorted(names))}")
+            for session, names in tuple(self._mapped_by.items())
+        ]
+        return operations + mappings
 
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
-        raise NotImplementedError
+        self._mapped_by.pop(session, None)
+
+    # --- regions: on the loop, in the device's order ------------------------------------------------------
+
+    @property
+    def regions(self) -> Regions:
+        """Its regions. DeviceNotActive while it has none."""
+        return self._active().regions
+
+    def load(self, region: Region, offset: int, size: int) -> int:
+        """One access; see :meth:`Regions.load`."""
+        value = self._active().regions.load(region, offset, size)
+        self._accessed(region)
+        return value
+
+    def store(self, region: Region, offset: int, size: int, value: int) -> None:
+        """One access; see :meth:`Regions.store`."""
+        self._active().regions.store(region, offset, size, value)
+        self._accessed(region, written=True)
+
+    async def read(self, region: Region, offset: int, length: int) -> bytes:
+        """Bytes, in its turn of the lane, in a thread; see :meth:`Regions.read`."""
+        regions = self._active().regions
+        regions.check(region, offset, length, write=False)
+        async with self.lane.turn("region-read") as turn:
+            data = await turn.run(lambda: regions.read(region, offset, length))
+            self._accessed(region)
+        return data
+
+    async def write(self, region: Region, offset: int, data: bytes) -> None:
+        """Bytes, in its turn of the lane, in a thread; see :meth:`Regions.write`."""
+        regions = self._active().regions
+        regions.check(region, offset, len(data), write=True)
+        async with self.lane.turn("region-write") as turn:
+            await turn.run(lambda: regions.write(region, offset, data))
+            self._accessed(region, written=True)
+
+    def read_now(self, region: Region, offset: int, length: int) -> bytes:
+        """Few bytes (at most :data:`INLINE_BYTES`), at once."""
+        data = self._active().regions.read(region, offset, length)
+        self._accessed(region)
+        return data
+
+    def write_now(self, region: Region, offset: int, data: bytes) -> None:
+        """Few bytes (at most :data:`INLINE_BYTES`), at once."""
+        self._active().regions.write(region, offset, data)
+        self._accessed(region, written=True)
+
+    def _accessed(self, region: Region, *, written: bool = False) -> None:
+        model = self._model
+        if model is None:
+            return
+        if region.is_bar:
+            model.interrupts.accessed()
+        elif written and region.index == CONFIG:
+            # It may have switched memory decoding off, or sent the device to sleep.
+            model.regions.decodes = model.config.decodes()
+            self._tell_fast_path()
+
+    def map_region(self, region: Region, session: int) -> FileDescriptor:
+        """Give out the fd that maps a region, a duplicate. The session holds the device from now on.
+
+        Raises PermissionRefused (``share-fd=false``), InvalidArgument (it cannot be mapped), OperationFailed.
+        """
+        model = self._active()
+        if not self.options.share_fd:
+            raise PermissionRefused(
+                f"Device '{self.name}' was added with share-fd=false: its fd is not given out; "
+                "use region-read and region-write"
+            )
+        if self.state is not DeviceState.RUNNING:
+            raise DeviceNotActive(f"Device '{self.name}' is {self.state}: no region of it can be mapped any more")
+        number = model.backend.region_fd(region.index) if region.areas else None
+        if number is None:
+            why = region.note or ("its size is 0" if not region.info.present else "the device does not allow it")
+            raise InvalidArgument(f"Region {region.name} of device '{self.name}' cannot be mapped: {why}")
+        fd = eventfds.duplicate(number, f"region {region.name} of device '{self.name}'")
+        model.backend.give_out()
+        self._mapped_by.setdefault(session, set()).add(region.name)
+        model.interrupts.given_out()
+        self._tell_fast_path()
+        return fd
+
+    # --- interrupts -----------------------------------------------------------------------------------------
+
+    @property
+    def interrupts(self) -> DeviceInterrupts:
+        """Its interrupts. DeviceNotActive while it has none."""
+        return self._active().interrupts
+
+    def _noticed(self, one: IrqIndex, count: int) -> None:
+        if one.index != REQ:
+            reason = "The device reported an uncorrectable error (ERR interrupt); reset it or remove it"
+            self._environment.emit(DeviceError(device=self.name, reason=reason))
+            return
+        self._requested += count
+        action = self.options.on_request
+        self._environment.emit(DeviceRequested(device=self.name, count=self._requested, action=action))
+        if self._on_requested is not None:
+            self._on_requested(self)
+
+    def _trap(self, on: bool) -> None:
+        model = self._model
+        if model is not None:
+            model.regions.trapped = on
+            self._tell_fast_path()
+
+    def _tell_fast_path(self) -> None:
+        """Send ``REGION_MMAP_CHANGED`` when mapped access went off or came back."""
+        model = self._model
+        if model is None or not model.regions.can_map:
+            return
+        now = model.regions.fast_path
+        if now is not self._fast_path_told:
+            self._fast_path_told = now
+            self._environment.emit(RegionMmapChanged(device=self.name, enabled=now))
+
+    # --- reset ----------------------------------------------------------------------------------------------
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether :meth:`reset` can reset it (``VFIO_DEVICE_FLAGS_RESET``)."""
+        return self._model is not None and self._model.info.can_reset
+
+    async def reset(self) -> None:
+        """Reset it: interrupts off, bus mastering off, ``VFIO_DEVICE_RESET``, state restored, interrupts on.
+
+        In its turn of the lane, and to the end whatever becomes of the caller. Raises CommandError for a device that
+        cannot be reset alone; OperationFailed.
+        """
+        if not self._active().info.can_reset:
+            raise CommandError(
+                f"Device '{self.name}' cannot be reset alone (no VFIO_DEVICE_FLAGS_RESET): only its whole bus can, "
+                "by a hot reset, which this version does not have yet"
+            )
+        task = asyncio.get_running_loop().create_task(self._reset())
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked has it, or is gone
+
+    async def _reset(self) -> None:
+        async with self.lane.turn("device-reset") as turn:
+            model = self._active()
+            if trace.reset_begin.on:
+                trace.reset_begin(device=self.name, method="device")
+            failure: Exception | None = None
+            model.interrupts.suspend()
+            try:
+                await self._reset_in(turn, model)
+            except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
+                failure = error
+            try:
+                model.interrupts.resume()
+            except CommandError as error:
+                failure = failure or error
+            self._tell_fast_path()
+            if trace.reset_end.on:
+                trace.reset_end(device=self.name, method="device", failed=failure)
+            if failure is not None:
+                raise failure
+            self._environment.emit(DeviceResetDone(device=self.name, method="device"))
+
+    async def _reset_in(self, turn: Turn, model: Model) -> None:
+        try:
+            await turn.run(lambda: _reset_device(model))
+        finally:
+            model.regions.decodes = await turn.run(model.config.decodes)
+        if not await turn.run(lambda: model.config.answers):
+            reason = "Its configuration space reads all ones after a reset: the device does not answer"
+            self._environment.emit(DeviceError(device=self.name, reason=reason))
+            raise OperationFailed("VFIO_DEVICE_RESET", f"device '{self.name}'", errno="EIO", advice=reason)
+
+
+def _reset_device(model: Model) -> None:
+    """The part that blocks: bus mastering off, reset, BARs and command register as they were."""
+    saved = model.config.save()
+    model.config.stop_bus_master(saved)
+    try:
+        model.backend.reset()
+    except CommandError:
+        model.config.restore_command(saved)
+        raise
+    if model.config.answers:
+        model.config.restore(saved)

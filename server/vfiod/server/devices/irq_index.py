@@ -1,0 +1,135 @@
+"""The interrupt indexes of a device: their names, and what may be asked of which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.words import IrqKind, IrqMode
+from vfiod.protocol.errors import InvalidArgument
+from vfiod.protocol.fd import FileDescriptor
+
+__all__ = ["ERR", "INTX", "IRQ_NAMES", "REQ", "IrqIndex", "Started", "Wanted"]
+
+IRQ_NAMES: Final = ("intx", "msi", "msix", "err", "req")
+"""Names of the PCI interrupt indexes; one beyond them is ``irqN``."""
+
+INTX: Final = int(vfio.PciIrq.INTX)
+ERR: Final = int(vfio.PciIrq.ERR)
+REQ: Final = int(vfio.PciIrq.REQ)
+
+_KINDS: Final = {
+    INTX: IrqKind.INTX,
+    int(vfio.PciIrq.MSI): IrqKind.MSI,
+    int(vfio.PciIrq.MSIX): IrqKind.MSIX,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IrqIndex:
+    """One interrupt index, as the device describes it.
+
+    Attributes:
+        device: what the device is called, for messages.
+        info: from the device.
+
+    """
+
+    device: str
+    info: vfio.IrqInfo
+
+    @property
+    def index(self) -> int:
+        """VFIO index."""
+        return self.info.index
+
+    @property
+    def name(self) -> str:
+        """As commands know it."""
+        return IRQ_NAMES[self.index] if self.index < len(IRQ_NAMES) else f"irq{self.index}"
+
+    @property
+    def kind(self) -> IrqKind:
+        """Which kind it is when it is active; none for one that is no interrupt of the guest."""
+        return _KINDS.get(self.index, IrqKind.NONE)
+
+    @property
+    def reserved(self) -> bool:
+        """Vfiod's own."""
+        return self.index in (ERR, REQ)
+
+    def __str__(self) -> str:
+        return f"Interrupt index {self.name} of device '{self.device}'"
+
+    def check_free(self) -> None:
+        """Refuse what belongs to vfiod. InvalidArgument."""
+        if self.reserved:
+            event = "DEVICE_REQUESTED" if self.index == REQ else "DEVICE_ERROR"
+            raise InvalidArgument(f"{self} belongs to vfiod: it becomes the event {event}")
+
+    def check_vector(self, vector: int) -> None:
+        """Refuse a vector it does not have. InvalidArgument."""
+        if vector >= self.info.count:
+            raise InvalidArgument(f"{self} has {self.info.count} vectors: there is no vector {vector}")
+
+    def check_level(self) -> None:
+        """Refuse what only a level interrupt can do. InvalidArgument."""
+        if not self.info.automasked:
+            raise InvalidArgument(f"{self} is edge triggered: there is nothing to complete")
+
+    def check_maskable(self) -> None:
+        """Refuse to mask what cannot be masked. InvalidArgument."""
+        if not self.info.maskable:
+            raise InvalidArgument(f"{self} cannot be masked or unmasked: it is not MASKABLE (VFIO_IRQ_INFO_MASKABLE)")
+
+    def check_start(self, wanted: Sequence[Wanted]) -> None:
+        """Refuse what could never be started. InvalidArgument."""
+        self.check_free()
+        if self.kind not in (IrqKind.INTX, IrqKind.MSI):
+            raise InvalidArgument(f"{self} cannot be started: this version serves intx and msi")
+        if not self.info.count:
+            none = "it has no interrupt pin" if self.index == INTX else "it has no such capability"
+            raise InvalidArgument(f"Device '{self.device}' has no {self.name}: {none}")
+        if not self.info.flags & vfio.IrqFlags.EVENTFD:
+            raise InvalidArgument(f"{self} cannot signal eventfds (VFIO_IRQ_INFO_EVENTFD)")
+        seen: set[int] = set()
+        for want in wanted:
+            self.check_vector(want.vector)
+            if want.vector in seen:
+                raise InvalidArgument(f"Vector {want.vector} of {self.name} is named twice: name each once")
+            seen.add(want.vector)
+            if want.resample is not None and not self.info.automasked:
+                raise InvalidArgument(
+                    f"{self} is edge triggered: a resample eventfd (vector {want.vector}) completes level interrupts "
+                    "only; leave it out"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One vector to start. Its eventfds belong to whoever takes the object.
+
+    Attributes:
+        vector: within the index.
+        trigger: the consumer's eventfd; None: make one, or keep the one it has.
+        resample: the consumer's eventfd that completes a level interrupt.
+
+    """
+
+    vector: int
+    trigger: FileDescriptor | None = None
+    resample: FileDescriptor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """One vector that was started. The fds are duplicates for the caller, when the caller brought none."""
+
+    index: int
+    vector: int
+    mode: IrqMode
+    number: int | None = None
+    trigger: FileDescriptor | None = None
+    resample: FileDescriptor | None = None

@@ -1,0 +1,510 @@
+"""A device's interrupts: eventfds in and out, direct or relayed, counted, and changed all or nothing.
+
+The rules live below, in :mod:`vfiod.server.interrupts`: the INTx line, and the steps from one setup to another.
+Here the steps are taken: ``SET_IRQS`` to the backend, eventfds watched on the loop, events sent. Everything runs on
+the loop's thread, except :meth:`DeviceInterrupts.close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.devices import DeviceError
+from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, IrqModeChanged, VectorInfo
+from vfiod.protocol.catalogue.words import UNSET, IrqKind, IrqMode
+from vfiod.protocol.errors import CommandError, InvalidArgument
+from vfiod.protocol.fd import FileDescriptor, close_all
+from vfiod.server import trace
+from vfiod.server.backends.base import Backend
+from vfiod.server.devices import eventfds
+from vfiod.server.devices.arming import Arming, Bound, InterruptsLost
+from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.irq_index import INTX, IrqIndex, Started, Wanted
+from vfiod.server.devices.relay import Relay
+from vfiod.server.devices.vectors import Counts, Vector
+from vfiod.server.interrupts.intx import IntxLine
+from vfiod.server.interrupts.modes import NOTHING, choose_mode, plan
+
+__all__ = ["DeviceInterrupts"]
+
+
+class DeviceInterrupts:
+    """The interrupts of one PCI device.
+
+    Args:
+        device: what the device is called, for messages and events.
+        backend: where it comes from.
+        indexes: what it has, in the order of the indexes.
+        environment: events, watching, timers.
+        mmap_timeout_ms: before the fast path returns; 0: never.
+        by_access: whether an access to a BAR may complete an INTx now.
+        on_trap: called with True when accesses must be seen from now on, with False when not any more.
+
+    """
+
+    def __init__(
+        self,
+        device: str,
+        backend: Backend,
+        indexes: Sequence[IrqIndex],
+        environment: Environment,
+        *,
+        mmap_timeout_ms: int,
+        by_access: Callable[[], bool],
+        on_trap: Callable[[bool], None],
+    ) -> None:
+        self.device = device
+        self.indexes = tuple(indexes)
+        self._backend = backend
+        self._environment = environment
+        self._timed = mmap_timeout_ms > 0
+        self._by_access = by_access
+        self._relay = Relay(device, backend, environment, mmap_timeout_ms=mmap_timeout_ms, on_trap=on_trap)
+        self._arming = Arming(device, backend, self._relay)
+        self._by_name = {one.name: one for one in self.indexes}
+        self._bound = Bound()
+        self._counts: dict[tuple[int, int], Counts] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._unrouted = False  # the INTx would be direct, but its route is disabled
+
+    # --- looking --------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> IrqKind:
+        """The active kind."""
+        return self._bound.kind
+
+    def find(self, wanted: int | str) -> IrqIndex:
+        """An index by number or name; InvalidArgument when the device has none such."""
+        if isinstance(wanted, str):
+            found = self._by_name.get(wanted)
+        else:
+            found = self.indexes[wanted] if 0 <= wanted < len(self.indexes) else None
+        if found is None:
+            raise InvalidArgument(
+                f"Device '{self.device}' has no interrupt index {wanted!r}; it has indexes 0 to "
+                f"{len(self.indexes) - 1}: " + ", ".join(one.name for one in self.indexes)
+            )
+        return found
+
+    def infos(self) -> list[IrqInfo]:
+        """For ``query-irqs``."""
+        return [self._info(one) for one in self.indexes]
+
+    def _info(self, one: IrqIndex) -> IrqInfo:
+        bound = self._bound
+        active = bound.index == one.index
+        counts = [c for (index, _), c in tuple(self._counts.items()) if index == one.index]
+        # A sum over some vectors only would look like the whole: vfiod does not see the direct ones.
+        blind = active and any(vector.mode is IrqMode.DIRECT for vector in bound.vectors.values())
+        info = one.info
+        return IrqInfo(
+            device=self.device,
+            index=one.index,
+            name=one.name,
+            count=info.count,
+            active=active,
+            flags=IrqFlags(
+                eventfd=bool(info.flags & vfio.IrqFlags.EVENTFD),
+                maskable=info.maskable,
+                automasked=info.automasked,
+                noresize=not info.resizable,
+            ),
+            reserved=one.reserved,
+            vectors=[self._vector_info(bound, one, vector) for vector in bound.vectors.values()] if active else [],
+            fired=None if blind else sum(c.fired for c in counts),
+            delivered=None if blind else sum(c.delivered for c in counts),
+            spurious=sum(c.spurious for c in counts),
+        )
+
+    def _vector_info(self, bound: Bound, one: IrqIndex, vector: Vector) -> VectorInfo:
+        if bound.line is not None:
+            line = bound.line.state
+            word = "masked" if line.masked else line.value
+        else:
+            word = "masked" if vector.number in bound.masked else "armed"
+        seen = vector.mode is IrqMode.RELAYED
+        return VectorInfo(
+            vector=vector.number,
+            mode=vector.mode,
+            state=word,
+            number=self._numbers.get((one.index, vector.number), UNSET),
+            fired=vector.counts.fired if seen else None,
+            delivered=vector.counts.delivered if seen else None,
+            spurious=vector.counts.spurious,
+        )
+
+    def fds(self) -> list[tuple[str, FileDescriptor]]:
+        """Every eventfd of a bound vector, with a name that tells what it does."""
+        bound = self._bound
+        name = self.indexes[bound.index].name if bound.index >= 0 else ""
+        return [(f"{name}{v.number} {role}", fd) for v in bound.vectors.values() for role, fd in v.fds()]
+
+    # --- starting and stopping ----------------------------------------------------------------------------
+
+    def start(
+        self,
+        one: IrqIndex,
+        wanted: Sequence[Wanted],
+        mode: IrqMode | None = None,
+        numbers: Mapping[int, int] | None = None,
+    ) -> list[Started]:
+        """Start vectors of an index; ends another kind that is active. All or nothing.
+
+        Vectors of the index that run and are not named go on. One that runs and brings no eventfds keeps those it
+        has, and its mode when none is asked for.
+
+        Args:
+            one: the index.
+            wanted: the vectors, each once; their eventfds are owned, and closed on failure.
+            mode: direct or relayed; None: the choice of :func:`~vfiod.server.interrupts.modes.choose_mode`.
+            numbers: interrupt numbers of the machine, by vector.
+
+        Raises:
+            InvalidArgument, OperationFailed: everything is as it was.
+
+        """
+        owned = [fd for want in wanted for fd in (want.trigger, want.resample) if fd is not None]
+        fresh: dict[int, Vector] = {}
+        started: list[Started] = []
+        former = self._bound
+        try:
+            one.check_start(wanted)
+            same = former.index == one.index
+            for want in wanted:
+                vector = self._bind(one, want, former.vectors.get(want.vector) if same else None, mode, owned)
+                fresh[want.vector] = vector
+            for want in wanted:
+                started.append(self._started(one, want, fresh[want.vector], numbers or {}))
+            vectors = {**(former.vectors if same else {}), **fresh}
+            if not same or any(vector is not former.vectors.get(number) for number, vector in fresh.items()):
+                self._change(self._next(one, vectors, former if same else None))
+        except BaseException:
+            kept = set(map(id, former.vectors.values()))
+            for vector in fresh.values():
+                if id(vector) not in kept:
+                    vector.close()
+            close_all(owned)
+            close_all(fd for done in started for fd in (done.trigger, done.resample) if fd is not None)
+            raise
+        for vector_number, number in (numbers or {}).items():
+            self._numbers[one.index, vector_number] = number
+        if one.index == INTX:
+            self._unrouted = False
+        return started
+
+    def _bind(
+        self, one: IrqIndex, want: Wanted, old: Vector | None, mode: IrqMode | None, owned: list[FileDescriptor]
+    ) -> Vector:
+        """The vector as it will be; the old one itself when nothing changes. Adds what it opens to ``owned``."""
+        what = f"{one.name} vector {want.vector} of device '{self.device}'"
+        brought = want.trigger is not None
+        level = one.info.automasked
+        if old is not None and not brought and mode in (None, old.mode):
+            return old
+        trigger, resample = want.trigger, want.resample
+        if trigger is None and old is not None:
+            trigger = eventfds.duplicate(old.trigger, what)
+            owned.append(trigger)
+            if old.resample is not None:
+                resample = eventfds.duplicate(old.resample, what)
+                owned.append(resample)
+        if trigger is None:
+            trigger = eventfds.make(what)
+            owned.append(trigger)
+        chosen = choose_mode(level=level, wanted=mode, resample=resample is not None)
+        if chosen is IrqMode.DIRECT and level and resample is None and not brought:
+            resample = eventfds.make(what)
+            owned.append(resample)
+        own = None
+        if chosen is IrqMode.RELAYED:
+            own = eventfds.make(what)
+            owned.append(own)
+        return Vector(want.vector, chosen, trigger, resample, own, self._counts_of(one.index, want.vector))
+
+    def _started(self, one: IrqIndex, want: Wanted, vector: Vector, numbers: Mapping[int, int]) -> Started:
+        number = numbers.get(want.vector, self._numbers.get((one.index, want.vector)))
+        if want.trigger is not None:
+            return Started(one.index, want.vector, vector.mode, number)
+        what = f"the reply about {one.name} vector {want.vector} of device '{self.device}'"
+        trigger = eventfds.duplicate(vector.trigger, what)
+        try:
+            resample = None if vector.resample is None else eventfds.duplicate(vector.resample, what)
+        except CommandError:
+            trigger.close()
+            raise
+        return Started(one.index, want.vector, vector.mode, number, trigger, resample)
+
+    def _next(self, one: IrqIndex, vectors: Mapping[int, Vector], former: Bound | None) -> Bound:
+        """The state with these vectors; the mask, and a block that is large enough, are kept."""
+        if not vectors:
+            return Bound()
+        ordered = MappingProxyType(dict(sorted(vectors.items())))
+        masked = frozenset() if former is None else former.masked & ordered.keys()
+        line = None
+        if one.index == INTX:
+            vector = ordered[0]
+            line = IntxLine(
+                vector.mode,
+                by_access=vector.resample is None and self._by_access(),
+                timed=self._timed,
+                automasked=one.info.automasked,
+                masked=former is not None and former.line is not None and former.line.state.masked,
+            )
+            masked = frozenset()
+        block = max(max(ordered) + 1, 0 if former is None else former.block)
+        return Bound(one.kind, one.index, ordered, block, masked, line, one.info.maskable)
+
+    def stop(self, one: IrqIndex | None = None, vectors: Iterable[int] | None = None, *, reason: str) -> None:
+        """Stop vectors of an index, a whole index, or whatever runs. What does not run is no error.
+
+        Raises InvalidArgument, OperationFailed; then everything is as it was.
+        """
+        if one is not None:
+            one.check_free()
+            for vector in vectors or ():
+                one.check_vector(vector)
+        former = self._bound
+        if former.kind is IrqKind.NONE or (one is not None and former.index != one.index):
+            return
+        gone = set(former.vectors if vectors is None else vectors)
+        left = {number: vector for number, vector in former.vectors.items() if number not in gone}
+        if len(left) == len(former.vectors):
+            return
+        self._change(self._next(self.indexes[former.index], left, former))
+        self._unrouted = self._unrouted and self._bound.kind is IrqKind.INTX
+        if self._bound.kind is IrqKind.NONE:
+            self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
+
+    # --- single interrupts ----------------------------------------------------------------------------------
+
+    def mask(self, one: IrqIndex, vector: int) -> None:
+        """Mask a vector that is started. InvalidArgument, OperationFailed."""
+        self._set_mask(one, vector, masked=True)
+
+    def unmask(self, one: IrqIndex, vector: int) -> None:
+        """Unmask a vector that is started; what is pending stays so until its EOI. InvalidArgument, OperationFailed."""
+        self._set_mask(one, vector, masked=False)
+
+    def _set_mask(self, one: IrqIndex, vector: int, *, masked: bool) -> None:
+        word = "mask" if masked else "unmask"
+        one.check_free()
+        one.check_maskable()
+        bound = self._active(one, vector, word)
+        if bound.line is not None:
+            self._relay.step(bound.line, bound.line.mask if masked else bound.line.unmask, bound.vectors[vector])
+        else:
+            if not self._relay.disabled:
+                action = vfio.IrqAction.MASK if masked else vfio.IrqAction.UNMASK
+                self._backend.set_irqs(vfio.SetIrqs.now(action, one.index, vector))
+            self._bound = replace(bound, masked=bound.masked | {vector} if masked else bound.masked - {vector})
+        point = trace.irq_mask if masked else trace.irq_unmask
+        if point.on:
+            point(device=self.device, index=one.index, vector=vector)
+
+    def eoi(self, one: IrqIndex, vector: int) -> None:
+        """Complete a level interrupt. With nothing pending it does nothing. InvalidArgument, OperationFailed."""
+        one.check_free()
+        one.check_vector(vector)
+        one.check_level()
+        bound = self._bound
+        if bound.line is not None and bound.index == one.index and not self._relay.disabled:
+            self._relay.step(bound.line, bound.line.eoi, bound.vectors[vector])
+            if trace.irq_eoi.on:
+                trace.irq_eoi(device=self.device, index=one.index, by="irq-eoi")
+
+    def trigger(self, one: IrqIndex, vector: int) -> None:
+        """Make the kernel signal the vector's eventfd (TRIGGER, DATA_NONE). InvalidArgument, OperationFailed."""
+        self._active(one, vector, "trigger")
+        self._backend.set_irqs(vfio.SetIrqs.now(vfio.IrqAction.TRIGGER, one.index, vector))
+
+    def _active(self, one: IrqIndex, vector: int, word: str) -> Bound:
+        one.check_free()
+        one.check_vector(vector)
+        bound = self._bound
+        if bound.index != one.index or vector not in bound.vectors:
+            raise InvalidArgument(
+                f"Cannot {word} vector {vector} of {one.name} of device '{self.device}': it has no trigger; "
+                "irq-start it first"
+            )
+        return bound
+
+    def route(self, one: IrqIndex, vector: int, number: int | None) -> None:
+        """Say which interrupt number of the machine a vector has; None: none.
+
+        An INTx whose route changes is torn down and set up again when it is direct, and completed once in case an EOI
+        was missed. Without a route the direct mode ends: what fires stays pending here. Raises InvalidArgument,
+        OperationFailed; then route and interrupts are as they were.
+        """
+        one.check_free()
+        one.check_vector(vector)
+        key = (one.index, vector)
+        if self._numbers.get(key) == number:
+            return
+        if self._bound.index == one.index == INTX:
+            if number is None:
+                self._tear_down_direct()
+            else:
+                self._set_up_route()
+        if number is None:
+            del self._numbers[key]
+        else:
+            self._numbers[key] = number
+        if trace.route_moved.on:
+            trace.route_moved(device=self.device, index=one.index, vector=vector, number=number)
+
+    def _tear_down_direct(self) -> None:
+        if self._bound.vectors[0].mode is IrqMode.DIRECT:
+            self._rebind_line(IrqMode.RELAYED)
+            self._unrouted = True
+            self._tell_mode(IrqMode.RELAYED, "its route was disabled")
+
+    def _set_up_route(self) -> None:
+        vector = self._bound.vectors[0]
+        if vector.mode is IrqMode.DIRECT or self._unrouted:
+            self._rebind_line(IrqMode.DIRECT)
+            if self._unrouted:
+                self._unrouted = False
+                self._tell_mode(IrqMode.DIRECT, "it has a route again")
+        bound = self._bound
+        if bound.line is not None:
+            self._relay.step(bound.line, bound.line.eoi, bound.vectors[0])
+
+    def _rebind_line(self, mode: IrqMode) -> None:
+        """The same eventfds, set up anew."""
+        former = self._bound
+        one = self.indexes[INTX]
+        old = former.vectors[0]
+        owned: list[FileDescriptor] = []
+        what = f"intx of device '{self.device}'"
+        resample = own = None
+        try:
+            trigger = eventfds.duplicate(old.trigger, what)
+            owned.append(trigger)
+            if old.resample is not None:
+                resample = eventfds.duplicate(old.resample, what)
+                owned.append(resample)
+            if mode is IrqMode.RELAYED:
+                own = eventfds.make(what)
+                owned.append(own)
+            self._change(self._next(one, {0: Vector(0, mode, trigger, resample, own, old.counts)}, former))
+        except BaseException:
+            close_all(owned)
+            raise
+
+    def _tell_mode(self, mode: IrqMode, reason: str) -> None:
+        self._environment.emit(
+            IrqModeChanged(device=self.device, kind=IrqKind.INTX, vector=0, mode=mode, reason=reason)
+        )
+
+    # --- what others do that concerns interrupts ------------------------------------------------------------
+
+    def accessed(self) -> None:
+        """A BAR was accessed through vfiod: the EOI, where that is how the INTx is completed. Never raises."""
+        bound = self._bound
+        line = bound.line
+        if line is None or not line.by_access or not line.state.up or self._relay.disabled:
+            return
+        self._relay.quietly(lambda: self._relay.step(line, line.access, bound.vectors[0]))
+        if trace.irq_eoi.on:
+            trace.irq_eoi(device=self.device, index=INTX, by="access")
+
+    def given_out(self) -> None:
+        """Another process maps a region: from now on accesses complete nothing."""
+        if self._bound.line is not None:
+            self._relay.stop_by_access(self._bound.line)
+
+    def suspend(self) -> None:
+        """Disable everything in the kernel for a reset; what is bound stays known. OperationFailed; then as it was."""
+        bound = self._bound
+        try:
+            self._arming.change(bound, Bound())
+        except InterruptsLost as error:
+            self._lost(str(error))
+            raise
+        self._relay.disabled = True
+        for vector in bound.vectors.values():
+            # What came before the reset is delivered before it.
+            self._relay.drain(bound.index, vector, vector)
+
+    def resume(self) -> None:
+        """Set up again what :meth:`suspend` took down, with the same eventfds and modes.
+
+        Raises OperationFailed when that fails; then no interrupt is active, and an event has said so.
+        """
+        self._relay.disabled = False
+        bound = self._bound
+        try:
+            for step in plan(NOTHING, bound.setup()).forward:
+                self._arming.take(step, bound, bound)
+        except CommandError as error:
+            self._arming.abandon(bound)
+            self._lost(f"Interrupts could not be set up again after the reset: {error}")
+            raise
+
+    def silence(self) -> None:
+        """Stop listening, cancel the timer: the device is going. On the loop; :meth:`close` does the rest."""
+        bound = self._bound
+        for vector in bound.vectors.values():
+            self._relay.unlisten(vector)
+        if bound.line is not None:
+            self._relay.release(bound.line)
+
+    def close(self) -> None:
+        """Disarm in the kernel, close every eventfd. Blocks; may be called in a thread, after :meth:`silence`."""
+        bound, self._bound = self._bound, Bound()
+        if not self._relay.disabled:
+            self._arming.disarm(bound)
+        for vector in bound.vectors.values():
+            vector.close()
+
+    # --- changing: all or nothing -----------------------------------------------------------------------
+
+    def _change(self, new: Bound) -> None:
+        """Go from what is bound to ``new``, and close what is no longer bound; or stay, and raise."""
+        old = self._bound
+        try:
+            self._arming.change(old, new)
+        except InterruptsLost as error:
+            self._lost(str(error))
+            raise
+        self._bound = new
+        self._trace(old, new)
+        kept = set(map(id, new.vectors.values()))
+        for number, vector in old.vectors.items():
+            if id(vector) not in kept:
+                self._relay.drain(old.index, vector, new.vectors.get(number) if new.index == old.index else None)
+                vector.close()
+
+    def _lost(self, reason: str) -> None:
+        """Nothing is active in the kernel any more, and nobody asked for that: say so."""
+        old, self._bound = self._bound, Bound()
+        self._unrouted = False
+        for vector in old.vectors.values():
+            vector.close()
+        self._environment.emit(DeviceError(device=self.device, reason=reason))
+        self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
+
+    def _trace(self, old: Bound, new: Bound) -> None:
+        device = self.device
+        for number, vector in old.vectors.items():
+            if vector is new.vectors.get(number):
+                continue
+            if vector.mode is IrqMode.DIRECT and trace.direct_ended.on:
+                trace.direct_ended(device=device, index=old.index, vector=number)
+            if old.line is None and trace.vector_released.on:
+                trace.vector_released(device=device, index=old.index, vector=number)
+        for number, vector in new.vectors.items():
+            if vector is old.vectors.get(number):
+                continue
+            if new.line is None and trace.vector_used.on:
+                trace.vector_used(device=device, index=new.index, vector=number)
+            started = trace.direct_started_edge if new.line is None else trace.direct_started_level
+            if vector.mode is IrqMode.DIRECT and started.on:
+                started(device=device, index=new.index, vector=number, fd=vector.trigger.number)
+
+    def _counts_of(self, index: int, vector: int) -> Counts:
+        return self._counts.setdefault((index, vector), Counts())

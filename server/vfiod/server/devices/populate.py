@@ -1,0 +1,163 @@
+"""Reading what a PCI device has when it is added, and refusing what cannot work.
+
+Follows QEMU ``hw/vfio/pci.c`` (``vfio_pci_populate_device``, ``vfio_pci_size_rom``), and section 1 of the reference
+on device behaviour.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from vfiod.protocol import vfio
+from vfiod.protocol.errors import CommandError, OperationFailed
+from vfiod.server import trace
+from vfiod.server.backends.base import Backend
+from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.irq_index import IRQ_NAMES, IrqIndex
+from vfiod.server.devices.irqs import DeviceInterrupts
+from vfiod.server.devices.notices import Notices
+from vfiod.server.devices.pci_config import HEADER_BYTES, ConfigSpace
+from vfiod.server.devices.regions import CONFIG, ROM, VGA, Region, Regions, describe
+
+__all__ = ["Model", "populate"]
+
+_log: Final = logging.getLogger(__name__)
+
+_LEAST_REGIONS: Final = CONFIG + 1
+"""BARs, ROM and config: VGA came later, and not every backend lists it."""
+
+_LEAST_IRQS: Final = int(vfio.PciIrq.MSIX) + 1
+"""INTx, MSI, MSI-X: ERR and REQ came later."""
+
+_ROM_PROBE: Final = 2
+"""Bytes read of a ROM to see that it can be read: its signature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Everything of a device that is open.
+
+    Attributes:
+        backend: where it comes from.
+        info: of the device.
+        config: configuration space.
+        regions: its regions.
+        interrupts: its interrupts.
+        notices: REQ and ERR.
+        migratable: whether it has ``VFIO_DEVICE_FEATURE_MIGRATION``.
+
+    """
+
+    backend: Backend
+    info: vfio.DeviceInfo
+    config: ConfigSpace
+    regions: Regions
+    interrupts: DeviceInterrupts
+    notices: Notices
+    migratable: bool
+
+
+def populate(
+    device: str,
+    backend: Backend,
+    environment: Environment,
+    *,
+    no_mmap: bool,
+    mmap_timeout_ms: int,
+    on_trap: Callable[[bool], None],
+) -> Model:
+    """Read a device and arm its REQ and ERR. Blocks; in a worker. On failure nothing is armed; the backend stays open.
+
+    Raises CommandError: it is no PCI device, or has less than one must have; OperationFailed.
+    """
+    info = backend.info()
+    if not info.flags & vfio.DeviceFlags.PCI:
+        raise CommandError(f"{backend.name} is not a PCI device: driver vfio-pci cannot serve it", errno="EINVAL")
+    if info.num_regions < _LEAST_REGIONS or info.num_irqs < _LEAST_IRQS:
+        raise CommandError(
+            f"{backend.name} has {info.num_regions} regions and {info.num_irqs} interrupt indexes: a PCI device has at "
+            f"least {_LEAST_REGIONS} and {_LEAST_IRQS}",
+            errno="EINVAL",
+        )
+    regions = tuple(_region(device, backend, index) for index in range(info.num_regions))
+    indexes = tuple(_irq(device, backend, index) for index in range(info.num_irqs))
+    config = _config(backend, regions[CONFIG])
+    _probe_rom(device, backend, regions[ROM])
+    migratable = backend.probe_feature(int(vfio.Feature.MIGRATION))
+    model_regions = Regions(device, backend, regions, no_mmap=no_mmap)
+    model_regions.decodes = config.decodes()
+    interrupts = DeviceInterrupts(
+        device,
+        backend,
+        indexes,
+        environment,
+        mmap_timeout_ms=mmap_timeout_ms,
+        by_access=lambda: not backend.given_out,
+        on_trap=on_trap,
+    )
+    notices = Notices(device, backend, tuple(one for one in indexes if one.reserved and one.info.count))
+    notices.arm()
+    return Model(backend, info, config, model_regions, interrupts, notices, migratable)
+
+
+def _region(device: str, backend: Backend, index: int) -> Region:
+    try:
+        info = backend.region_info(index)
+    except OperationFailed as error:
+        # VGA, and what a later kernel may list, is absent; the others belong to every PCI device.
+        if index < VGA or error.errno != "EINVAL":
+            raise
+        info = vfio.RegionInfo(index)
+    region = describe(index, info)
+    if trace.device_populated_region.on:
+        trace.device_populated_region(device=device, region=region.name, size=f"0x{info.size:x}", flags=info.flags)
+    return region
+
+
+def _irq(device: str, backend: Backend, index: int) -> IrqIndex:
+    try:
+        info = backend.irq_info(index)
+    except OperationFailed as error:
+        # The kernel has no ERR on a conventional bus, and none of what it does not know.
+        if index < _LEAST_IRQS or error.errno != "EINVAL":
+            raise
+        info = vfio.IrqInfo(index)
+    one = IrqIndex(device, info)
+    if one.reserved and not info.count and index < len(IRQ_NAMES):
+        _log.info("Device %s has no %s interrupt", device, one.name)
+    if trace.device_populated_irq.on:
+        trace.device_populated_irq(device=device, index=index, count=info.count, flags=info.flags)
+    return one
+
+
+def _config(backend: Backend, region: Region) -> ConfigSpace:
+    if region.info.size < HEADER_BYTES:
+        raise CommandError(
+            f"{backend.name} has a configuration space of {region.info.size} bytes: a PCI device has at least "
+            f"{HEADER_BYTES}",
+            errno="EINVAL",
+        )
+    config = ConfigSpace(backend)
+    if not config.answers:
+        raise CommandError(
+            f"The configuration space of {backend.name} reads all ones: the device does not answer; "
+            "it may be powered down, or gone",
+            errno="EIO",
+        )
+    return config
+
+
+def _probe_rom(device: str, backend: Backend, region: Region) -> None:
+    """Drop a ROM that cannot be read: a warning, no failure."""
+    if not region.info.present:
+        return
+    try:
+        backend.region_read(ROM, 0, min(_ROM_PROBE, region.info.size))
+    except CommandError as error:
+        _log.warning("The ROM of device %s cannot be read and is left out: %s", device, error)
+        region.note = f"the device has a ROM of {region.info.size} bytes, which cannot be read: {error}"
+        region.info = replace(region.info, size=0)
+        region.areas = ()
