@@ -318,22 +318,25 @@ class GuestMemory:
             _log.error("%s still has %s: %s", space.name, _words(mapping.iova, mapping.size), error)
 
     def _restore(self, done: list[tuple[AddressSpace, MappedRange]], cause: BaseException) -> None:
+        """Map again what was unmapped before something failed; a mapping for which that fails has to go for good."""
         lost: list[MappedRange] = []
+        missing = list(done)
         for space, one in reversed(done):
             if one in lost:
                 continue
             try:
                 _map(space, one.mapping)
             except (CommandError, OSError) as error:
-                _log.error(
-                    "%s could not be mapped again into %s: %s", _words(one.first, one.mapping.size), space.name, error
-                )
+                where = _words(one.first, one.mapping.size)
+                _log.error("%s could not be mapped again into %s: %s", where, space.name, error)
                 lost.append(one)
+            else:
+                missing.remove((space, one))
         for one in lost:
             for space in self._spaces:
-                self._take_back(space, one.mapping)
-            at = bisect_left(self._ranges, one.first, key=_first)
-            del self._ranges[at]
+                if (space, one) not in missing:
+                    self._take_back(space, one.mapping)
+            del self._ranges[bisect_left(self._ranges, one.first, key=_first)]
             self._release(one)
             self._removed(one.first, one.mapping.size, f"It could not be restored after a failed dma-unmap: {cause}")
 

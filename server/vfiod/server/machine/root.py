@@ -101,7 +101,8 @@ class Machine:
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
         self._started = self.loop.time()
         self._sweeper: asyncio.TimerHandle | None = None
-        self._ended: asyncio.Task[Ending] | None = None
+        self._ended: asyncio.Task[list[str]] | None = None
+        self._stuck = False
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references
         # TODO primer
 
@@ -281,20 +282,25 @@ class Machine:
         """Whether the end has begun."""
         return self._ended is not None
 
-    def close(self) -> Awaitable[Ending]:
+    @property
+    def stuck(self) -> bool:
+        """Whether, at the end, a thread still hung in the kernel.
+
+        It cannot be ended, and the interpreter waits for its threads: the program then has to leave by ``os._exit``.
+        """
+        return self._stuck
+
+    def close(self) -> Awaitable[list[str]]:
         """Close everything in order: devices, groups, containers, mediated devices, mappings, objects, fd sets.
 
         Work that is under way gets :data:`~vfiod.protocol.limits.CLOSE_TIMEOUT_MS` to end; what waits is refused.
-        Called again, it gives the same. It never raises: what went wrong is in :attr:`Ending.problems`.
-
-        A thread that hangs in the kernel cannot be ended: :attr:`Ending.stuck` says so, and then the program has to
-        leave by ``os._exit``, because the interpreter waits for its threads.
+        Called again, it gives the same. It never raises: what went wrong comes back, in sentences.
         """
         if self._ended is None:
             self._ended = self.loop.create_task(self._close())
         return asyncio.shield(self._ended)
 
-    async def _close(self) -> Ending:
+    async def _close(self) -> list[str]:
         ending = Ending(self.loop, CLOSE_TIMEOUT_MS / 1000)
         refusal = DeviceNotActive("The server is shutting down: nothing can be changed any more")
         if self._sweeper is not None:
@@ -309,8 +315,9 @@ class Machine:
         for problem in self.objects.close():
             ending.note(problem)
         self.fdsets.close()
+        self._stuck = ending.stuck
         self.executor.shutdown(wait=not ending.stuck, cancel_futures=True)
-        return ending
+        return ending.problems
 
     # --- inside ---------------------------------------------------------------------------------------
 
