@@ -97,6 +97,13 @@ class SetIrqs:
         """Whether it switches the whole index off."""
         return self.action is IrqAction.TRIGGER and self.data is IrqData.NONE and self.count == 0
 
+    def describe(self) -> str:
+        """A few words for messages: ``TRIGGER of 0 to 3 by EVENTFD``."""
+        if self.is_disable:
+            return "disable"
+        span = str(self.start) if self.count == 1 else f"{self.start} to {self.start + self.count - 1}"
+        return f"{self.action.name} of {span}" + ("" if self.data is IrqData.NONE else f" by {self.data.name}")
+
     def pack(self) -> bytes:
         """With ``argsz``."""
         body = b""

@@ -1,0 +1,207 @@
+"""The dry run of ``device_add``: every check that can be made without changing anything, each with its finding.
+
+A later real ``device_add`` makes the same checks again, in the same words (:mod:`vfiod.server.backends.origin`);
+what only the kernel can say by doing it (``VFIO_SET_IOMMU``, pinning memory) is foretold here from what the host
+tells of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from vfiod.protocol.catalogue.devices import Check
+from vfiod.protocol.errors import CommandError, InvalidArgument
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.backends.container import Container
+from vfiod.server.backends.origin import (
+    ContainerSource,
+    GroupOrigin,
+    check_status,
+    find_device,
+    group_of,
+    group_status,
+    open_container,
+    open_group,
+    refuse_noiommu,
+)
+from vfiod.server.kernel.syscalls import Syscalls
+from vfiod.server.kernel.sysfs import HostDevice, Sysfs
+
+__all__ = ["ADVISORY", "DryRun", "possible"]
+
+ADVISORY: Final = frozenset({"reset"})
+"""Checks that may fail and the device is added all the same."""
+
+FDS_PER_DEVICE: Final = 16
+"""fds one device takes: its own, its group's and container's, one per mapped BAR, REQ, ERR and a few vectors."""
+
+
+def possible(checks: Sequence[Check]) -> bool:
+    """Whether ``device_add`` would succeed by these checks."""
+    return all(check.ok or check.name in ADVISORY for check in checks)
+
+
+class DryRun:
+    """One dry run.
+
+    Args:
+        calls: the system calls.
+        attached: names of the host devices the machine has.
+        groups: numbers of the groups in use here.
+        lingering: numbers of the groups that are held here without a device.
+        containers: those the machine has.
+        allow_open: whether groups may be opened here.
+        mapped_bytes: guest memory mapped at this moment.
+
+    """
+
+    def __init__(
+        self,
+        calls: Syscalls,
+        *,
+        attached: frozenset[str],
+        groups: frozenset[int],
+        lingering: frozenset[int],
+        containers: tuple[Container, ...],
+        allow_open: bool,
+        mapped_bytes: int,
+    ) -> None:
+        self._calls = calls
+        self._sysfs = Sysfs(calls)
+        self._attached = attached
+        self._groups = groups
+        self._lingering = lingering
+        self._containers = containers
+        self._allow_open = allow_open
+        self._mapped_bytes = mapped_bytes
+
+    def checks(self, origin: GroupOrigin) -> tuple[Check, ...]:
+        """Make every check; those that need a failed one's result are left out. Lends the origin's fds."""
+        return tuple(self._run(origin))
+
+    def _run(self, origin: GroupOrigin) -> Iterator[Check]:
+        try:
+            device = find_device(self._sysfs, origin)
+        except CommandError as error:
+            yield Check(name="host-device", ok=False, detail=str(error))
+            return
+        yield self._host_device(device)
+        yield self._open_files()
+        yield self._reset(device)
+        try:
+            number, noiommu = group_of(self._calls, self._sysfs, origin.group_fd, device)
+        except CommandError as error:
+            yield Check(name="group", ok=False, detail=str(error))
+            return
+        if noiommu:
+            refusal = str(refuse_noiommu(number, device))
+            yield Check(name="noiommu", ok=origin.noiommu, detail="accepted" if origin.noiommu else refusal)
+        yield from self._group(origin, device, number, noiommu=noiommu)
+        yield self._container(origin.container, noiommu=noiommu)
+        shared = any(container.noiommu == noiommu for container in self._containers) and origin.container is None
+        if not noiommu:
+            remapping = self._sysfs.interrupt_remapping()
+            yield Check(name="interrupt-remapping", ok=remapping.ok, detail=remapping.detail)
+            yield self._memory_lock(shared=shared)
+
+    def _host_device(self, device: HostDevice) -> Check:
+        if device.name in self._attached:
+            return Check(
+                name="host-device",
+                ok=False,
+                detail=f"Host device {device.name} is already attached to this machine",
+            )
+        if not device.path:
+            return Check(name="host-device", ok=True, detail=f"{device.name}; sysfs cannot be read to know more")
+        bound = device.driver is not None and "vfio" in device.driver
+        detail = f"{device.name} is a {device.bus} device, bound to {device.driver or 'no driver'}"
+        return Check(name="host-device", ok=bound, detail=detail + ("" if bound else ": bind it to vfio-pci"))
+
+    def _group(self, origin: GroupOrigin, device: HostDevice, number: int, *, noiommu: bool) -> Iterator[Check]:
+        passed = origin.group_fd
+        if number in self._groups:
+            detail = f"group {number} is held here already"
+            yield Check(
+                name="group", ok=passed is None, detail=detail if passed is None else f"{detail}: leave group-fd out"
+            )
+            return
+        if number in self._lingering:
+            detail = f"group {number} is still held here since its last device left: it is taken up again"
+            yield Check(name="group", ok=True, detail=detail)
+            return
+        with ExitStack() as opened:
+            try:
+                fd = passed or self._open_group(opened, device, number, noiommu=noiommu)
+                yield Check(
+                    name="group", ok=True, detail=f"group {number} {'passed' if passed else 'can be opened here'}"
+                )
+            except CommandError as error:
+                yield Check(name="group", ok=False, detail=str(error))
+                return
+            try:
+                check_status(self._sysfs, group_status(self._calls, fd, number), number)
+                members = ", ".join(map(str, self._sysfs.members(number))) or "members not known"
+                yield Check(name="viable", ok=True, detail=f"group {number}: {members}")
+            except CommandError as error:
+                yield Check(name="viable", ok=False, detail=str(error))
+
+    def _open_group(self, opened: ExitStack, device: HostDevice, number: int, *, noiommu: bool) -> FileDescriptor:
+        fd = open_group(self._calls, number, device, noiommu=noiommu, allowed=self._allow_open)
+        opened.callback(fd.close)
+        return fd
+
+    def _container(self, source: ContainerSource | None, *, noiommu: bool) -> Check:
+        try:
+            return Check(name="container", ok=True, detail=self._container_found(source, noiommu=noiommu))
+        except CommandError as error:
+            return Check(name="container", ok=False, detail=str(error))
+
+    def _container_found(self, source: ContainerSource | None, *, noiommu: bool) -> str:
+        """Words for the container it would enter. Raises what ``device_add`` would raise."""
+        fitting = [container for container in self._containers if container.noiommu == noiommu]
+        if source is None and fitting:
+            return f"{fitting[0].name} is tried first, then a new one"
+        for container in self._containers if source is not None else ():
+            if source is not None and self._calls.same_file(source.fd.number, container.fd.number):
+                if container.noiommu != noiommu:
+                    raise InvalidArgument(f"{container.name} and the group do not mix: one of them has no IOMMU")
+                return f"'{source.name}' is {container.name}"
+        with ExitStack() as opened:
+            fd = source.fd.duplicate() if source is not None else open_container(self._calls)
+            opened.callback(fd.close)
+            fresh = Container(self._calls, -1, fd, passed=source is not None)
+            fresh.check()
+            kind = fresh.choose_iommu(noiommu=noiommu)
+            return f"{'passed' if source is not None else 'a new one'}, {kind.name}"
+
+    def _memory_lock(self, *, shared: bool) -> Check:
+        limit = self._calls.memory_lock_limit()
+        locked = self._calls.memory_locked()
+        # Memory is pinned once per container: one that is there already has it.
+        need = locked + (0 if shared else self._mapped_bytes)
+        detail = f"{need} bytes needed ({locked} locked now, {self._mapped_bytes} of guest memory mapped)"
+        if limit is None:
+            return Check(name="memory-lock", ok=True, detail=f"no limit; {detail}")
+        if self._calls.may_lock_any_memory():
+            return Check(
+                name="memory-lock", ok=True, detail=f"RLIMIT_MEMLOCK {limit}, lifted by CAP_IPC_LOCK; {detail}"
+            )
+        ok = need <= limit
+        advice = "" if ok else f": raise it to {need} or above (ulimit -l, LimitMEMLOCK= of the service)"
+        return Check(name="memory-lock", ok=ok, detail=f"RLIMIT_MEMLOCK {limit}; {detail}{advice}")
+
+    def _open_files(self) -> Check:
+        limit, used = self._calls.open_file_limit(), self._calls.open_files()
+        ok = used + FDS_PER_DEVICE <= limit
+        advice = "" if ok else f": raise it, a device takes about {FDS_PER_DEVICE}, and one more per vector"
+        return Check(name="open-files", ok=ok, detail=f"RLIMIT_NOFILE {limit}, {used} used{advice}")
+
+    def _reset(self, device: HostDevice) -> Check:
+        methods = self._sysfs.reset_methods(device)
+        if methods is None:
+            return Check(name="reset", ok=True, detail="not known before the device is opened")
+        if not methods:
+            return Check(name="reset", ok=False, detail="the host knows no way to reset it; it is added all the same")
+        return Check(name="reset", ok=True, detail=f"by {methods}")

@@ -1,0 +1,187 @@
+"""A device fd of the kernel, as a backend. Groups hand them out today; cdevs will."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.devices import GroupInfo
+from vfiod.protocol.errors import OperationFailed
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.backends.base import AddressSpace, FewerVectors
+from vfiod.server.backends.ioctls import call, call_info, failed
+from vfiod.server.kernel.syscalls import Syscalls
+
+__all__ = ["KernelDevice"]
+
+T = TypeVar("T")
+
+_IRQ_ADVICE: Final = {
+    errno.EINVAL: "the device cannot do this with these interrupts in its present mode",
+    errno.ENOSPC: "the host has no interrupt vectors left",
+    errno.EBUSY: "the host shares this interrupt line with a driver that does not share",
+    errno.ENOTTY: "the device has no such interrupt",
+}
+
+_ACCESS_ADVICE: Final = {
+    errno.EIO: "the device does not answer there: is memory or I/O space enabled in its command register?",
+    errno.EINVAL: "the region is not there, or the access leaves it",
+}
+
+_RESET_ADVICE: Final = {
+    errno.EINVAL: "the device has no reset of its own",
+    errno.ENOTTY: "the device has no reset of its own",
+    errno.EAGAIN: "another device of its bus is being reset: try again",
+}
+
+
+class KernelDevice:
+    """One opened device (:class:`~vfiod.server.backends.base.Backend`).
+
+    Args:
+        calls: the system calls.
+        fd: the device's; the object owns it from here on. A failing constructor leaves it to the caller.
+        name: host address.
+        kind: the origin: ``kernel-group``.
+        address_space: what it can reach; None: noiommu.
+        group: where it came from.
+        left: called once when the fd is closed; says whether the kernel let the device go.
+
+    Raises:
+        OperationFailed: the device does not say what it is.
+
+    """
+
+    def __init__(
+        self,
+        calls: Syscalls,
+        fd: FileDescriptor,
+        name: str,
+        *,
+        kind: str,
+        address_space: AddressSpace | None,
+        group: GroupInfo | None,
+        left: Callable[[KernelDevice], bool],
+    ) -> None:
+        self.name: Final = name
+        self.kind: Final = kind
+        self.address_space: Final = address_space
+        self.group: Final = group
+        self._calls = calls
+        self._left = left
+        self._given_out = False
+        self._released: bool | None = None
+        self._regions: dict[int, vfio.RegionInfo] = {}
+        self._irqs: dict[int, vfio.IrqInfo] = {}
+        self._info = self._read_info(fd.number)
+        self.fd = fd
+
+    def _read_info(self, number: int) -> vfio.DeviceInfo:
+        size = vfio.DeviceInfo.WITH_CAPS.size
+        question = vfio.DeviceInfo.WITH_CAPS.pack(size, 0, 0, 0, 0)
+        request = vfio.DeviceIoctl.VFIO_DEVICE_GET_INFO
+        return self._parsed(
+            vfio.DeviceInfo.unpack, call_info(self._calls, number, request, question, self.name), request
+        )
+
+    def _parsed(self, unpack: Callable[[bytes], T], answer: bytes, request: vfio.Ioctl) -> T:
+        try:
+            return unpack(answer)
+        except vfio.BadStructure as error:
+            raise OperationFailed(request.name, self.name, errno="EPROTO", advice=str(error)) from error
+
+    # --- what it is ---
+    def info(self) -> vfio.DeviceInfo:
+        """``VFIO_DEVICE_GET_INFO``, as it was when the device was opened."""
+        return self._info
+
+    def region_info(self, index: int) -> vfio.RegionInfo:
+        """``VFIO_DEVICE_GET_REGION_INFO``; kept after the first call."""
+        known = self._regions.get(index)
+        if known is not None:
+            return known
+        request = vfio.DeviceIoctl.VFIO_DEVICE_GET_REGION_INFO
+        question = vfio.RegionInfo.LAYOUT.pack(vfio.RegionInfo.LAYOUT.size, 0, index, 0, 0, 0)
+        answer = call_info(self._calls, self.fd.number, request, question, self._region(index))
+        region = self._parsed(vfio.RegionInfo.unpack, answer, request)
+        self._regions[index] = region
+        return region
+
+    def irq_info(self, index: int) -> vfio.IrqInfo:
+        """``VFIO_DEVICE_GET_IRQ_INFO``; asked each time: some change with the device's mode."""
+        request = vfio.DeviceIoctl.VFIO_DEVICE_GET_IRQ_INFO
+        question = vfio.IrqInfo(index).pack()
+        answer = call_info(self._calls, self.fd.number, request, question, f"{self.name} interrupt index {index}")
+        return self._parsed(vfio.IrqInfo.unpack, answer, request)
+
+    def probe_feature(self, feature: int) -> bool:
+        """``VFIO_DEVICE_FEATURE`` with PROBE; any errno means no: kernels differ in which."""
+        question = bytearray(vfio.DeviceFeature(feature, vfio.FeatureFlags.PROBE).pack())
+        try:
+            self._calls.ioctl(self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_FEATURE, question)
+        except OSError:
+            return False
+        return True
+
+    # --- regions ---
+    def region_read(self, index: int, offset: int, length: int) -> bytes:
+        """``pread`` at the region's place in the fd; exactly ``length`` bytes or OperationFailed."""
+        what = self._region(index, offset, length)
+        try:
+            data = self._calls.pread(self.fd.number, length, self.region_info(index).offset + offset)
+        except OSError as error:
+            raise failed("pread", what, error, _ACCESS_ADVICE) from error
+        if len(data) != length:
+            raise OperationFailed("pread", what, errno="EIO", advice=f"the device gave {len(data)} bytes")
+        return data
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """``pwrite`` at the region's place in the fd; all of it or OperationFailed."""
+        what = self._region(index, offset, len(data))
+        try:
+            done = self._calls.pwrite(self.fd.number, data, self.region_info(index).offset + offset)
+        except OSError as error:
+            raise failed("pwrite", what, error, _ACCESS_ADVICE) from error
+        if done != len(data):
+            raise OperationFailed("pwrite", what, errno="EIO", advice=f"the device took {done} bytes")
+
+    def region_fd(self, index: int) -> int | None:
+        """The device's own fd, lent; None when nothing of the region may be mapped."""
+        return self.fd.number if self.region_info(index).areas else None
+
+    def _region(self, index: int, offset: int | None = None, length: int = 0) -> str:
+        where = f"{self.name} region {index}"
+        return where if offset is None else f"{where} (offset 0x{offset:x}, {length} bytes)"
+
+    # --- interrupts, reset ---
+    def set_irqs(self, request: vfio.SetIrqs) -> None:
+        """``VFIO_DEVICE_SET_IRQS``; a positive return is a smaller grant: FewerVectors."""
+        what = f"{self.name} interrupt index {request.index} ({request.describe()})"
+        argument = bytearray(request.pack())
+        granted = call(self._calls, self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_SET_IRQS, argument, what, _IRQ_ADVICE)
+        if granted > 0:
+            raise FewerVectors(what, asked=request.count, granted=granted)
+
+    def reset(self) -> None:
+        """``VFIO_DEVICE_RESET``."""
+        call(self._calls, self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_RESET, 0, self.name, _RESET_ADVICE)
+
+    # --- the end ---
+    @property
+    def given_out(self) -> bool:
+        """Whether its fd was given to another process."""
+        return self._given_out
+
+    def give_out(self) -> None:
+        """Note that its fd goes to another process."""
+        self._given_out = True
+
+    def close(self) -> bool:
+        """Close the device, then let its group go if it was the last. The second call says what the first said."""
+        if self._released is None:
+            self._released = False  # whatever happens below happens once
+            self.fd.close()
+            self._released = self._left(self)
+        return self._released

@@ -1,0 +1,104 @@
+"""What an fd is, found by looking at it. The caller's word counts for nothing.
+
+Numbers of ioctls mean different things on different fds (``vfiod.protocol.vfio.ioctl``), so nothing is done to an
+fd before its kind is known, and the kind comes from what nobody can forge: the inode's type, the device number
+that sysfs gives a name to, the kernel's own name of an anonymous inode.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+from typing import Final
+
+from vfiod.protocol.fd import FdKind
+from vfiod.protocol.vfio import VFIO_API_VERSION, ContainerIoctl
+from vfiod.server.kernel.syscalls import Syscalls
+
+__all__ = ["device_node", "group_of_fd", "kind_of"]
+
+_CONTAINER_DEVICE: Final = os.makedev(10, 196)
+"""Misc device, ``VFIO_MINOR`` (``<linux/miscdevice.h>``): the one VFIO file whose number never changes."""
+
+_GROUP_NODE: Final = re.compile(r"vfio/(noiommu-)?([0-9]{1,9})")
+_CDEV_NODE: Final = re.compile(r"vfio/devices/vfio[0-9]{1,9}")
+_ANONYMOUS: Final = {"[eventfd]": FdKind.EVENTFD, "[vfio-device]": FdKind.VFIO_DEVICE}
+
+
+def kind_of(fd: int, calls: Syscalls | None = None) -> FdKind:
+    """Look at an open fd. Raises OSError (EBADF) when it is not open."""
+    calls = calls or Syscalls()
+    status = calls.fstat(fd)
+    link = calls.link_of(fd)
+    if link.startswith("anon_inode:"):
+        return _ANONYMOUS.get(link.removeprefix("anon_inode:"), FdKind.UNKNOWN)
+    match stat.S_IFMT(status.st_mode):
+        case stat.S_IFREG:
+            return FdKind.MEMFD if link.startswith("/memfd:") and status.st_nlink == 0 else FdKind.FILE
+        case stat.S_IFSOCK:
+            return _kind_of_socket(fd)
+        case stat.S_IFIFO:
+            return FdKind.PIPE
+        case stat.S_IFDIR:
+            return FdKind.DIRECTORY
+        case stat.S_IFBLK:
+            return FdKind.BLOCK_DEVICE
+        case stat.S_IFCHR:
+            return _kind_of_device(calls, fd, status.st_rdev, link)
+        case _:
+            return FdKind.UNKNOWN
+
+
+def _kind_of_socket(fd: int) -> FdKind:
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        listening = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    return FdKind.LISTENING_SOCKET if listening else FdKind.SOCKET
+
+
+def _kind_of_device(calls: Syscalls, fd: int, device: int, link: str) -> FdKind:
+    if device == _CONTAINER_DEVICE:
+        # iommufd may stand in for it behind the same number (CONFIG_IOMMUFD_VFIO_CONTAINER); it answers alike.
+        return FdKind.VFIO_CONTAINER if _is_container(calls, fd) else FdKind.CHARACTER_DEVICE
+    node = device_node(calls, device, link)
+    if _GROUP_NODE.fullmatch(node):
+        return FdKind.VFIO_GROUP
+    if _CDEV_NODE.fullmatch(node):
+        return FdKind.VFIO_DEVICE
+    return FdKind.IOMMUFD if node == "iommu" else FdKind.CHARACTER_DEVICE
+
+
+def _is_container(calls: Syscalls, fd: int) -> bool:
+    try:
+        return calls.ioctl(fd, ContainerIoctl.VFIO_GET_API_VERSION) >= VFIO_API_VERSION
+    except OSError:
+        return False
+
+
+def device_node(calls: Syscalls, device: int, link: str) -> str:
+    """The kernel's own name of a character device, below /dev: ``vfio/7``, ``iommu``; empty when unknown.
+
+    Args:
+        calls: the system calls.
+        device: ``st_rdev``.
+        link: what /proc says the file was opened as: used only where sysfs is not there to ask.
+
+    """
+    try:
+        text = calls.read_text(f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/uevent")
+    except OSError:
+        return link.removeprefix("/dev/") if link.startswith("/dev/") else ""
+    for line in text.splitlines():
+        if line.startswith("DEVNAME="):
+            return line.removeprefix("DEVNAME=")
+    return ""
+
+
+def group_of_fd(fd: int, calls: Syscalls) -> tuple[int, bool] | None:
+    """The number of the group an fd opens, and whether it is a noiommu group; None when it is not a group."""
+    status = calls.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode):
+        return None
+    found = _GROUP_NODE.fullmatch(device_node(calls, status.st_rdev, calls.link_of(fd)))
+    return (int(found[2]), found[1] is not None) if found else None
