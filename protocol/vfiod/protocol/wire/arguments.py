@@ -86,6 +86,8 @@ def decode_event_data(name: str, raw: Raw | bytes | UnsetType) -> EventData | No
 def _complaint(spec: CommandSpec, raw: Raw | bytes, error: Exception) -> CommandError:
     if isinstance(error, RecursionError):
         return InvalidArgument(f"The arguments of {spec.name} are nested too deeply")
+    if bytes(raw).lstrip()[:1] != b"{":
+        return InvalidArgument(f"The arguments of {spec.name} have names: pass an object")
     try:
         values = _decoder(dict[str, Any])(raw)
     except (ValueError, RecursionError) as unreadable:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from vfiod.protocol.catalogue.declare import EventData
-from vfiod.protocol.errors import VfiodError, WireError
-from vfiod.protocol.wire.qmp import Event
+from vfiod.protocol.catalogue.declare import EventData, event_of
+from vfiod.protocol.errors import (
+    CommandError,
+    ErrorClass,
+    InvalidRequest,
+    JsonSyntaxError,
+    LimitExceeded,
+    VfiodError,
+    WireError,
+)
+from vfiod.protocol.limits import MAX_BATCH
+from vfiod.protocol.wire.qmp import Event, seq_of, with_seq
+from vfiod.protocol.wire.text import EOL, encode_json, encode_line, has_unique_keys, members, one_line
 
 __all__ = [
     "Request",
@@ -81,41 +91,225 @@ class Error(msgspec.Struct, frozen=True, gc=False):
 
 Message = Result | Error | Event
 
+_NULL: Final = Raw(b"null")
 
+
+class _Incoming(Request, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A request as it comes: the specification's members and no others."""
+
+    jsonrpc: Literal["2.0"]
+
+
+_decode_single = msgspec.json.Decoder(_Incoming).decode
+_decode_list = msgspec.json.Decoder(list[Raw]).decode
+_decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
+
+
+# --- the server's side ------------------------------------------------------------------------------------
 def decode_request(text: bytes | WireError) -> Single | Batch:
-    """Turn one item of :meth:`JsonStream.receive_data` into requests. Never raises."""
-    raise NotImplementedError
+    """Turn one item of :meth:`JsonStream.receive_data` into requests.
+
+    Never raises. A notification is answered by nothing at all, even when it fails; what is no request is
+    answered, with id null when the id could not be read (section 5). JSON-RPC is strict JSON: no single
+    quotes. Arguments have names; ``[]`` is taken as none, other arrays are refused with the arguments.
+    """
+    if not isinstance(text, bytes):
+        return Single(Rejected(text, _NULL))
+    try:
+        if text[:1] == b"[":
+            return _decode_batch(text)
+        return Single(_checked(_decode_single(text)) if has_unique_keys(text) else Rejected(_unreadable(text), _NULL))
+    except msgspec.ValidationError as error:
+        return Single(_rejected(text, str(error)))
+    except (ValueError, RecursionError):
+        return Single(Rejected(_unreadable(text), _NULL))
+
+
+def _decode_batch(text: bytes) -> Single | Batch:
+    items = _decode_list(text)
+    if not items:
+        return Single(Rejected(InvalidRequest("A batch has at least one request"), _NULL))
+    if len(items) > MAX_BATCH:
+        refusal = LimitExceeded(f"A batch has at most {MAX_BATCH} requests, not {len(items)}")
+        return Single(Rejected(refusal, _NULL))
+    if not has_unique_keys(text):
+        return Single(Rejected(_unreadable(text), _NULL))
+    requests: list[Request | Rejected] = []
+    for item in items:
+        try:
+            requests.append(_checked(_decode_single(item)))
+        except msgspec.ValidationError as error:
+            requests.append(_rejected(item, str(error)))
+    return Batch(tuple(requests))
+
+
+def _checked(request: Request) -> Request | Rejected:
+    """What the types cannot say: which JSON values an id and params may be."""
+    if request.id is not UNSET and not _may_be_id(request.id):
+        return Rejected(InvalidRequest("The member 'id' must be a string, a number or null"), _NULL)
+    if request.arguments is not UNSET and (first := memoryview(request.arguments)[0]) != _BRACE:
+        if first != _BRACKET:
+            id = _NULL if request.id is UNSET else request.id
+            return Rejected(InvalidRequest("The member 'params' must be an object"), id)
+        if not _decode_list(request.arguments):
+            return Request(command=request.command, id=request.id)
+    return request
+
+
+_BRACE: Final = ord("{")
+_BRACKET: Final = ord("[")
+_WORDS: Final = (
+    ("Object missing required field", "it lacks member"),
+    ("Object contains unknown field", "it has the unexpected member"),
+    ("`", "'"),
+)
+_MAY_BEGIN_ID: Final = frozenset(b'"-0123456789n')
+
+
+def _may_be_id(id: Raw) -> bool:
+    return memoryview(id)[0] in _MAY_BEGIN_ID
+
+
+def _rejected(text: bytes | Raw, reason: str) -> Rejected:
+    """JSON, but no request; with its id, when it has one."""
+    if not has_unique_keys(bytes(text)):
+        return Rejected(_unreadable(bytes(text)), _NULL)
+    try:
+        id = _decode_members(text).get("id", _NULL)
+    except ValueError:
+        return Rejected(InvalidRequest("A request must be a JSON object"), _NULL)
+    for theirs, ours in _WORDS:
+        reason = reason.replace(theirs, ours)
+    return Rejected(InvalidRequest(f"Not a JSON-RPC 2.0 request: {reason}"), id if _may_be_id(id) else _NULL)
+
+
+def _unreadable(text: bytes) -> WireError:
+    """Why a text is no JSON."""
+    try:
+        members(text)
+    except WireError as error:
+        return error
+    try:
+        _decode_members(text)
+    except RecursionError:
+        return LimitExceeded("JSON nesting depth limit exceeded")
+    except ValueError:
+        pass
+    return JsonSyntaxError("JSON parse error, JSON-RPC has strings in double quotes only")
 
 
 def encode_result(value: Any, id: Raw) -> bytes:
     """``{"jsonrpc": "2.0", "result": value, "id"}``, one line."""
-    raise NotImplementedError
+    return encode_line(b'{"jsonrpc":"2.0","result":%b,"id":%b}' % (encode_json(value), one_line(id)))
 
 
 def encode_error(error: VfiodError, id: Raw | UnsetType = UNSET) -> bytes:
     """``{"jsonrpc": "2.0", "error": {"code", "message", "data": {"class", "errno"?}}, "id"}``; id null when unset."""
-    raise NotImplementedError
+    data: dict[str, str] = {"class": error.error_class}
+    if isinstance(error, CommandError) and error.errno is not None:
+        data["errno"] = error.errno
+    body = {"code": error.jsonrpc_code, "message": str(error), "data": data}
+    return encode_line(
+        b'{"jsonrpc":"2.0","error":%b,"id":%b}' % (encode_json(body), one_line(_NULL if id is UNSET else id))
+    )
 
 
 def encode_batch(replies: Iterable[bytes]) -> bytes:
-    """The answers to a batch, each from :func:`encode_result` or :func:`encode_error`; ``b""`` for none."""
-    raise NotImplementedError
+    """The answers to a batch, each from :func:`encode_result` or :func:`encode_error`; ``b""`` for none.
+
+    A batch of notifications only is answered by nothing, not by an empty array (section 6).
+    """
+    answers = [reply.removesuffix(EOL) for reply in replies]
+    return b"[" + b",".join(answers) + b"]" + EOL if answers else b""
 
 
 def encode_notification(data: EventData, seq: int, seconds: int, microseconds: int) -> bytes:
-    """``{"jsonrpc", "method": name, "params": {..., "seq", "timestamp": {"seconds", "microseconds"}}}``, one line."""
-    raise NotImplementedError
+    """``{"jsonrpc", "method": name, "params": {..., "seq", "timestamp": {"seconds", "microseconds"}}}``, one line.
+
+    The arguments are those of :func:`vfiod.protocol.wire.qmp.encode_event`.
+    """
+    return encode_line(
+        b'{"jsonrpc":"2.0","method":"%b","params":%b,"timestamp":{"seconds":%d,"microseconds":%d}}}'
+        % (event_of(data).name.encode(), with_seq(data, seq)[:-1], seconds, microseconds)
+    )
 
 
+# --- the client's side ------------------------------------------------------------------------------------
 def encode_request(
     command: str,
     arguments: Any = UNSET,
     id: int | str | Raw | UnsetType = UNSET,
 ) -> bytes:
     """A call, one line; without ``id`` a notification."""
-    raise NotImplementedError
+    request: dict[str, Any] = {"jsonrpc": "2.0", "method": command}
+    if arguments is not UNSET:
+        request["params"] = arguments
+    if id is not UNSET:
+        request["id"] = id
+    return encode_line(encode_json(request))
+
+
+class _ErrorData(msgspec.Struct):
+    error_class: str = msgspec.field(default=ErrorClass.GENERIC, name="class")
+    errno: str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    code: int
+    message: str
+    data: _ErrorData | UnsetType = UNSET
+
+
+class _Timestamp(msgspec.Struct, frozen=True):
+    seconds: int = -1
+    microseconds: int = -1
+
+
+class _EventParams(msgspec.Struct):
+    timestamp: _Timestamp = _Timestamp()
+
+
+class _Answer(msgspec.Struct):
+    """Any message of a server; which one it is, its members tell."""
+
+    jsonrpc: Literal["2.0"]
+    value: Raw | UnsetType = msgspec.field(default=UNSET, name="result")
+    error: _ErrorBody | UnsetType = UNSET
+    id: Raw | UnsetType = UNSET
+    method: str | UnsetType = UNSET
+    params: Raw | UnsetType = UNSET
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_params = msgspec.json.Decoder(_EventParams).decode
 
 
 def decode_message(text: bytes | WireError) -> list[Message]:
-    """What a server sent: one message, or a batch of them. Raises :class:`WireError` when it is neither."""
-    raise NotImplementedError
+    """What a server sent: one message, or a batch of them.
+
+    Raises:
+        WireError: it is not JSON-RPC 2.0.
+
+    """
+    if not isinstance(text, bytes):
+        raise text
+    try:
+        return [_message(part) for part in (_decode_list(text) if text[:1] == b"[" else [text])]
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The server sent a message that is not JSON-RPC 2.0: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise JsonSyntaxError(f"The server sent a message that is not JSON: {error}") from None
+
+
+def _message(text: bytes | Raw) -> Message:
+    answer = _decode_answer(text)
+    if answer.method is not UNSET:
+        stamp = _decode_params(answer.params).timestamp if isinstance(answer.params, Raw) else _Timestamp()
+        return Event(answer.method, answer.params, seq_of(answer.params), stamp.seconds, stamp.microseconds)
+    if isinstance(answer.id, Raw):
+        if isinstance(answer.value, Raw):
+            return Result(answer.value, answer.id)
+        if answer.error is not UNSET:
+            error, data = answer.error, answer.error.data or _ErrorData()
+            return Error(error.code, error.message, data.error_class, data.errno, answer.id)
+    raise InvalidRequest("The server sent a message without method, result or error")

@@ -213,7 +213,7 @@ class _ErrorBody(msgspec.Struct):
     errno: str | None = None
 
 
-class _Timestamp(msgspec.Struct):
+class _Timestamp(msgspec.Struct, frozen=True):
     seconds: int
     microseconds: int
 
