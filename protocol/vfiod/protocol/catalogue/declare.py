@@ -16,7 +16,7 @@ Members are ``snake_case`` here and ``kebab-case`` on the wire.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar, dataclass_transform, get_args
 
@@ -84,11 +84,6 @@ R = TypeVar("R")
 
 class Arguments(Declared, Generic[R], forbid_unknown_fields=True):
     """A command's arguments; ``R`` is what it returns. Declared with :func:`command`."""
-
-    @classmethod
-    def unexpected(cls, member: str, given: Mapping[str, Any]) -> str:
-        """What to say of a member there is none of, in QEMU's words; ``given``: all that was sent."""
-        return f"Parameter '{member}' is unexpected"
 
 
 class EventData(Declared):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -94,16 +93,6 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     x_no_mmap: Annotated[bool, Meta(description="Never map regions: every access is a read or write.")] = False
     x_noiommu: Annotated[bool, Meta(description="Accept a noiommu group: the device can reach all memory.")] = False
     x_dry_run: Annotated[bool, Meta(description="Make every check and report it; change nothing.")] = False
-
-    @classmethod
-    def unexpected(cls, member: str, given: Mapping[str, Any]) -> str:
-        """An unknown member is an unknown property, unless the driver is what is wrong (QEMU's order and words)."""
-        driver = given.get("driver")
-        if not isinstance(driver, str):
-            return "Parameter 'driver' is missing"
-        if driver not in set(Driver):
-            return f"'{driver}' is not a valid device model name"
-        return f"Property '{driver}.{member}' not found"
 
 
 @command("device_del", Family.DEVICES, device="id")

@@ -23,9 +23,10 @@ from vfiod.protocol.catalogue.devices import (
 )
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import DeviceNotFound, InvalidArgument
-from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.protocol.fd import FdKind, FileDescriptor, close_all
 from vfiod.protocol.introspection import argument_properties
 from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
+from vfiod.server.backends.checks import possible
 from vfiod.server.backends.group import ContainerSource, GroupOrigin
 from vfiod.server.commands.call import Call, Handler
 from vfiod.server.devices.pci import PciDevice, PciOptions
@@ -135,19 +136,13 @@ def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[
         call.keep_names()
         return _report(call, a, machine.check_group(origin, container_object))
 
-    def discard() -> None:
-        if group_fd is not None:
-            group_fd.close()
-        if container is not None:
-            container.fd.close()
-
     new = NewDevice(
         id="" if a.id is UNSET else a.id,
         backend_kind="kernel-group",
         host=origin.host or origin.sysfsdev,
         options=options,
         open=lambda _: machine.open_group(origin, container_object),
-        discard=discard,
+        discard=lambda: close_all(origin.fds()),
         on_request_timeout_ms=a.on_request_timeout_ms,
     )
     return _added(machine.add_device(new))
@@ -161,7 +156,7 @@ async def _added(work: Awaitable[PciDevice]) -> DeviceAddResult:
 async def _report(call: Call, a: DeviceAdd, work: Awaitable[tuple[Check, ...]]) -> DeviceAddResult:
     own = call.machine.devices.check("" if a.id is UNSET else a.id)
     checks = [*own, *await work]
-    return DeviceAddResult(possible=all(check.ok for check in checks), checks=checks)
+    return DeviceAddResult(possible=possible(checks), checks=checks)
 
 
 # --- removing -------------------------------------------------------------------------------------

@@ -104,7 +104,6 @@ class Machine:
         self._ended: asyncio.Task[list[str]] | None = None
         self._stuck = False
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references
-        # TODO primer
 
     # --- devices ------------------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class Machine:
         return self._change(
             "device_add (dry run)",
             lambda: self.groups.check(self._with_container(origin, container_object)),
-            *_fds_of(origin),
+            *origin.fds(),
         )
 
     def check_mediated(self, uuid: str) -> Awaitable[tuple[Check, ...]]:
@@ -145,10 +144,10 @@ class Machine:
         try:
             fd = self.objects.container(container_object).duplicate()
         except OSError as error:
-            close_all(_fds_of(origin))
+            close_all(origin.fds())
             raise OperationFailed("dup", f"object {container_object}", errno=error.errno or 0) from error
         except BaseException:
-            close_all(_fds_of(origin))
+            close_all(origin.fds())
             raise
         return replace(origin, container=ContainerSource(fd, container_object, container_object))
 
@@ -235,9 +234,11 @@ class Machine:
             memory = mapped.mapping.memory
             if mapped.backend is None and not memory.closed:
                 yield FdInfo(owner=f"mapping:{mapped.first:#x}", kind=kind_of(memory.number), number=memory.number)
+        devices = self.devices.all()
+        names = {f"host:{device.info().host}": f"device:{device.name}" for device in devices}
         for held in self.groups.fds():
-            yield FdInfo(owner=held.owner, kind=held.kind, number=held.number)
-        for device in self.devices.all():
+            yield FdInfo(owner=names.get(held.owner, held.owner), kind=held.kind, number=held.number)
+        for device in devices:
             yield from device.fds()
 
     def stats(self) -> list[StatsResult]:
@@ -355,11 +356,6 @@ class Machine:
         self._sweeper = None
         if not self.closing:
             self._change("letting go of groups", self.groups.sweep).add_done_callback(lambda _: self._device_deleted())
-
-
-def _fds_of(origin: GroupOrigin) -> list[FileDescriptor]:
-    fds = [origin.group_fd, origin.container.fd if origin.container is not None else None]
-    return [fd for fd in fds if fd is not None]
 
 
 def _heard(work: asyncio.Future[Any]) -> None:
