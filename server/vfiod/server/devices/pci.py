@@ -15,10 +15,9 @@ Its life, and who calls what (behaviour: sections 1, 3, 4 and 6 of the reference
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TypeVar
 
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
@@ -48,7 +47,7 @@ from vfiod.server.lanes import Lane, Turn
 
 __all__ = ["PciDevice", "PciOptions"]
 
-_log: Final = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +116,27 @@ class PciDevice:
         return self.id or self.path
 
     @property
+    def realized(self) -> bool:
+        """Whether it is open: it has regions and interrupts."""
+        return self._model is not None
+
+    @property
     def lane(self) -> Lane:
         """The order of its commands."""
         return self._environment.lane
+
+    def in_order(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
+        """Do something quick on the loop, in the device's order: at once when nothing else is at work on it.
+
+        Else an awaitable is returned, which does it in its turn. Raises what the lane says once the device goes.
+        """
+        if self.lane.busy or self.lane.closed:
+            return self._in_turn(what, action)
+        return action()
+
+    async def _in_turn(self, what: str, action: Callable[[], T]) -> T:
+        async with self.lane.turn(what):
+            return action()
 
     # --- life -------------------------------------------------------------------------------------
 

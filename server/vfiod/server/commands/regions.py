@@ -1,0 +1,116 @@
+"""Family "regions": registers and device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Final
+
+from vfiod.protocol.catalogue.declare import Arguments, Empty
+from vfiod.protocol.catalogue.regions import (
+    Area,
+    QueryRegions,
+    RegionInfo,
+    RegionMap,
+    RegionMapResult,
+    RegionRead,
+    RegionReadResult,
+    RegionWrite,
+)
+from vfiod.protocol.catalogue.words import UNSET
+from vfiod.protocol.errors import InvalidArgument
+from vfiod.server.commands.call import Call, Handler
+from vfiod.server.devices.pci import PciDevice
+from vfiod.server.devices.regions import INLINE_BYTES, Region
+
+__all__ = ["HANDLERS"]
+
+
+def query_regions(call: Call, arguments: QueryRegions) -> list[RegionInfo]:
+    """List the regions of a device, or of all."""
+    if arguments.device is not UNSET:
+        return call.machine.device(arguments.device).region_infos()
+    return [info for device in call.machine.devices.all() for info in device.region_infos()]
+
+
+def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitable[RegionReadResult]:
+    """Read a register, or bytes."""
+    device = call.machine.device(arguments.device)
+    region = device.regions.find(arguments.region)
+    offset, size, length = arguments.offset, arguments.size, arguments.length
+    if size is not UNSET:
+        if length is not UNSET:
+            raise InvalidArgument("Parameters 'size' and 'length' exclude each other: a register, or bytes")
+        return device.in_order("region-read", lambda: RegionReadResult(value=device.load(region, offset, size)))
+    if length is UNSET:
+        raise InvalidArgument("Parameter 'size' is missing: give 'size' for a register, or 'length' for bytes")
+    if length > INLINE_BYTES:
+        return _read_long(device, region, offset, length)
+    return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
+
+
+async def _read_long(device: PciDevice, region: Region, offset: int, length: int) -> RegionReadResult:
+    return RegionReadResult(data=await device.read(region, offset, length))
+
+
+def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]:
+    """Write a register, or bytes."""
+    device = call.machine.device(arguments.device)
+    region = device.regions.find(arguments.region)
+    offset, size, value, data = arguments.offset, arguments.size, arguments.value, arguments.data
+    if data is not UNSET:
+        if size is not UNSET or value is not UNSET:
+            raise InvalidArgument("Parameter 'data' excludes 'size' and 'value': a register, or bytes")
+        return _write_bytes(device, region, offset, data)
+    if size is UNSET or value is UNSET:
+        missing = "size" if size is UNSET else "value"
+        raise InvalidArgument(
+            f"Parameter '{missing}' is missing: give 'size' and 'value' for a register, or 'data' for bytes"
+        )
+
+    def store() -> Empty:
+        device.store(region, offset, size, value)
+        return Empty()
+
+    return device.in_order("region-write", store)
+
+
+def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
+    def write() -> Empty:
+        device.write_now(region, offset, data)
+        return Empty()
+
+    if len(data) <= INLINE_BYTES:
+        return device.in_order("region-write", write)
+    return _write_long(device, region, offset, data)
+
+
+async def _write_long(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty:
+    await device.write(region, offset, data)
+    return Empty()
+
+
+def region_map(call: Call, arguments: RegionMap) -> RegionMapResult | Awaitable[RegionMapResult]:
+    """Give out the fd through which a region can be mapped."""
+    device = call.machine.device(arguments.device)
+    region = device.regions.find(arguments.region)
+    session = call.session
+    if session is None or not call.carries_fds:
+        raise InvalidArgument("region-map gives out an fd, and this reply can carry none: ask singly, on a Unix socket")
+
+    def give() -> RegionMapResult:
+        return RegionMapResult(
+            map_fd=call.attach(device.map_region(region, session.id)),
+            offset=region.info.offset,
+            size=region.info.size,
+            areas=[Area(offset=offset, size=size) for offset, size in region.areas],
+        )
+
+    return device.in_order("region-map", give)
+
+
+HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {
+    QueryRegions: query_regions,
+    RegionRead: region_read,
+    RegionWrite: region_write,
+    RegionMap: region_map,
+}
