@@ -21,7 +21,8 @@ CLASSES: Final = {
     0x0101: "IDE interface", 0x0106: "SATA controller", 0x0107: "SAS controller", 0x0108: "NVMe controller",
     0x0200: "Ethernet controller", 0x0280: "Network controller", 0x0300: "VGA controller", 0x0302: "3D controller",
     0x0403: "Audio device", 0x0600: "Host bridge", 0x0601: "ISA bridge", 0x0604: "PCI bridge",
-    0x0700: "Serial controller", 0x0880: "System peripheral", 0x0C03: "USB controller", 0x0C05: "SMBus", 0x1200: "Processing accelerator",
+    0x0700: "Serial controller", 0x0880: "System peripheral", 0x0C03: "USB controller", 0x0C05: "SMBus",
+    0x1200: "Processing accelerator",
 }  # fmt: skip
 
 
