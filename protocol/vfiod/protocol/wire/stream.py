@@ -225,7 +225,7 @@ class JsonStream:
         begin = token = position  # where the text that is being read, and its newest token, begin in `data`
         while position < length:
             if state == START:
-                if (depth := braces + brackets) and depth < self._max_nesting:
+                if 0 < braces + brackets < self._max_nesting:
                     position = _PAIRS_RUN.match(data, position).end()  # type: ignore[union-attr]  # matches nothing, too
                 elif not braces and not brackets:
                     begin = position = _BLANKS.match(data, position).end()  # type: ignore[union-attr]
@@ -263,8 +263,8 @@ class JsonStream:
                 if braces + brackets > self._max_nesting:
                     # The rest of the text is read as if a new one began: QEMU 10.0 does so.
                     ended = LimitExceeded("JSON nesting depth limit exceeded")
-                # QEMU 10.0 looks at the count of brackets only, twice, where it means both: "[}" goes on.
-                elif (braces > 0 or brackets > 0) and brackets >= 0:
+                # Braces and brackets are counted apart: "{[}" goes on until a "]", and is no JSON then.
+                elif (braces > 0 or brackets > 0) and braces >= 0 and brackets >= 0:
                     continue
                 else:
                     ended = self._complete(data[begin:position])

@@ -90,7 +90,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 
 
 def has_unique_keys(text: bytes) -> bool:
-    """Whether a text that msgspec has accepted is UTF-8 throughout and names no member twice.
+    """Whether a text that msgspec has accepted is Unicode throughout and names no member twice.
 
     msgspec keeps the last of two members with one name, and does not look into what it skips.
     """
@@ -105,8 +105,12 @@ def has_unique_keys(text: bytes) -> bool:
     import json  # most sessions never need it
 
     try:
-        json.loads(text.decode(), object_pairs_hook=_unique)
-    except (_DuplicateKeyError, UnicodeDecodeError, RecursionError, ValueError):
+        unicode = text.decode()
+        if _MAY_BE_NO_CHARACTER.search(unicode):
+            for token in _STRING_TOKEN.findall(text):
+                _string(token)
+        json.loads(unicode, object_pairs_hook=_unique)
+    except (_DuplicateKeyError, JsonSyntaxError, RecursionError, ValueError):
         return False
     return True
 
@@ -122,6 +126,12 @@ _TOKEN: Final = re.compile(
     re.DOTALL,
 )
 _STRING, _STRUCTURE, _NUMBER, _KEYWORD = range(1, 5)
+# Unicode's noncharacters and surrogates, which QEMU refuses (``util/unicode.c``).
+_NO_CHARACTER: Final = re.compile(
+    "[\\ud800-\\udfff\\ufdd0-\\ufdef" + "".join(f"\\U{plane:04x}fffe\\U{plane:04x}ffff" for plane in range(0x11)) + "]"
+)
+_MAY_BE_NO_CHARACTER: Final = re.compile(_NO_CHARACTER.pattern + r"|\\u(?:[fF][dD][dDeE]|[fF]{3}[eEfF]|[dD][89a-fA-F])")
+_STRING_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
 _SIMPLE_ESCAPES: Final = {
     '"': '"',
@@ -147,6 +157,8 @@ def _string(token: bytes) -> str:
         body = token[1:-1].decode()
     except UnicodeDecodeError:
         raise _syntax("invalid UTF-8 sequence in string") from None
+    if _NO_CHARACTER.search(body):
+        raise _syntax("invalid UTF-8 sequence in string")
     if "\\" not in body:
         return body
     pieces, position = [], 0
@@ -156,7 +168,8 @@ def _string(token: bytes) -> str:
         if match[1] is None:
             if match[2] not in _SIMPLE_ESCAPES:
                 if match[2] == "u":
-                    raise _syntax(f"{body[match.start() : match.start() + 6]} is not a valid Unicode character")
+                    six = (body + token[:1].decode())[match.start() : match.start() + 6]
+                    raise _syntax(f"{six} is not a valid Unicode character")
                 raise _syntax("invalid escape sequence in string")
             pieces.append(_SIMPLE_ESCAPES[match[2]])
             continue
@@ -166,8 +179,8 @@ def _string(token: bytes) -> str:
             if 0xDC00 <= trailing < 0xE000:
                 code = 0x10000 + ((code & 0x3FF) << 10) + (trailing & 0x3FF)
                 position = low.end()
-        if 0xD800 <= code < 0xE000:
-            raise _syntax(f"{match[0]} is not a valid Unicode character")
+        if _NO_CHARACTER.match(chr(code)):
+            raise _syntax(f"{body[match.start() : position]} is not a valid Unicode character")
         pieces.append(chr(code))
     pieces.append(body[position:])
     return "".join(pieces)
@@ -213,12 +226,14 @@ def members(text: bytes) -> dict[str, msgspec.Raw] | None:
     stack: list[set[str] | None] = []  # the keys of each open object; None for an open array
     value: list[bytes] = []  # the tokens of the member of the outermost object that is being read
     name = ""
+    wrong_key = 0  # depth of an object or array that stands where a key should: QEMU reads it first, then complains
     want = _Want.VALUE
     outermost_is_object = done = False
     for kind, token in _tokens(text):
         if done:
             raise _syntax("expecting value")
         if kind == _STRING:
+            _expect_separator(want, stack)
             string = _string(token)
             token = _double_quoted(token)
             if want in (_Want.KEY, _Want.KEY_OR_END):
@@ -232,10 +247,11 @@ def members(text: bytes) -> dict[str, msgspec.Raw] | None:
                     value.clear()
                     continue
             else:
-                _expect_value(want, stack)
                 want = _Want.SEPARATOR
         elif token in (b"{", b"["):
-            _expect_value(want, stack)
+            _expect_separator(want, stack)
+            if want in (_Want.KEY, _Want.KEY_OR_END):
+                wrong_key = wrong_key or len(stack) + 1
             outermost_is_object = outermost_is_object or (not stack and token == b"{")
             stack.append(set() if token == b"{" else None)
             want = _Want.KEY_OR_END if token == b"{" else _Want.VALUE_OR_END
@@ -244,8 +260,10 @@ def members(text: bytes) -> dict[str, msgspec.Raw] | None:
             if not closes or want not in (_Want.SEPARATOR, _Want.KEY_OR_END, _Want.VALUE_OR_END):
                 _expect_separator(want, stack)
                 raise _syntax("expecting value")
+            if len(stack) == wrong_key:
+                raise _syntax("key is not a string in object")
             stack.pop()
-            if len(stack) == 0:
+            if not stack:
                 if outermost_is_object and want is _Want.SEPARATOR:
                     found[name] = msgspec.Raw(b"".join(value))
                 done = True
