@@ -200,7 +200,7 @@ class PciDevice:
         model = self._model
         group = None if model is None else model.backend.group
         return DeviceInfo(
-            id=self.id,
+            id=self.name,
             path=self.path,
             driver=Driver.VFIO_PCI,
             backend=self._backend_kind if model is None else model.backend.kind,
