@@ -234,7 +234,7 @@ class MediatedBackend:
         if known is None:
             self._present(index, self._info.num_regions, "VFIO_DEVICE_GET_REGION_INFO")
             told = guarded("region_info", self._what(index), self._device.region_info, index)
-            known = self._regions[index] = self._region(index, told)
+            known = self._regions[index] = guarded("region_info", self._what(index), self._region, index, told)
         return known
 
     def irq_info(self, index: int) -> vfio.IrqInfo:
@@ -283,8 +283,8 @@ class MediatedBackend:
         """See :class:`Backend`."""
         if not self.region_info(index).mappable:
             return None
-        device = self._ready()
-        return guarded("region_fd", self._what(index), device.region_fd, index)
+        self._ready()
+        return self._file(index)
 
     def set_irqs(self, request: vfio.SetIrqs) -> None:
         """See :class:`Backend`."""
@@ -372,16 +372,22 @@ class MediatedBackend:
             capabilities = (vfio.SparseMmap(granted),)
         return vfio.RegionInfo(index, flags, told.size, offset, capabilities)
 
+    def _file(self, index: int) -> int | None:
+        number = guarded("region_fd", self._what(index), self._device.region_fd, index)
+        if number is not None and (not isinstance(number, int) or number < 0):
+            raise _wrong("region_fd", self._what(index), f"it gave {number!r}")
+        return number
+
     def _granted(self, index: int, told: RegionInfo) -> tuple[tuple[Area, ...], int]:
         """What may be mapped of a region, as the device's ``validate_map_request`` leaves it, and where in its file."""
         what = self._what(index)
-        number = guarded("region_fd", what, self._device.region_fd, index)
+        number = self._file(index)
         if number is None:
             raise _wrong("region_fd", what, "it says that the region can be mapped, and has no file")
         try:
             length = os.fstat(number).st_size
         except OSError as error:
-            raise _wrong("region_fd", what, f"it gave {number}, which is {error.strerror}") from error
+            raise _wrong("region_fd", what, f"it gave {number}: {error.strerror}") from error
         areas: list[Area] = []
         base: int | None = None
         for area in told.areas:

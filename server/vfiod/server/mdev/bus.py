@@ -35,7 +35,7 @@ from vfiod.protocol.catalogue.words import UNSET, UUID_PATTERN
 from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNotFound, InvalidArgument, OperationFailed
 from vfiod.server import trace
 from vfiod.server.lanes import Turn
-from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost, published, quietly
+from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost, guarded, published, quietly
 from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent
 from vfiod.server.mdev.registered import Registered, load_parents
 
@@ -99,7 +99,7 @@ class MdevBus:
         Raises OperationFailed with EEXIST when one of that name is there (or still leaving), InvalidArgument when its
         name or types cannot be, DeviceNotActive when the bus is closed.
         """
-        record = Registered(parent, self._executor)
+        record = guarded("register", f"mdev parent {type(parent).__name__}", Registered, parent, self._executor)
         if self._closed:
             raise DeviceNotActive(f"{record.what} comes too late: vfiod ends")
         if record.name in self._parents or record.name in self._leaving:
