@@ -23,7 +23,7 @@ import msgspec
 from vfiod.client.errors import ClientError
 from vfiod.client.events import Event
 from vfiod.client.methods.values import VectorFds
-from vfiod.client.render import describe_fd, json_text, plain
+from vfiod.client.render import describe_fd, json_text
 from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue import Arguments, command_of
@@ -85,6 +85,8 @@ class TalkingClient(Client):
     def _run(self, arguments: Arguments[Any], **options: Any) -> Any:
         result = super()._run(arguments, **options)
         if not self.silent:
+            for name, fd in (options.get("fds") or {}).items():
+                self.narrator.wire(f'-> getfd {{"fdname": "{name}"}}   and with it, {describe_fd(fd)}')
             sent = json_text(msgspec.to_builtins(arguments), compact=True)
             self.narrator.wire(f"-> {command_of(arguments).name} {'' if sent == '{}' else sent}")
             received = json_text(_shown(result), compact=True)
@@ -94,10 +96,17 @@ class TalkingClient(Client):
 
 
 def _shown(result: Any) -> Any:
-    """A result as text, each fd as what it is."""
-    return plain(
-        msgspec.to_builtins(result, enc_hook=lambda fd: describe_fd(fd) if isinstance(fd, FileDescriptor) else str(fd))
+    """A result as on the wire, each fd as what it is."""
+    text = msgspec.to_builtins(
+        result, enc_hook=lambda fd: describe_fd(fd) if isinstance(fd, FileDescriptor) else str(fd)
     )
+    return _kebab(text)
+
+
+def _kebab(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name.replace("_", "-"): _kebab(item) for name, item in value.items()}
+    return [_kebab(item) for item in value] if isinstance(value, list) else value
 
 
 def expect(what: str, found: object, right: object) -> None:
@@ -111,22 +120,25 @@ class Demo:
     """One run, against a server that is up.
 
     Args:
-        client: connected to it, with a time limit for each answer.
+        path: its QMP socket.
         narrator: prints.
 
     """
 
-    def __init__(self, client: TalkingClient, narrator: Narrator) -> None:
-        self.client = client
+    def __init__(self, path: Path, narrator: Narrator) -> None:
+        self.path = path
         self.say = narrator
-        client.narrator = narrator
         self.memory = FileDescriptor(os.memfd_create("guest-memory", os.MFD_CLOEXEC))
         os.ftruncate(self.memory.number, MEMORY)
         self.uuid = ""
 
     def run(self) -> None:
         """Everything, in order. Raises DemoFailed, RemoteError, ClientError."""
-        with self.memory, self.client.events(DeviceDeleted) as deleted:
+        with (
+            self.memory,
+            self.connect() as self.client,
+            self.client.events(DeviceDeleted, "DEVICE_UNPLUG_ERROR") as ends,
+        ):
             self.greet()
             self.give_memory()
             self.add_device()
@@ -136,11 +148,17 @@ class Demo:
             self.msi()
             self.map_bar()
             self.reset()
-            self.unplug(deleted.get)
+            self.unplug(ends.get)
             self.tidy_up()
             # Everything that can cause one is over: it has to have been the only one.
-            expect("further DEVICE_DELETED events", deleted.pending(), [])
+            expect("further DEVICE_DELETED events", ends.pending(), [])
             self.leave()
+
+    def connect(self) -> TalkingClient:
+        """A session, with a time limit for each answer."""
+        client = TalkingClient.connect(self.path, timeout=TIMEOUT)
+        client.narrator = self.say
+        return client
 
     # --- the chapters ---------------------------------------------------------------------------------------------
 
@@ -161,7 +179,8 @@ class Demo:
         self.say.step(
             "Pass the guest's memory",
             f"""The memory of the VM is a memfd. Its file descriptor goes over the socket (SCM_RIGHTS); vfiod keeps a
-            duplicate as an object, and every device, now and later, may reach it at I/O address {IOVA:#x}.""",
+            duplicate as an object, and every device, now and later, may reach it at I/O address {IOVA:#x}. In JSON an
+            fd has a name: getfd gives it one, and the command that takes it over ends the name.""",
         )
         self.client.object_add(qom_type="memory-backend-fd", id="ram0", fd=self.memory)
         mapped = self.client.dma_map(iova=IOVA, size=MEMORY, memory_backend="ram0")
@@ -279,13 +298,16 @@ class Demo:
         self.say.step(
             "Map a BAR",
             """region-map hands out the fd of a region. The hypervisor maps it, and from then on the guest's accesses
-            are loads and stores, with nobody between.""",
+            are loads and stores, with nobody between. It has a session of its own here: what it was given holds the
+            device, for as long as that session lasts.""",
         )
         pattern = bytes(range(256)) * 4
-        with self.client.region_map(device="dev0", region="bar2") as mapped:
+        with self.connect() as hypervisor, hypervisor.region_map(device="dev0", region="bar2") as mapped:
             area = mapped.areas[0]
             with mmap.mmap(mapped.map_fd.number, area.size, offset=mapped.offset + area.offset) as bar:
                 bar[0x2000 : 0x2000 + len(pattern)] = pattern
+            holders = self.client.query_devices(id="dev0")[0].held_by
+            expect("what holds the device meanwhile", [holder.kind for holder in holders], ["mapping"])
         read = self.client.region_read(device="dev0", region="bar2", offset=area.offset + 0x2000, length=len(pattern))
         expect("what the command reads where the mapping wrote", read.data, pattern)
         self.say.ok(f"{area.size >> 10} KiB of bar2 mapped; {len(pattern)} bytes written there are read by region-read")
@@ -300,7 +322,7 @@ class Demo:
         expect("the scratch register after reset", self.read(SCRATCH), 0xFFFF_FFFF)
         self.say.ok("its registers have their values of power-on")
 
-    def unplug(self, deleted: Callable[[float], Event]) -> None:
+    def unplug(self, ended: Callable[[float], Event]) -> None:
         """device_del, and its one event."""
         self.say.step(
             "Unplug it",
@@ -308,10 +330,10 @@ class Demo:
             and whether the kernel has the device back (released).""",
         )
         self.client.device_del(id="dev0")
-        event = deleted(TIMEOUT)
+        event = ended(TIMEOUT)
         self.event(event)
         if not isinstance(event.data, DeviceDeleted):
-            raise DemoFailed(f"The server lost events: {event}")
+            raise DemoFailed(f"dev0 was not deleted: {event.name} {event.data}")
         expect("the device that was deleted", (event.data.device, event.data.released), ("dev0", True))
         expect("the devices left", self.client.query_devices(), [])
         self.say.ok("dev0 is gone and released")
@@ -395,8 +417,7 @@ def main(argv: list[str]) -> int:
     try:
         print(f"vfiod demo: starting 'vfiod serve --name demo --qmp unix:{directory}/qmp.sock'")
         with own_server(directory, name="demo") as server:
-            with TalkingClient.connect(server.path, timeout=TIMEOUT) as client:
-                Demo(client, narrator).run()
+            Demo(server.path, narrator).run()
             expect("the server's exit status", server.wait(), 0)
             narrator.ok("the server closed everything and ended with status 0")
     except VfiodError as error:
