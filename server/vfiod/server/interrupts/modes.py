@@ -132,15 +132,23 @@ def plan(old: Setup, new: Setup) -> Plan:
     # Growing a block of messages disables the index: what fired meanwhile is lost, so every used vector is
     # signalled once. The same holds for messages that come back after a change that failed.
     survivors = tuple(v for v in sorted(old.vectors) if v in new.vectors) if old.kind is new.kind else ()
-    again = _signal(Side.NEW, survivors)
-    back = _listen(Do.UNLISTEN, Side.NEW, new)
-    if new.kind is not IrqKind.NONE:
-        back += (*_disarm(Side.NEW, new, may_fail=True), Step(Do.DISABLE, Side.NEW, may_fail=True))
-    missed = tuple(sorted(old.vectors)) if old.kind is not IrqKind.INTX else ()
     return Plan(
-        forward=_leave(Side.OLD, old) + _enter(Side.NEW, new) + again,
-        back=back + _enter(Side.OLD, old) + _signal(Side.OLD, missed),
+        forward=_leave(Side.OLD, old) + _enter(Side.NEW, new) + _signal(Side.NEW, survivors),
+        back=_return_to(old, new),
     )
+
+
+def _return_to(old: Setup, new: Setup) -> tuple[Step, ...]:
+    """From anywhere between leaving one kind and entering another, back: through nothing at all."""
+    steps: tuple[Step, ...] = ()
+    for side, setup in ((Side.NEW, new), (Side.OLD, old)):
+        if setup.kind is not IrqKind.NONE:
+            steps += _listen(Do.UNLISTEN, side, setup) + _disarm(side, setup, may_fail=True)
+            steps += (Step(Do.DISABLE, side, may_fail=True),)
+    if old.kind is IrqKind.INTX:
+        # Should disabling have failed, it is still masked from before.
+        return steps + _set_line(Side.OLD, old)
+    return steps + _enter(Side.OLD, old) + _signal(Side.OLD, tuple(sorted(old.vectors)))
 
 
 def _signal(side: Side, vectors: tuple[int, ...]) -> tuple[Step, ...]:
@@ -196,18 +204,16 @@ def _replace_line(old: Setup, new: Setup) -> tuple[Step, ...]:
 
 
 def _restore_line(old: Setup, new: Setup) -> tuple[Step, ...]:
-    return (
-        *_listen(Do.UNLISTEN, Side.NEW, new),
-        *_disarm(Side.NEW, new, may_fail=True),
-        *_set_line(Side.OLD, old),
-    )
+    # The kernel takes a resample eventfd only where there is none (EBUSY): whichever it has now is taken back first.
+    disarm = _disarm(Side.NEW, new, may_fail=True) or _disarm(Side.OLD, old, may_fail=True)
+    return (*_listen(Do.UNLISTEN, Side.NEW, new), *disarm, *_set_line(Side.OLD, old))
 
 
 def _set_line(side: Side, setup: Setup) -> tuple[Step, ...]:
-    steps: tuple[Step, ...] = (Step(Do.ARM, side, tuple(range(setup.block))), *_arm_resample(side, setup))
-    steps += _listen(Do.LISTEN, side, setup)
+    """Set up a line that may be masked from before, and unmask it unless the user masked it."""
     unmasked = tuple(v for v in sorted(setup.vectors) if v not in setup.masked)
-    return (*steps, Step(Do.UNMASK, side, unmasked)) if setup.maskable and unmasked else steps
+    unmask = (Step(Do.UNMASK, side, unmasked),) if setup.maskable and unmasked else ()
+    return (*_enter(side, setup), *unmask)
 
 
 def _within_block(old: Setup, new: Setup) -> Plan:
