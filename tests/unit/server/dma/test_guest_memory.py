@@ -370,9 +370,7 @@ PAGES = 64
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(["map", "unmap", "attach", "detach"]), st.integers(0, PAGES - 1), st.integers(1, 6)
-        ),
+        st.tuples(st.sampled_from(["map", "unmap", "attach", "detach"]), st.integers(0, PAGES - 1), st.integers(1, 6)),
         max_size=60,
     )
 )
