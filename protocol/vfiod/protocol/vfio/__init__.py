@@ -1,6 +1,6 @@
 """VFIO's kernel interface as values: numbers, structures, capability chains. Opens nothing, calls nothing.
 
-Source: ``include/uapi/linux/vfio.h`` (Linux 6.19). Groups, containers, type1 and PCI are here; the numbers of
+Source: ``include/uapi/linux/vfio.h`` (Linux 7.2). Groups, containers, type1 and PCI are here; the numbers of
 cdev, iommufd, CCW and AP get modules of their own beside these.
 """
 

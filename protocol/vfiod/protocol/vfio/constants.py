@@ -205,6 +205,8 @@ class Feature(enum.IntEnum):
     DMA_LOGGING_REPORT = 8
     MIG_DATA_SIZE = 9
     BUS_MASTER = 10
+    DMA_BUF = 11
+    MIG_PRECOPY_INFOv2 = 12
 
 
 class MigrationFlags(enum.IntFlag):
