@@ -31,6 +31,7 @@ _LONG_STRING: Final = 1024
 
 # --- out --------------------------------------------------------------------------------------------------
 _encode = msgspec.json.Encoder().encode
+_FIRST_BRACKET: Final = ord("[")  # and "{" is beyond it
 _BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]")
 
 
@@ -67,6 +68,8 @@ def _presentable(value: Any) -> Any:
 def one_line(raw: msgspec.Raw) -> bytes:
     """A JSON value that came in, fit to go out again: strings hold no line ends, so all of them are blanks."""
     text = bytes(raw)
+    if text[0] < _FIRST_BRACKET:
+        return text  # a string or a number, as nearly every id is
     if b"\n" in text or b"\r" in text:
         return text.replace(b"\n", b" ").replace(b"\r", b" ")
     return text
@@ -85,7 +88,7 @@ class _DuplicateKeyError(Exception):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> None:
-    if len({key for key, _ in pairs}) != len(pairs):
+    if len(dict(pairs)) != len(pairs):
         raise _DuplicateKeyError
 
 
@@ -94,19 +97,20 @@ def has_unique_keys(text: bytes) -> bool:
 
     msgspec keeps the last of two members with one name, and does not look into what it skips.
     """
-    if text.isascii() and b"\\" not in text:
-        if text.count(b":") < 2:
-            return True
+    plain = b"\\" not in text and text.isascii()
+    if plain:
         # Without escapes every other piece is a string. No two alike: no two keys alike.
         strings = text.split(b'"')[1::2]
-        short = [string for string in strings if len(string) < _LONG_STRING] if len(text) > _LONG_STRING else strings
-        if len(strings) - len(short) < 2 and len(set(short)) == len(short):
+        count = len(strings)
+        if len(text) > _LONG_STRING:
+            strings = [string for string in strings if len(string) < _LONG_STRING]
+        if len(set(strings)) == len(strings) > count - 2:
             return True
     import json  # most sessions never need it
 
     try:
         unicode = text.decode()
-        if _MAY_BE_NO_CHARACTER.search(unicode):
+        if not plain and _MAY_BE_NO_CHARACTER.search(unicode):
             for token in _STRING_TOKEN.findall(text):
                 _string(token)
         json.loads(unicode, object_pairs_hook=_unique)
