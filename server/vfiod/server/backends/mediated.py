@@ -10,8 +10,10 @@ too, because a wrong answer of a parent must be the parent's failure and not vfi
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
+import stat
 from collections.abc import Callable
 from typing import Final
 
@@ -378,16 +380,28 @@ class MediatedBackend:
             raise _wrong("region_fd", self._what(index), f"it gave {number!r}")
         return number
 
-    def _granted(self, index: int, told: RegionInfo) -> tuple[tuple[Area, ...], int]:
-        """What may be mapped of a region, as the device's ``validate_map_request`` leaves it, and where in its file."""
+    def _file_length(self, index: int) -> int:
+        """Bytes that can be mapped of the file behind a region; a file whose end can move is refused."""
         what = self._what(index)
         number = self._file(index)
         if number is None:
             raise _wrong("region_fd", what, "it says that the region can be mapped, and has no file")
         try:
-            length = os.fstat(number).st_size
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
+                return 1 << 63  # a real device's file: its driver looks after its end
+            seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
         except OSError as error:
-            raise _wrong("region_fd", what, f"it gave {number}: {error.strerror}") from error
+            raise _wrong("region_fd", what, f"{number} is no memfd that can be sealed: {error.strerror}") from error
+        if not seals & fcntl.F_SEAL_SHRINK:
+            # Whoever gets it by region-map could cut it, and the next access here would be SIGBUS.
+            raise _wrong("region_fd", what, "its file must be sealed against shrinking (F_SEAL_SHRINK)")
+        return status.st_size
+
+    def _granted(self, index: int, told: RegionInfo) -> tuple[tuple[Area, ...], int]:
+        """What may be mapped of a region, as the device's ``validate_map_request`` leaves it, and where in its file."""
+        what = self._what(index)
+        length = self._file_length(index)
         areas: list[Area] = []
         base: int | None = None
         for area in told.areas:

@@ -247,7 +247,10 @@ class MediatedDevice(ABC):
         raise OSError(errno.ENOTTY, "this device cannot be reset")
 
     def region_fd(self, index: int) -> int | None:
-        """The file that holds a region's memory, lent, or None. Whoever gets it keeps it: seal its size."""
+        """The file that holds a region's memory, lent, or None.
+
+        A device's file, or a memfd sealed against shrinking: whoever gets it keeps it, and could cut it.
+        """
         return None
 
     def validate_map_request(self, request: MapRequest) -> MapRequest:

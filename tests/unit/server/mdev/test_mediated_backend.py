@@ -349,6 +349,15 @@ def test_wrong_answers(
     assert "parent 'odd'" in str(caught.value)
 
 
+def test_a_file_that_can_be_cut_is_not_mapped(ground: Ground, backend: Backend) -> None:
+    plain = FileDescriptor(os.memfd_create("plain", os.MFD_ALLOW_SEALING))
+    os.ftruncate(plain.number, 1 << 20)
+    ground.answers["region_fd"] = lambda _: plain.number
+    with pytest.raises(OperationFailed, match="F_SEAL_SHRINK"):
+        backend.region_info(2)
+    plain.close()
+
+
 def test_a_device_that_is_no_pci_device_is_not_made(ground: Ground) -> None:
     ground.answers["device_info"] = lambda: DeviceInfo(regions=6, irqs=5)
     with pytest.raises(OperationFailed, match="at least 9 regions and 5 interrupt indexes, it has 6 and 5"):
