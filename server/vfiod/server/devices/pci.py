@@ -105,6 +105,7 @@ class PciDevice:
         self._environment = environment
         self._on_requested = on_requested
         self._model: Model | None = None
+        self._going = False  # stopped: whatever still runs must leave it alone
         self._requested = 0
         self._fast_path_told = True
         self._mapped_by: dict[int, set[str]] = {}  # by session: names of the regions
@@ -166,6 +167,7 @@ class PciDevice:
 
     def stop(self) -> None:
         """Listen to nothing any more, cancel timers. On the loop."""
+        self._going = True
         model = self._model
         if model is not None:
             model.notices.stop()
@@ -189,7 +191,7 @@ class PciDevice:
 
     def _active(self) -> Model:
         model = self._model
-        if model is None:
+        if model is None or self._going:
             raise DeviceNotActive(f"Device '{self.name}' is {self.state}: it has no regions or interrupts now")
         return model
 
@@ -277,7 +279,7 @@ class PciDevice:
         regions = self._active().regions
         regions.check(region, offset, length, write=False)
         async with self.lane.turn("region-read") as turn:
-            data = await turn.run(lambda: regions.read(region, offset, length))
+            data = await self._in_thread(turn, lambda: regions.read(region, offset, length))
             self._accessed(region)
         return data
 
@@ -286,8 +288,17 @@ class PciDevice:
         regions = self._active().regions
         regions.check(region, offset, len(data), write=True)
         async with self.lane.turn("region-write") as turn:
-            await turn.run(lambda: regions.write(region, offset, data))
+            await self._in_thread(turn, lambda: regions.write(region, offset, data))
             self._accessed(region, written=True)
+
+    async def _in_thread(self, turn: Turn, work: Callable[[], T]) -> T:
+        """Do it in a thread. DeviceNotActive when the device was forced away meanwhile, whatever else went wrong."""
+        try:
+            return await turn.run(work)
+        except Exception as error:
+            if self._going:
+                raise DeviceNotActive(f"Device '{self.name}' was removed meanwhile") from error
+            raise
 
     def read_now(self, region: Region, offset: int, length: int) -> bytes:
         """Few bytes (at most :data:`INLINE_BYTES`), at once."""
@@ -330,6 +341,7 @@ class PciDevice:
             raise InvalidArgument(f"Region {region.name} of device '{self.name}' cannot be mapped: {why}")
         fd = eventfds.duplicate(number, f"region {region.name} of device '{self.name}'")
         model.backend.give_out()
+        model.regions.shared = True
         self._mapped_by.setdefault(session, set()).add(region.name)
         model.interrupts.given_out()
         self._tell_fast_path()
@@ -408,6 +420,8 @@ class PciDevice:
                 await self._reset_in(turn, model)
             except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
                 failure = error
+            if self._going:
+                raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
             try:
                 model.interrupts.resume()
             except CommandError as error:
@@ -421,10 +435,11 @@ class PciDevice:
 
     async def _reset_in(self, turn: Turn, model: Model) -> None:
         try:
-            await turn.run(lambda: _reset_device(model))
+            await self._in_thread(turn, lambda: _reset_device(model))
         finally:
-            model.regions.decodes = await turn.run(model.config.decodes)
-        if not await turn.run(lambda: model.config.answers):
+            if not self._going:
+                model.regions.decodes = await self._in_thread(turn, model.config.decodes)
+        if not await self._in_thread(turn, lambda: model.config.answers):
             reason = "Its configuration space reads all ones after a reset: the device does not answer"
             self._environment.emit(DeviceError(device=self.name, reason=reason))
             raise OperationFailed("VFIO_DEVICE_RESET", f"device '{self.name}'", errno="EIO", advice=reason)

@@ -95,7 +95,7 @@ def populate(
         indexes,
         environment,
         mmap_timeout_ms=mmap_timeout_ms,
-        by_access=lambda: not backend.given_out,
+        by_access=lambda: not model_regions.shared,
         on_trap=on_trap,
     )
     notices = Notices(device, backend, tuple(one for one in indexes if one.reserved and one.info.count))

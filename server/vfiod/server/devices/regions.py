@@ -104,6 +104,7 @@ class Regions:
 
     Attributes:
         trapped: an INTx waits for the access that completes it.
+        shared: an fd that maps a region was given out.
         decodes: the device decodes memory, and is awake.
 
     """
@@ -113,6 +114,7 @@ class Regions:
         self.all = regions
         self.no_mmap = no_mmap
         self.trapped = False
+        self.shared = False
         self.decodes = True
         self._backend = backend
         self._by_name = {region.name: region for region in regions}
@@ -128,7 +130,7 @@ class Regions:
     @property
     def fast_path(self) -> bool:
         """Whether mapped access is on at this moment."""
-        return not self.trapped and self.decodes and not self._backend.given_out and self.can_map and not self._closed
+        return not self.trapped and self.decodes and not self.shared and self.can_map and not self._closed
 
     def find(self, wanted: int | str) -> Region:
         """A region by index or name. InvalidArgument when the device has none such; an absent one is found."""
@@ -172,7 +174,7 @@ class Regions:
             return region.note
         if self.no_mmap:
             return "x-no-mmap: every access is a read or write"
-        if self._backend.given_out:
+        if self.shared:
             return "its fd was given out, and its receiver can switch memory decoding off: access is by read and write"
         if not self.decodes:
             return "the device decodes no memory (command register, power state): access is by read and write"
