@@ -435,9 +435,7 @@ class FakeKernel(Syscalls):
         if group.container is None or group.container.iommu is None:
             raise refuse(errno.EINVAL)
         if device.opened:  # the kernel gives a second fd of the same device
-            inode = next(key for key, thing in self._objects.items() if thing is device)
-            holder = next(n for n in map(int, os.listdir("/proc/self/fd")) if os.fstat(n).st_ino == inode)
-            return os.dup(holder)
+            return os.dup(device.fd)
         fd, inode = self._file(name)
         device.open(fd, group.container.translate)
         self._objects[inode] = device
