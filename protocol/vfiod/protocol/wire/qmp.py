@@ -96,7 +96,6 @@ _decode_in_band = msgspec.json.Decoder(Request).decode
 _OPENING_BRACE: Final = ord("{")
 _SHORTEST: Final = len(b'{"execute":""}')
 _ID_AND_COLON: Final = len(b',"id":')
-_ARGUMENTS_AND_COLON: Final = len(b',"arguments":')
 _REPEATED_MEMBER: Final = len(b',"id":0')
 
 
@@ -114,25 +113,21 @@ def decode_request(text: bytes | WireError, *, oob_enabled: bool) -> Request | R
         except (ValueError, RecursionError):  # msgspec's errors and UnicodeDecodeError are ValueErrors
             pass  # wrong, out of band, lenient, or nested deeply: the careful reader knows
         else:
-            # How many bytes there are beyond the shortest way to write this request. A member given twice
-            # takes seven at least (,"id":0), so that with fewer only the arguments can hold a name twice.
-            spare = len(text) - len(request.command) - _SHORTEST
-            arguments, id = request.arguments, request.id
-            if id is not UNSET:
-                spare -= _ID_AND_COLON + memoryview(id).nbytes
-            if arguments is UNSET:
-                if (spare < _REPEATED_MEMBER and b"\\" not in text and text.isascii()) or has_unique_keys(text):
+            if request.arguments is not UNSET:
+                if memoryview(request.arguments)[0] == _OPENING_BRACE and has_unique_keys(text):
                     return request
-            elif (inner := bytes(arguments))[0] == _OPENING_BRACE:
-                spare -= _ARGUMENTS_AND_COLON + len(inner)
-                if spare < _REPEATED_MEMBER and b"\\" not in text and text.isascii():
-                    text_or_part = inner
-                else:
-                    text_or_part = text
-                if has_unique_keys(text_or_part):
-                    return request
+            elif _is_short(text, request) or has_unique_keys(text):
+                return request
         return _decode_carefully(text, oob_enabled)
     return Rejected(text)
+
+
+def _is_short(text: bytes, request: Request) -> bool:
+    """Whether a request without arguments is plain and too short to name a member twice."""
+    spare = len(text) - len(request.command) - _SHORTEST
+    if request.id is not UNSET:
+        spare -= _ID_AND_COLON + memoryview(request.id).nbytes
+    return spare < _REPEATED_MEMBER and b"\\" not in text and text.isascii()
 
 
 def _decode_carefully(text: bytes, oob_enabled: bool) -> Request | Rejected:
