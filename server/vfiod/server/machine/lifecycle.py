@@ -212,9 +212,15 @@ class Devices:
             taken_over = True
             return added.new.open(device.name)
 
+        def realize() -> None:
+            device.realize(open_backend)
+            if self._refusal is not None:  # it hung for so long that the machine has ended meanwhile
+                device.close()
+                raise self._refusal
+
         try:
             async with self._topology.turn(f"device_add {device.name}") as turn:
-                await turn.run(lambda: device.realize(open_backend))
+                await turn.run(realize)
                 try:
                     device.start()
                 except BaseException:

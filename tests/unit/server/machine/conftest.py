@@ -4,13 +4,14 @@ import asyncio
 import gc
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.unit.server.fake_kernel import FakeKernel
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.declare import COMMANDS
@@ -138,11 +139,12 @@ class World:
         self.events: list[Event] = []
         self._news = asyncio.Event()
         self.hub.subscribe(self._hear)
-        self.machine = Machine("test", hub=self.hub)
+        self.kernel = FakeKernel()
+        self.machine = Machine("test", hub=self.hub, syscalls=self.kernel)
         self.temper = Temper()
         self.parent = Contrary(self.temper)
         self.machine.mdevs.register(self.parent)
-        self.names = FdNames(kind_of)
+        self.names = FdNames(lambda fd: self.kernel.kind(fd) or kind_of(fd))
         self.server = SimpleNamespace(status=StatusInfo(running=True, status=RunState.RUNNING), session_infos=list)
 
     def _hear(self, event: Event) -> None:
@@ -176,6 +178,10 @@ class World:
         number = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(number, size)
         self.name_fd(name, number)
+
+    def name_opened(self, name: str, path: str) -> None:
+        """Do as a manager: open a file of the kernel and pass it on."""
+        self.name_fd(name, self.kernel.open(path))
 
     async def mdev(self) -> str:
         """Make a contrary device; its UUID."""
@@ -220,7 +226,7 @@ def open_fds() -> int:
 
 
 @pytest.fixture
-def play() -> Iterator[Callable[[Scenario], None]]:
+def play() -> Callable[[Scenario], None]:
     """Play a scenario in a world of its own; afterwards nothing of it may be left."""
 
     def run(scenario: Scenario) -> None:

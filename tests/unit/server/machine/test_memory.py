@@ -176,7 +176,7 @@ def test_a_backend_is_mapped_in_pieces_and_kept_while_used(play: Play) -> None:
         await world.command("dma-unmap", iova=0, size=0x3000)
         await world.command("object-del", id="ram0")
         assert await world.command("query-objects") == []
-        with pytest.raises(CommandError, match="^object 'ram0' not found$"):
+        with pytest.raises(CommandError, match=r"^object 'ram0' not found$"):
             await world.command("object-del", id="ram0")
 
     play(scenario)

@@ -50,7 +50,7 @@ def test_a_second_removal_is_refused_in_qemus_words(play: Play) -> None:
         reset = await hold_by_reset(world)
         await world.command("device_del", id="n0", timeout_ms=FOR_EVER)
         for _ in range(2):
-            with pytest.raises(CommandError, match="^Device n0 is already in the process of unplug$") as caught:
+            with pytest.raises(CommandError, match=r"^Device n0 is already in the process of unplug$") as caught:
                 await world.command("device_del", id="n0", timeout_ms=0)
             assert caught.value.error_class is ErrorClass.GENERIC
         world.temper.reset.open()
