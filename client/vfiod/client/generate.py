@@ -101,8 +101,8 @@ class Printer:
         self.imports.setdefault(kind.__module__, set()).add(kind.__name__)
         return kind.__name__
 
-    def type(self, annotation: Any, *, argument: bool) -> str:
-        """An annotation as a type checker is to see it."""
+    def type(self, annotation: Any, *, argument: bool, inside: bool = False) -> str:
+        """An annotation as a type checker is to see it; ``inside``: as the items of a list."""
         if get_origin(annotation) is typing.Annotated:
             if annotation is not None and argument and any(meta == FD_META for meta in metas(annotation)):
                 return self.type(get_args(annotation)[0], argument=False).replace("str", "Fd", 1)
@@ -113,15 +113,17 @@ class Printer:
         if origin is Literal:
             return f"Literal[{', '.join(repr(value) for value in get_args(annotation))}]"
         if origin is not None:
-            inside = ", ".join(self.type(part, argument=False) for part in get_args(annotation))
-            return f"{origin.__name__}[{inside}]"
+            items = ", ".join(self.type(part, argument=argument, inside=True) for part in get_args(annotation))
+            return f"{origin.__name__}[{items}]"
         if annotation is Any:
             return "Any"
         if annotation in (str, int, float, bool, bytes, UnsetType, type(None)):
             return "None" if annotation is type(None) else annotation.__name__
         if issubclass(annotation, enum.Enum):
             name = self.use(annotation)
-            return f"{name} | Literal[{', '.join(repr(m.value) for m in annotation)}]" if argument else name
+            return (
+                f"{name} | Literal[{', '.join(repr(m.value) for m in annotation)}]" if argument and not inside else name
+            )
         if argument and lends(annotation):
             return f"values.{annotation.__name__}"
         if owns(annotation):
@@ -217,7 +219,6 @@ def method(spec: CommandSpec, printer: Printer, *, asynchronous: bool) -> str:
             value, lending = f"lent.name({name})", True
         elif lent_parts:
             lending = True
-            kind = kind.replace(f"list[{lent_parts[0].__name__}]", f"list[values.{lent_parts[0].__name__}]")
             value = f"{name} if isinstance({name}, UnsetType) else [part.lend(lent) for part in {name}]"
         elif any(issubclass(part, enum.Enum) for part in parts(hint)) and "list[" not in kind:
             enumeration = next(part for part in parts(hint) if issubclass(part, enum.Enum))
@@ -412,7 +413,7 @@ def values_module() -> str:
             printer.lines(),
             "from vfiod.protocol.fd import FileDescriptor",
             "",
-            f"__all__ = {[*sorted(names), 'OWN']!r}",
+            f"__all__ = {['OWN', *sorted(names)]!r}",
             "",
             "",
             *body,

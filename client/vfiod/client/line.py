@@ -194,6 +194,8 @@ def _read(text: str, kind: Any, what: str) -> Any:
         return [_value(part, get_args(kind)[0], what) for part in text.split(",")] if text else []
     if origin is dict or (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
         return msgspec.json.decode(text, type=dict[str, Any])
+    if NUMBER.match(text):
+        return _integer(text)
     try:
         return msgspec.json.decode(text)
     except msgspec.MsgspecError:
