@@ -21,6 +21,7 @@ from typing import Final
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
 from vfiod.server import trace
+from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.machine import Machine
@@ -75,7 +76,7 @@ async def serve(options: Options) -> bool:
         pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
-        server = MonitorServer(loop, machine, hub, Access(options.allow_uid), kind_of)
+        server = MonitorServer(loop, machine, hub, Access(options.allow_uid), kind_of, TABLE)
         try:
             for option in options.sockets:
                 _listen(server, option, options.socket_gid)
@@ -90,16 +91,16 @@ async def serve(options: Options) -> bool:
         finally:
             notify("STOPPING=1")
             # Sessions are served until all is closed: who asks then is told that we are ending.
-            ending = await machine.close()
+            problems = await machine.close()
             hub.flush()
             server.stop_listening()
             await server.drain(LAST_REPLIES_SECONDS)
             server.close()
-    if ending.stuck:
+    if machine.stuck:
         # A thread hangs in the kernel: the interpreter would wait for it for ever. All of ours is put away.
         logging.shutdown()
         os._exit(1)
-    return not ending.problems
+    return not problems
 
 
 def _machine(options: Options, hub: EventHub) -> Machine:

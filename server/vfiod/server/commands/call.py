@@ -77,10 +77,11 @@ class Call:
         session: where it came from; None for a door that carries no fds.
         oob: executed out of band: it must answer at once.
         carries_fds: whether fds can go with the reply; not with that to a batch or a notification.
+        arguments: the command's; handlers are given them besides.
 
     """
 
-    __slots__ = ("_attached", "_used", "carries_fds", "machine", "oob", "server", "session")
+    __slots__ = ("_attached", "_used", "arguments", "carries_fds", "machine", "oob", "server", "session")
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class Call:
         self.session = session
         self.oob = oob
         self.carries_fds = carries_fds and session is not None
+        self.arguments: Any = None
         self._used: list[tuple[str, HeldFd]] | None = None
         self._attached: list[FileDescriptor] | None = None
 

@@ -27,6 +27,11 @@ _log: Final = logging.getLogger(__name__)
 
 _EMPTY: Final = Empty()
 
+# Looked up once: these are on every command's way.
+_jsonrpc_call: Final = lean.call
+_begin: Final = trace.command_begin
+_end: Final = trace.command_end
+
 
 class Method:
     """One command, ready to be called.
@@ -37,10 +42,11 @@ class Method:
         allow_oob: may be executed out of band.
         device_member: the member of its arguments that names the device whose order it joins.
         invoke: what jsonrpcserver calls: the handler, with its exceptions turned into results.
+        request: what jsonrpcserver is asked; always the same, for the arguments travel with the call.
 
     """
 
-    __slots__ = ("allow_oob", "device_member", "invoke", "name", "spec")
+    __slots__ = ("allow_oob", "device_member", "invoke", "name", "request", "spec")
 
     def __init__(self, spec: CommandSpec, handler: Handler) -> None:
         self.name: Final = spec.name
@@ -48,6 +54,7 @@ class Method:
         self.allow_oob: Final = spec.allow_oob
         self.device_member: Final = spec.device_member
         self.invoke: Final = _guarded(spec.name, handler)
+        self.request: Final = lean.Request(spec.name, [], lean.NOID)
 
 
 Methods = Mapping[str, Method]
@@ -91,51 +98,50 @@ def execute(method: Method, call: Call, arguments: Arguments[Any]) -> Any:
 
     A result that is not pending is final: the call has succeeded, or has failed, when this returns.
     """
-    if trace.command_begin.on:
-        trace.command_begin(session=_session(call), command=method.name)
-    result = lean.call(lean.Request(method.name, [arguments], lean.NOID), call, method.invoke)
-    value = _value_of(result)
+    if _begin.on:
+        _begin(session=_session(call), command=method.name)
+    call.arguments = arguments
+    value = _value_of(_jsonrpc_call(method.request, call, method.invoke))
     kind = type(value)
     if kind is Failure:
         call.fail()
     elif hasattr(kind, "__await__"):
         return Pending(value)
-    if trace.command_end.on:
-        trace.command_end(session=_session(call), command=method.name, ok=kind is not Failure)
+    if _end.on:
+        _end(session=_session(call), command=method.name, ok=kind is not Failure)
     return value
 
 
 async def finish(method: Method, call: Call, pending: Pending) -> Any:
     """Await a pending command: returns its result or a :class:`Failure`. Never raises, unless it is cancelled."""
-    request = lean.Request(method.name, [pending.awaitable], lean.NOID)
     try:
-        value = _value_of(await lean.async_call(request, call, _guarded_wait(method.name)))
+        value = _value_of(await lean.async_call(method.request, call, _guarded_wait(method.name, pending.awaitable)))
     except BaseException:  # cancelled: the server ends
         call.fail()
         raise
     if type(value) is Failure:
         call.fail()
-    if trace.command_end.on:
-        trace.command_end(session=_session(call), command=method.name, ok=type(value) is not Failure)
+    if _end.on:
+        _end(session=_session(call), command=method.name, ok=type(value) is not Failure)
     return value
 
 
-def _guarded(name: str, handler: Handler) -> Callable[[Call, Arguments[Any]], Any]:
-    success = lean.Success
+def _guarded(name: str, handler: Handler) -> Callable[[Call], Any]:
+    right, success = lean.Right, lean.SuccessResult
 
-    def invoke(call: Call, arguments: Arguments[Any]) -> Any:
+    def invoke(call: Call) -> Any:
         try:
-            return success(handler(call, arguments))
+            return right(success(handler(call, call.arguments)))
         except Exception as error:  # noqa: BLE001 - the boundary: see the module's text
             return _refused(name, error)
 
     return invoke
 
 
-def _guarded_wait(name: str) -> Callable[[Call, Awaitable[Any]], Awaitable[Any]]:
-    async def wait(_call: Call, awaitable: Awaitable[Any]) -> Any:
+def _guarded_wait(name: str, awaitable: Awaitable[Any]) -> Callable[[Call], Awaitable[Any]]:
+    async def wait(_call: Call) -> Any:
         try:
-            return lean.Success(await awaitable)
+            return lean.Right(lean.SuccessResult(await awaitable))
         except Exception as error:  # noqa: BLE001 - the boundary: see the module's text
             return _refused(name, error)
 
@@ -147,7 +153,7 @@ def _refused(name: str, error: Exception) -> Any:
     if not isinstance(error, CommandError):
         _log.error("Command %s failed by a defect of vfiod", name, exc_info=error)
         error = InternalError(f"The command {name} failed by a defect of vfiod; its log has the details")
-    return lean.Error(error.jsonrpc_code, str(error), Failure(error))
+    return lean.Left(lean.ErrorResult(error.jsonrpc_code, str(error), Failure(error)))
 
 
 def _value_of(result: Any) -> Any:

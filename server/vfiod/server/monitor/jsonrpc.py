@@ -101,7 +101,7 @@ class JsonRpcSession(Session):
     def _take(self, text: bytes | WireError) -> None:
         message = jsonrpc.decode_request(text)
         if isinstance(message, jsonrpc.Single):
-            self._begin(message.item, self._put, True)
+            self._begin(message.item, self._answer_single, True)
             return
         items = message.items
         batch = _Batch(len(items), self._put_batch)
@@ -187,9 +187,9 @@ class JsonRpcSession(Session):
 
     # --- replies --------------------------------------------------------------------------------
 
-    def _put(self, line: bytes | None, fds: list[FileDescriptor] | None) -> None:
+    def _answer_single(self, line: bytes | None, fds: list[FileDescriptor] | None) -> None:
         if line is not None:
-            self._writer.put(line, fds)
+            self._put(line, fds)
 
     def _put_batch(self, replies: list[bytes]) -> None:
         line = jsonrpc.encode_batch(replies)

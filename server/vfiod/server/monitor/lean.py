@@ -4,9 +4,9 @@
 server and the JSON schema validator, and ``oslash``, whose ``Either`` it uses, brings a dozen other monads. vfiod
 needs ``dispatcher.call`` and the results alone (the reference on performance, "Where jsonrpcserver spends").
 
-So for the time of loading, both packages stand in ``sys.modules`` as bare packages, whose ``__init__`` has not run;
-their submodules load as usual. Afterwards the bare packages are taken away again: who imports jsonrpcserver later, the
-plain way, gets all of it, with the very same submodules. When a package is not laid out as expected, the plain
+So both packages stand in ``sys.modules`` as packages whose ``__init__`` has not run yet; their submodules load as
+usual. Whoever asks one of them for anything else (``from jsonrpcserver import method``) makes its ``__init__`` run
+then, and finds all of it, with the very same submodules. When a package is not laid out as expected, the plain
 import is made, and nothing but time is lost.
 """
 
@@ -16,38 +16,48 @@ import importlib
 import importlib.util
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from jsonrpcserver import async_dispatcher, dispatcher
     from jsonrpcserver.request import Request
-    from jsonrpcserver.result import Error, Result, Success
+    from jsonrpcserver.result import ErrorResult, Result, SuccessResult
+    from oslash.either import Left, Right
 
-__all__ = ["NOID", "Error", "Request", "Result", "Success", "async_call", "call"]
+__all__ = ["NOID", "ErrorResult", "Left", "Request", "Result", "Right", "SuccessResult", "async_call", "call"]
 
 PACKAGES: Final = ("oslash", "jsonrpcserver")
 MODULES: Final = ("jsonrpcserver.dispatcher", "jsonrpcserver.async_dispatcher")
 
 
-def _bare(name: str) -> ModuleType:
-    """A package whose submodules can be imported, and whose ``__init__`` has not run. Raises ImportError."""
+def _lazy(name: str) -> ModuleType:
+    """A package whose submodules can be imported, and whose ``__init__`` runs when it is needed. Raises ImportError."""
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ImportError(f"{name} is no package")
-    package = ModuleType(name)
-    package.__path__ = list(spec.submodule_search_locations)
-    package.__spec__ = spec
+    if spec is None or spec.submodule_search_locations is None or spec.loader is None:
+        raise ImportError(f"{name} is no package", name=name)
+    package = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+
+    def load_all(attribute: str) -> Any:
+        # Tools look for special names in every module; only these say something of the package's contents.
+        if attribute.startswith("__") and attribute not in ("__all__", "__version__"):
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+        if package.__dict__.pop("__getattr__", None) is None:
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+        loader.exec_module(package)
+        return getattr(package, attribute)
+
+    package.__dict__["__getattr__"] = load_all  # PEP 562
     return package
 
 
 def load(modules: tuple[str, ...] = MODULES, packages: tuple[str, ...] = PACKAGES) -> bool:
     """Import the modules, leanly if that works; returns whether it did. Raises ImportError when they are not there."""
     before = set(sys.modules)
-    bare = {}
     try:
         for name in packages:
             if name not in sys.modules:
-                bare[name] = sys.modules[name] = _bare(name)
+                sys.modules[name] = _lazy(name)
         for name in modules:
             importlib.import_module(name)
     except (ImportError, AttributeError):
@@ -58,10 +68,6 @@ def load(modules: tuple[str, ...] = MODULES, packages: tuple[str, ...] = PACKAGE
         for name in modules:
             importlib.import_module(name)
         return False
-    finally:
-        for name, package in bare.items():
-            if sys.modules.get(name) is package:
-                del sys.modules[name]
     return True
 
 
@@ -71,8 +77,11 @@ if not TYPE_CHECKING:
     async_dispatcher = sys.modules["jsonrpcserver.async_dispatcher"]
     Request = dispatcher.Request
     Result = dispatcher.Result
-    Success = sys.modules["jsonrpcserver.result"].Success
-    Error = sys.modules["jsonrpcserver.result"].Error
+    # What its Success() and Error() make, without the cost of calling them.
+    SuccessResult = sys.modules["jsonrpcserver.result"].SuccessResult
+    ErrorResult = sys.modules["jsonrpcserver.result"].ErrorResult
+    Left = sys.modules["oslash.either"].Left
+    Right = sys.modules["oslash.either"].Right
 
 call = dispatcher.call
 """``call(request, context, method) -> Result``: calls the handler and shapes what comes back."""

@@ -128,8 +128,8 @@ class QmpSession(Session):
             call.fail()
             self._refuse(InternalError("The result cannot be encoded: a defect of vfiod; see its log"), request_id)
             return
-        self._writer.put(line, call.succeed())
+        self._put(line, call.succeed())
 
     def _refuse(self, error: VfiodError, request_id: Raw | UnsetType) -> None:
         self.errors += 1
-        self._writer.put(qmp.encode_error(error, request_id))
+        self._put(qmp.encode_error(error, request_id), None)

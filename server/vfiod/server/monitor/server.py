@@ -14,9 +14,8 @@ from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, StatsResult, StatusInfo
 from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
-from vfiod.protocol.limits import MAX_SESSIONS, READ_CHUNK
+from vfiod.protocol.limits import MAX_SESSIONS
 from vfiod.server.commands.call import Handler
-from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
 from vfiod.server.monitor.access import Access, peer_of
@@ -33,6 +32,9 @@ __all__ = ["DIALECTS", "MonitorServer"]
 
 _log: Final = logging.getLogger(__name__)
 
+RUNNING: Final = StatusInfo(running=True, status=RunState.RUNNING)
+ENDING: Final = StatusInfo(running=False, status=RunState.SHUTDOWN)
+
 DIALECTS: Final[Mapping[str, type[Session]]] = {"qmp": QmpSession, "jsonrpc": JsonRpcSession}
 """The dialects a socket may speak."""
 
@@ -46,11 +48,10 @@ class MonitorServer:
         hub: its events.
         access: who may come in.
         kind_of: tells what an fd is.
-        table: the handlers; for tests.
+        table: the handler of every command.
 
     Attributes:
         methods: the method table.
-        read_view: where every session reads into; one is enough, since a read is copied at once.
 
     """
 
@@ -61,14 +62,13 @@ class MonitorServer:
         hub: EventHub,
         access: Access,
         kind_of: KindOf,
-        table: Mapping[str, Handler] = TABLE,
+        table: Mapping[str, Handler],
     ) -> None:
         self.loop: Final = loop
         self.machine: Final = machine
         self.hub: Final = hub
         self.kind_of: Final = kind_of
         self.methods: Final = build_methods(table)
-        self.read_view: Final = memoryview(bytearray(READ_CHUNK))
         self.closing: Final[asyncio.Future[ShutdownCause]] = loop.create_future()
         self._access: Final = access
         self._sessions: Final[dict[int, Session]] = {}
@@ -122,8 +122,7 @@ class MonitorServer:
     @property
     def status(self) -> StatusInfo:
         """Running, or shutting down."""
-        running = not self.closing.done()
-        return StatusInfo(running=running, status=RunState.RUNNING if running else RunState.SHUTDOWN)
+        return ENDING if self.closing.done() else RUNNING
 
     def session_infos(self) -> list[SessionInfo]:
         """The sessions, oldest first."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, Stat, StatsResult
 from vfiod.protocol.errors import CommandNotFound, LimitExceeded, VfiodError, WireError
-from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, MSG_CTRUNC, close_all, rights_of
-from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
+from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, MSG_CTRUNC, FileDescriptor, close_all, rights_of
+from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK
 from vfiod.protocol.wire.stream import JsonStream
 from vfiod.server import trace
 from vfiod.server.commands.call import Call
@@ -35,6 +35,9 @@ __all__ = ["Session"]
 _log: Final = logging.getLogger(__name__)
 
 ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * 4)
+
+SMALL_READ: Final = 16 * 1024
+"""Bytes asked of one ``recvmsg`` as long as requests are small."""
 
 TURN: Final = 64
 """Requests begun in one go: then the other sessions have theirs."""
@@ -77,6 +80,8 @@ class Session(ABC):
         self._writer: Final = Writer(connection, server.loop, self._drained, self._broken)
         self._reading = False
         self._working = False
+        self._alone = False
+        self._ask = SMALL_READ
         self._scheduled = False
         self._unsubscribe: Any = None
 
@@ -212,9 +217,8 @@ class Session(ABC):
     # --- reading --------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        view = self._server.read_view
         try:
-            count, ancillary, flags, _ = self._connection.recvmsg_into([view], ANCILLARY_BYTES, MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self._connection.recvmsg(self._ask, ANCILLARY_BYTES, MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -222,14 +226,36 @@ class Session(ABC):
             return
         if ancillary or flags & MSG_CTRUNC:
             self._receive_fds(ancillary, flags)
-        if count == 0:
+        if not data:
             self.close()
             return
-        self.bytes_received += count
-        texts = self._stream.receive_data(bytes(view[:count]))
-        if texts:
-            self._inbox.extend(texts)
-            self._work()
+        self.bytes_received += len(data)
+        # Large reads cost memory even when little comes: ask for much only while much comes.
+        self._ask = READ_CHUNK if len(data) == self._ask else SMALL_READ
+        texts = self._stream.receive_data(data)
+        if len(texts) != 1 or self._inbox:
+            if texts:
+                self._inbox.extend(texts)
+                self._work()
+            return
+        # The way nearly every command goes: one text, answered at once by one write.
+        self._working = self._alone = True
+        try:
+            self._take(texts[0])
+        finally:
+            self._working = self._alone = False
+        writer = self._writer
+        if not writer.idle:
+            writer.flush()
+        if self.in_flight or writer.blocked:
+            self._settle()
+
+    def _put(self, line: bytes, fds: list[FileDescriptor] | None) -> None:
+        """One reply: sent now when it answers the only text of a read, else with the others."""
+        if self._alone and fds is None:
+            self._writer.write(line)
+        else:
+            self._writer.put(line, fds)
 
     def _receive_fds(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
         fds = rights_of(ancillary)  # owned, whatever comes next

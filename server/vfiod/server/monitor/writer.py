@@ -57,19 +57,20 @@ class Writer:
 
     Attributes:
         backlog: the account of this reader's events.
+        blocked: the socket is full; nothing is tried until it is writable.
         bytes_waiting: bytes that the socket has not taken yet.
         bytes_sent: bytes it has.
 
     """
 
     __slots__ = (
-        "_blocked",
         "_broken",
         "_connection",
         "_drained",
         "_loop",
         "_queue",
         "backlog",
+        "blocked",
         "bytes_sent",
         "bytes_waiting",
         "dead",
@@ -83,7 +84,7 @@ class Writer:
         self._drained = drained
         self._broken = broken
         self._queue: deque[_Entry] = deque()
-        self._blocked = False
+        self.blocked = False
         self.backlog = Backlog()
         self.bytes_waiting = 0
         self.bytes_sent = 0
@@ -107,9 +108,23 @@ class Writer:
         self._queue.append(_Entry(data, fds, event))
         self.bytes_waiting += len(data)
 
+    def write(self, data: bytes) -> None:
+        """Send one reply without fds, now; the same as :meth:`put` and :meth:`flush`, and quicker."""
+        if not self._queue and not self.dead:
+            try:
+                count = self._connection.send(data)
+            except OSError:
+                count = 0  # flush meets it again, and knows what to do
+            self.bytes_sent += count
+            if count == len(data):
+                return
+            data = data[count:]
+        self.put(data)
+        self.flush()
+
     def flush(self) -> None:
         """Send what the socket takes now; the rest follows by itself."""
-        if not self._blocked:
+        if not self.blocked:
             self._send()
 
     def _send(self) -> None:
@@ -124,8 +139,8 @@ class Writer:
                 else:
                     self._sent(self._connection.send(self._joined()))
         except (BlockingIOError, InterruptedError):
-            if not self._blocked:
-                self._blocked = True
+            if not self.blocked:
+                self.blocked = True
                 self._loop.add_writer(self._connection.fileno(), self._writable)
         except OSError as error:
             self.close()
@@ -168,9 +183,9 @@ class Writer:
                 self.backlog.sent()
 
     def _writable(self) -> None:
-        self._blocked = False
+        self.blocked = False
         self._send()
-        if not self._blocked and not self.dead:
+        if not self.blocked and not self.dead:
             self._loop.remove_writer(self._connection.fileno())
             self._drained()
 
