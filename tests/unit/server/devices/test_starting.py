@@ -1,8 +1,9 @@
-"""irq-start, irq-stop and irq-route: what is set up in which order, what is refused, and that failing changes nothing."""
+"""irq-start, irq-stop, irq-route: what is set up in which order, what is refused; failing changes nothing."""
 
 from __future__ import annotations
 
 import errno
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from vfiod.protocol.catalogue.devices import DeviceError
 from vfiod.protocol.catalogue.interrupts import IrqModeChanged
 from vfiod.protocol.errors import CommandError, DeviceNotFound, InvalidArgument, OperationFailed
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.mdev.parent import IrqInfo
 
 PAIR = [{"vector": 0, "trigger": "t", "resample": "r"}]
 
@@ -234,10 +237,6 @@ def test_what_is_refused(play: Any, command: str, arguments: dict[str, Any], wor
         assert world.names.look("t") is not None  # a command that fails leaves the names
         assert world.attached == []
 
-    import os
-
-    from vfiod.protocol.fd import FileDescriptor
-
     held: list[FileDescriptor] = []
 
     async def memfd() -> FileDescriptor:
@@ -268,8 +267,6 @@ def test_arguments_of_one_device_need_the_device(play: Any) -> None:
 
 def test_no_pin_no_intx(play: Any) -> None:
     async def scenario(world: Any) -> None:
-        from vfiod.server.mdev.parent import IrqInfo
-
         await world.add(prepare=lambda rig: rig.irq.update({0: IrqInfo(0)}))
         with pytest.raises(InvalidArgument, match=r"there is no vector 0|it has no interrupt pin"):
             await world.command("irq-start", device="n0")
@@ -409,7 +406,7 @@ def test_when_the_way_back_fails_too_nothing_is_active_and_everybody_is_told(pla
 
         rig.fail_set_irqs = refuse
         with pytest.raises(
-            CommandError, match="could not be set up again .*: it has no interrupt now, irq-start it again"
+            CommandError, match=r"could not be set up again .*: it has no interrupt now, irq-start it again"
         ):
             await world.command("irq-start", device="n0", mode="direct")
         assert world.machine.device("n0").info().irq_kind == "none"
@@ -424,8 +421,6 @@ def test_when_the_way_back_fails_too_nothing_is_active_and_everybody_is_told(pla
 
 def test_too_many_eventfds_for_one_reply_are_refused_before_anything(play: Any) -> None:
     async def scenario(world: Any) -> None:
-        from vfiod.server.mdev.parent import IrqInfo
-
         rig = await world.add(prepare=lambda rig: rig.irq.update({1: IrqInfo(256)}))
         with pytest.raises(InvalidArgument, match="do not fit one reply, which carries at most 253 fds"):
             await world.command("irq-start", device="n0", index="msi", vectors=list(range(254)))

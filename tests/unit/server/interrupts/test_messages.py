@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,4 +60,4 @@ def test_runs_of_neighbours() -> None:
 def test_runs_are_what_was_given_and_never_touch(vectors: set[int]) -> None:
     split = list(runs(vectors))
     assert {v for first, count in split for v in range(first, first + count)} == vectors
-    assert all(first + count < following for (first, count), (following, _) in zip(split, split[1:], strict=False))
+    assert all(first + count < following for (first, count), (following, _) in itertools.pairwise(split))
