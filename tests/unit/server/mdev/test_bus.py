@@ -128,6 +128,17 @@ def run(play: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(play())
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something is so; no test says how long that may take."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def calling(s: Stage) -> list[str]:
+    """The parents in whose lane something runs, in a worker's thread."""
+    return [name for name, record in s.bus._parents.items() if record.lane.busy]
+
+
 # --- creating ---------------------------------------------------------------------------------------------
 
 
@@ -185,9 +196,9 @@ def test_a_uuid_is_taken_from_the_moment_its_creation_begins() -> None:
     gate = threading.Event()
 
     async def play() -> None:
-        async with stage(Maker(create=lambda *_: gate.wait(5) and None), Maker("second")) as s:
+        async with stage(Maker(create=lambda *_: gate.wait(60) and None), Maker("second")) as s:
             first = asyncio.ensure_future(s.bus.create("maker", "card", UUID))
-            await asyncio.sleep(0.02)
+            await until(lambda: "maker" in calling(s))
             assert s.bus.uuids() == [], "not visible before create succeeded"
             with pytest.raises(OperationFailed, match="EEXIST"):
                 await s.bus.create("second", "card", UUID)
@@ -201,9 +212,9 @@ def test_instances_are_counted_those_being_made_too() -> None:
     gate = threading.Event()
 
     async def play() -> None:
-        async with stage(Maker(create=lambda *_: gate.wait(5) and None)) as s:
+        async with stage(Maker(create=lambda *_: gate.wait(60) and None)) as s:
             making = [asyncio.ensure_future(s.bus.create("maker", "card")) for _ in range(2)]
-            await asyncio.sleep(0.02)
+            await until(lambda: s.bus.types()[0].available_instances == 0)
             with pytest.raises(OperationFailed, match=r"ENOSPC.*destroy one"):
                 await s.bus.create("maker", "card")
             gate.set()
@@ -275,9 +286,9 @@ def test_a_cancelled_caller_leaves_a_whole_device() -> None:
     gate = threading.Event()
 
     async def play() -> None:
-        async with stage(Maker(create=lambda *_: gate.wait(5) and None)) as s:
+        async with stage(Maker(create=lambda *_: gate.wait(60) and None)) as s:
             caller = asyncio.ensure_future(s.bus.create("maker", "card", UUID))
-            await asyncio.sleep(0.02)
+            await until(lambda: "maker" in calling(s))
             caller.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await caller
@@ -498,7 +509,7 @@ def test_a_start_holds_back_destroy_and_unregister() -> None:
     order: list[str] = []
 
     def start(*_: Any) -> None:
-        gate.wait(5)
+        gate.wait(60)
         order.append("started")
 
     slow = Maker("slow", start=start)
@@ -509,10 +520,10 @@ def test_a_start_holds_back_destroy_and_unregister() -> None:
             await s.bus.create("quick", "card", UUID)
             await s.bus.create("slow", "card", OTHER)
             starting = asyncio.ensure_future(s.bus.start(VM))
-            await asyncio.sleep(0.02)
+            await until(lambda: bool(slow.calls[1:]))
             destroying = asyncio.ensure_future(s.bus.destroy(UUID))
             leaving = asyncio.ensure_future(s.bus.unregister("slow"))
-            await asyncio.sleep(0.02)
+            await until(lambda: s.bus._parents["quick"].lane.waiting == 1)
             assert order == []
             gate.set()
             await asyncio.gather(starting, destroying, leaving)
@@ -573,9 +584,9 @@ def test_a_slow_parent_holds_up_nobody_else() -> None:
     gate = threading.Event()
 
     async def play() -> None:
-        async with stage(Maker("slow", create=lambda *_: gate.wait(5) and None), Maker("quick")) as s:
+        async with stage(Maker("slow", create=lambda *_: gate.wait(60) and None), Maker("quick")) as s:
             slow = asyncio.ensure_future(s.bus.create("slow", "card", UUID))
-            await asyncio.sleep(0.02)
+            await until(lambda: "slow" in calling(s))
             await s.bus.create("quick", "card", OTHER)
             await s.bus.destroy(OTHER)
             assert not slow.done()
@@ -619,7 +630,7 @@ def test_a_user_who_lets_go_in_time_loses_nothing() -> None:
             await s.bus.create("maker", "card", UUID)
             instance = s.bus.acquire(UUID, "nic0")
             leaving = asyncio.ensure_future(s.bus.unregister("maker", patience=60))
-            await asyncio.sleep(0.02)
+            await until(lambda: instance.released is not None)
             await asyncio.get_running_loop().run_in_executor(None, s.bus.release, instance)
             await leaving
             assert instance.gone is None
@@ -630,13 +641,13 @@ def test_a_user_who_lets_go_in_time_loses_nothing() -> None:
 
 def test_a_create_that_races_with_unregister_fails_and_unwinds() -> None:
     gate = threading.Event()
-    maker = Maker(create=lambda *_: gate.wait(5) and None)
+    maker = Maker(create=lambda *_: gate.wait(60) and None)
 
     async def play() -> None:
         async with stage(maker) as s:
             inside = asyncio.ensure_future(s.bus.create("maker", "card", UUID))
             waiting = asyncio.ensure_future(s.bus.create("maker", "card", OTHER))
-            await asyncio.sleep(0.02)
+            await until(lambda: s.bus._parents["maker"].lane.waiting == 1)
             leaving = asyncio.ensure_future(s.bus.unregister("maker"))
             await asyncio.sleep(0)
             gate.set()
