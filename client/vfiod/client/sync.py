@@ -138,7 +138,7 @@ class Client(Methods):
     def send_fds(self, fds: Sequence[OpenFd]) -> None:
         """Send fds, lent, that ``getfd`` or ``add_fd`` will name one by one. Seldom needed: methods take fds."""
         self._connection.send_fds(fds)
-        self._wait(lambda: not self._connection.data_to_send(), self._timeout, "by taking fds")
+        self._turn(0)  # what the socket does not take now goes before the next command
 
     def events(self, *events: EventName, limit: int = DEFAULT_LIMIT) -> EventStream:
         """The events from now on: of these names or classes, or all. Close it, or use it in ``with``."""
