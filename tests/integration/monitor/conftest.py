@@ -186,7 +186,11 @@ class Monitor:
         asyncio.run_coroutine_threadsafe(asyncio.wait_for(wait(), PATIENCE), self.loop).result(PATIENCE + 1)
 
     def emit(self, *events: EventData) -> None:
-        self.on_loop(lambda: [self.hub.emit(event) for event in events])
+        def emit() -> None:
+            for event in events:
+                self.hub.emit(event)
+
+        self.on_loop(emit)
 
     def release(self, result: Any = None) -> None:
         """Let the oldest waiting command go, with this result."""

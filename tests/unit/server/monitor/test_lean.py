@@ -30,10 +30,11 @@ def test_neither_http_nor_the_schema_validator_is_loaded(tmp_path: Path) -> None
     script = """
         import sys
         from vfiod.server.monitor import lean
-        heavy = [name for name in ("http.server", "jsonschema", "jsonrpcserver.main", "oslash.list") if name in sys.modules]
-        print(lean.LEAN, heavy, lean.call(lean.Request("m", [2], lean.NOID), 1, lambda c, a: lean.Success(c + a)))
+        heavy = {"http.server", "jsonschema", "jsonrpcserver.main", "oslash.list"} & set(sys.modules)
+        method = lambda context, argument: lean.Right(lean.SuccessResult(context + argument))
+        print(lean.LEAN, heavy, lean.call(lean.Request("m", [2], lean.NOID), 1, method)._value.result)
     """
-    assert _run(script, tmp_path) == "True [] Right 3"
+    assert _run(script, tmp_path) == "True set() 3"
 
 
 def test_a_plain_import_afterwards_gives_all_of_it_with_the_same_parts(tmp_path: Path) -> None:
@@ -43,8 +44,8 @@ def test_a_plain_import_afterwards_gives_all_of_it_with_the_same_parts(tmp_path:
         import jsonrpcserver.dispatcher
         @jsonrpcserver.method
         def ping():
-            return lean.Success("pong")
-        print(jsonrpcserver.Success is lean.Success, jsonrpcserver.dispatcher.call is lean.call)
+            return jsonrpcserver.Success("pong")
+        print(isinstance(jsonrpcserver.Success(1), lean.Right), jsonrpcserver.dispatcher.call is lean.call)
         print(jsonrpcserver.dispatch('{"jsonrpc": "2.0", "method": "ping", "id": 1}'))
     """
     assert _run(script, tmp_path) == 'True True\n{"jsonrpc": "2.0", "result": "pong", "id": 1}'
@@ -54,7 +55,7 @@ def test_imported_before_it_is_taken_as_it_is(tmp_path: Path) -> None:
     script = """
         import jsonrpcserver
         from vfiod.server.monitor import lean
-        print(lean.LEAN, jsonrpcserver.Success is lean.Success)
+        print(lean.LEAN, isinstance(jsonrpcserver.Success(1), lean.Right))
     """
     assert _run(script, tmp_path) == "True True"
 
