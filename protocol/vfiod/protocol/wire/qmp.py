@@ -94,6 +94,7 @@ Message = Greeting | Return | Error | Event
 
 _decode_in_band = msgspec.json.Decoder(Request).decode
 _OPENING_BRACE: Final = ord("{")
+_OPENING: Final = frozenset(b"{[")
 _SHORTEST: Final = len(b'{"execute":""}')
 _ID_AND_COLON: Final = len(b',"id":')
 _REPEATED_MEMBER: Final = len(b',"id":0')
@@ -126,7 +127,10 @@ def _is_short(text: bytes, request: Request) -> bool:
     """Whether a request without arguments is plain and too short to name a member twice."""
     spare = len(text) - len(request.command) - _SHORTEST
     if request.id is not UNSET:
-        spare -= _ID_AND_COLON + memoryview(request.id).nbytes
+        id = memoryview(request.id)
+        if id[0] in _OPENING:
+            return False  # it has members of its own
+        spare -= _ID_AND_COLON + id.nbytes
     return spare < _REPEATED_MEMBER and b"\\" not in text and text.isascii()
 
 

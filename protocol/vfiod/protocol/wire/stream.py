@@ -143,7 +143,7 @@ class JsonStream:
 
     Args:
         max_message_bytes: of one text, from its first byte to its last.
-        max_nesting: levels of ``[`` and ``{`` together.
+        max_nesting: levels of ``[`` and ``{`` together; at least 2.
 
     """
 
@@ -151,21 +151,23 @@ class JsonStream:
         "_braces",
         "_brackets",
         "_discarding",
+        "_kept",
         "_max_bytes",
         "_max_nesting",
-        "_parts",
         "_size",
         "_state",
         "_token",
     )
 
     def __init__(self, *, max_message_bytes: int = MAX_MESSAGE_BYTES, max_nesting: int = MAX_NESTING) -> None:
+        if max_nesting < 2:
+            raise ValueError(f"A request nests two levels, so max_nesting is at least 2, not {max_nesting}")
         self._max_bytes = max_message_bytes
         self._max_nesting = max_nesting
         self._state = START
         self._braces = 0
         self._brackets = 0
-        self._parts: list[bytes] = []  # what earlier reads gave of the text that is not complete
+        self._kept = bytearray()  # what earlier reads gave of the text that is not complete
         self._size = 0  # bytes of it, counted even when they are discarded
         self._token = b""  # the beginning of the token that earlier reads left unfinished
         self._discarding = False  # the text is too long and was refused; its end is still being looked for
@@ -191,13 +193,8 @@ class JsonStream:
         position = 0
         items: list[bytes | WireError] = []
         if self._state == START and not self._size and data[:1] in _OPENING and data.isascii():
-            if len(data) <= self._max_bytes:
-                try:
-                    _skip(data)
-                except (msgspec.DecodeError, RecursionError):
-                    pass  # several texts, a part of one, lenient JSON, deep nesting, or no JSON at all
-                else:
-                    return [data]
+            if self._is_whole(data):
+                return [data]
             position = self._take_lines(data, items)
         if position < len(data):
             self._lex(data, position, items)
@@ -209,15 +206,24 @@ class JsonStream:
         while end := data.find(b"\n", position) + 1:
             line = data[position:end]
             # Scalars go the long way: "5" is not complete before the byte that follows it.
-            if line[:1] not in _OPENING or end - position > self._max_bytes:
-                break
-            try:
-                _skip(line)
-            except (msgspec.DecodeError, RecursionError):
+            if line[:1] not in _OPENING or not self._is_whole(line):
                 break
             items.append(line)
             position = end
         return position
+
+    def _is_whole(self, text: bytes) -> bool:
+        """Whether this is exactly one text, by the fast reader."""
+        length = len(text)
+        if length > self._max_bytes:
+            return False
+        if length > self._max_nesting and text.count(b"[") + text.count(b"{") > self._max_nesting:
+            return False  # perhaps nested too deeply: the lexer counts
+        try:
+            _skip(text)
+        except (msgspec.DecodeError, RecursionError):
+            return False  # several texts, a part of one, lenient JSON, or no JSON at all
+        return True
 
     def _lex(self, data: bytes, position: int, items: list[bytes | WireError]) -> None:
         """The other two speeds: run the lexer over ``data`` from ``position``."""
@@ -271,7 +277,7 @@ class JsonStream:
             if not self._discarding:
                 items.append(ended)
             braces = brackets = self._size = 0
-            self._parts.clear()
+            self._kept.clear()
             self._discarding = False
             begin = position
         self._state, self._braces, self._brackets = state, braces, brackets
@@ -282,7 +288,7 @@ class JsonStream:
         """The text that ends with ``last``."""
         if self._size + len(last) > self._max_bytes:
             return self._too_long()
-        return b"".join((*self._parts, last)) if self._parts else last
+        return bytes(self._kept + last) if self._kept else last
 
     def _keep(self, data: bytes, begin: int, token: int, items: list[bytes | WireError]) -> None:
         """Put aside what this read gave of a text that is not complete."""
@@ -294,9 +300,9 @@ class JsonStream:
         if self._size > self._max_bytes:
             items.append(self._too_long())
             self._discarding = True
-            self._parts.clear()
+            self._kept.clear()
         else:
-            self._parts.append(data[begin:])
+            self._kept += data[begin:]
 
     def _too_long(self) -> LimitExceeded:
         return LimitExceeded(f"JSON token size limit exceeded: a request has at most {self._max_bytes} bytes")
