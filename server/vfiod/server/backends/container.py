@@ -7,6 +7,7 @@ from then on it is an address space; when the last group leaves, the kernel take
 from __future__ import annotations
 
 import errno
+import logging
 from typing import Final
 
 from vfiod.protocol import vfio
@@ -20,6 +21,8 @@ from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 from vfiod.server.kernel.sysfs import Sysfs
 
 __all__ = ["Container", "Type1Space", "check_api_version"]
+
+_log: Final = logging.getLogger(__name__)
 
 _NAMES: Final = {
     vfio.Extension.TYPE1v2_IOMMU: "type1v2",
@@ -147,10 +150,16 @@ class Type1Space:
         return vfio.DmaUnmap.unpack(bytes(argument)).size
 
     def clear(self) -> None:
-        """Unmap whatever is left: when no device of ours uses the container any more, none may reach the guest."""
+        """Unmap whatever is left: when no device of ours uses the container any more, none may reach the guest.
+
+        A mapping that the kernel keeps is logged; it goes with the IOMMU, whose end must not be held up.
+        """
         mapped, self._mapped = self._mapped, {}
         for iova, size in mapped.items():
-            self._unmap(iova, size, f"{self.name} (IOVA 0x{iova:x}, size 0x{size:x})")
+            try:
+                self._unmap(iova, size, f"{self.name} (IOVA 0x{iova:x}, size 0x{size:x})")
+            except OperationFailed as error:
+                _log.error("%s", error)
 
 
 class Container:

@@ -14,7 +14,7 @@ from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, ShutdownCause, StatsResult, StatusInfo
-from vfiod.protocol.errors import InvalidArgument
+from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 from vfiod.server.fds import FdNames, HeldFd
@@ -132,7 +132,7 @@ class Call:
         if self._used is None:
             self._used = []
         self._used.append((name, held))
-        return held.fd.duplicate()
+        return _duplicate(held, argument, name)
 
     def keep_names(self) -> None:
         """Succeeding will consume no name: a dry run changes nothing."""
@@ -195,7 +195,19 @@ class Call:
             raise InvalidArgument(
                 f"Parameter '{argument}': no fd of '{path}' is open for writing; add one that is", errno="EACCES"
             )
-        return (writable or fitting)[0].fd.duplicate()
+        return _duplicate((writable or fitting)[0], argument, path)
+
+
+def _duplicate(held: HeldFd, argument: str, name: str) -> FileDescriptor:
+    try:
+        return held.fd.duplicate()
+    except OSError as error:
+        raise OperationFailed(
+            "dup",
+            f"fd '{name}' (parameter '{argument}')",
+            errno=error.errno or 0,
+            advice="the open-file limit (RLIMIT_NOFILE) may be too low",
+        ) from error
 
 
 def _check_kind(argument: str, name: str, found: FdKind, expected: tuple[FdKind, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 
 from vfiod.protocol.catalogue.devices import DeviceAdded, DeviceDeleted
 from vfiod.protocol.catalogue.words import DeviceState
-from vfiod.protocol.errors import CommandError, DeviceNotActive, DeviceNotFound, ErrorClass, InvalidArgument
+from vfiod.protocol.errors import (
+    CommandError,
+    DeviceNotActive,
+    DeviceNotFound,
+    ErrorClass,
+    InvalidArgument,
+    OperationFailed,
+)
 
 Play = Callable[[Callable[[Any], Any]], None]
 
@@ -256,5 +264,60 @@ def test_properties_are_listed_for_a_driver(play: Play) -> None:
         assert not names & {"driver", "id", "x-dry-run"}
         with pytest.raises(DeviceNotFound, match="Device 'nope' not found"):
             await world.command("device-list-properties", typename="nope")
+
+    play(scenario)
+
+
+def test_running_out_of_fds_at_any_moment_leaves_nothing(play: Play) -> None:
+    """The open-file limit falls short at each fd that an addition takes, in turn."""
+
+    async def scenario(world: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        await world.add("warm-up")  # threads and lazy things are there afterwards
+        world.name_memory("m")
+        await world.command("dma-map", iova=0, size=1 << 20, fd="m")
+        uuid = await world.mdev()
+        refused, added = 0, False
+        for room in range(64):
+            before = len(os.listdir("/proc/self/fd"))
+            highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+            holes = [os.dup(0) for _ in range(highest + 3 - before)]  # the limit counts numbers, so none is left free
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(holes) + 1 + room, hard))
+            try:
+                await world.command("device_add", driver="vfio-pci", id="n0", mdev=uuid)
+                added = True
+            except CommandError as error:
+                refused += 1
+                assert "EMFILE" in str(error)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for hole in holes:
+                    os.close(hole)
+            if added:
+                break
+            assert len(os.listdir("/proc/self/fd")) == before
+            assert len(world.machine.devices) == 1
+            assert len(world.machine.memory.spaces) == 1
+        assert added
+        assert refused >= 4
+
+    play(scenario)
+
+
+def test_a_name_that_cannot_be_duplicated_says_why(play: Play) -> None:
+    async def scenario(world: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        world.name_memory("m")
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        holes = [os.dup(0) for _ in range(highest)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        try:
+            with pytest.raises(OperationFailed, match=r"fd 'm' \(parameter 'fd'\) failed with EMFILE.*RLIMIT_NOFILE"):
+                await world.command("dma-map", iova=0, size=1 << 20, fd="m")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for hole in holes:
+                os.close(hole)
+        assert world.names.look("m") is not None
 
     play(scenario)

@@ -55,6 +55,32 @@ def test_a_passed_group_is_consumed_used_and_let_go(play: Play) -> None:
     play(scenario)
 
 
+def test_each_system_call_of_a_removal_may_fail_and_it_ends_all_the_same(play: Play) -> None:
+    async def scenario(world: Any) -> None:
+        kernel = world.kernel
+        world.name_memory("m")
+        await world.command("dma-map", iova=0, size=MiB, fd="m")
+        await add_group_device(world)
+        kernel.log.clear()
+        await delete(world, "n0")
+        calls = list(kernel.log)
+        assert {"VFIO_IOMMU_UNMAP_DMA", "VFIO_GROUP_UNSET_CONTAINER", "VFIO_DEVICE_SET_IRQS"} <= set(calls)
+        before = fds()
+        for at, name in enumerate(calls):
+            await add_group_device(world)
+            kernel.fail(name, *[0] * calls[:at].count(name), errno.EIO)
+            gone = await delete(world, "n0")
+            kernel._failures.clear()
+            assert gone.device == "n0"
+            assert world.machine.groups.containers() == (), name
+            assert world.machine.memory.spaces == (), name
+            assert kernel.nothing_is_open(), name
+            assert fds() == before, name
+        assert len(world.told(DeviceDeleted)) == len(calls) + 1
+
+    play(scenario)
+
+
 def test_each_system_call_may_fail_and_nothing_is_left(play: Play) -> None:
     """Learn what calls an addition makes; then fail each of them in turn, and look what is left."""
 
