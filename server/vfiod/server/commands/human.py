@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 from collections.abc import Awaitable, Iterator
+from inspect import cleandoc
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +32,12 @@ __all__ = ["HANDLERS", "format_value", "parse_line"]
 
 QUERY: Final = "query-"
 NOT_HERE: Final = frozenset({"human-monitor-command", "qmp_capabilities"})
+
+WIDTH: Final = 120
+"""Characters of the widest table; what is wider is shown as one block for each object."""
+
+HEXADECIMAL: Final = frozenset({"value", "offset", "iova", "vendor-id", "device-id"})
+"""Members a person reads as hexadecimal numbers."""
 
 _NUMBER: Final = re.compile(r"[-+]?(0[xX][0-9a-fA-F]+|[0-9]+)")
 _WORDS_OF_TRUTH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
@@ -155,16 +162,21 @@ def _value(text: str, kind: inspect.Type) -> Any:
 def _help(words: list[str]) -> str:
     if words[:1] == ["info"]:
         names = [(name.removeprefix(QUERY), spec.summary) for name, spec in COMMANDS.items() if name.startswith(QUERY)]
-        return "".join(f"info {name:<20} {summary}\n" for name, summary in names)
+        return "".join(f"info {name:<20} {_plain(summary)}\n" for name, summary in names)
     if words:
         spec = COMMANDS.get(words[0])
         if spec is None:
             raise CommandError(f"unknown command: '{words[0]}'; try help")
         fields = inspect.type_info(spec.arguments).fields  # type: ignore[attr-defined]
         usage = "".join(f" {f.encode_name}=..." if f.required else f" [{f.encode_name}=...]" for f in fields)
-        return f"{spec.name}{usage}\n{spec.summary}\n"
-    lines = [f"{name:<26} {spec.summary}\n" for name, spec in COMMANDS.items() if name not in NOT_HERE]
+        return f"{spec.name}{usage}\n{_plain(cleandoc(spec.arguments.__doc__ or ''))}\n"
+    lines = [f"{name:<26} {_plain(spec.summary)}\n" for name, spec in COMMANDS.items() if name not in NOT_HERE]
     return "".join(["info [NAME [ID]]           What query-NAME tells, as text.\n", *lines])
+
+
+def _plain(text: str) -> str:
+    """Without the marks of the source's documentation."""
+    return text.replace("``", "")
 
 
 def format_value(value: Any) -> str:
@@ -173,7 +185,7 @@ def format_value(value: Any) -> str:
         return value if not value or value.endswith("\n") else value + "\n"
     if isinstance(value, msgspec.Raw):
         value = msgspec.json.decode(value)
-    plain = msgspec.to_builtins(value)
+    plain = msgspec.to_builtins(value, builtin_types=(bytes,))
     if plain is None or plain == {}:
         return ""
     return "\n".join(_lines(plain)) + "\n"
@@ -183,33 +195,40 @@ def _lines(value: Any, indent: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         width = max(map(len, value), default=0)
         for key, one in value.items():
-            if isinstance(one, dict | list) and one and not _is_plain_list(one):
+            if _is_deep(one) or isinstance(one, bytes):
                 yield f"{indent}{key}:"
                 yield from _lines(one, indent + "  ")
             else:
-                yield f"{indent}{key:<{width}}  {_cell(one)}"
+                yield f"{indent}{key:<{width}}  {_cell(one, key)}"
     elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
         yield from _table(value, indent)
     elif isinstance(value, list):
-        for one in value:
+        for one in value or ["(none)"]:
             yield f"{indent}{_cell(one)}"
-        if not value:
-            yield f"{indent}(none)"
+    elif isinstance(value, bytes):
+        for offset in range(0, len(value), 16):
+            yield f"{indent}{offset:08x}  {value[offset : offset + 16].hex(' ')}"
     else:
         yield f"{indent}{_cell(value)}"
 
 
-def _is_plain_list(value: Any) -> bool:
-    return isinstance(value, list) and not any(isinstance(one, dict | list) for one in value)
+def _is_deep(value: Any) -> bool:
+    """Whether a value needs lines of its own."""
+    if isinstance(value, list):
+        return any(isinstance(one, dict | list) for one in value)
+    return isinstance(value, dict) and bool(value)
 
 
 def _table(rows: list[dict[str, Any]], indent: str) -> Iterator[str]:
     """Columns for what is short; what holds more (lists of objects) follows its row, indented."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    deep = [key for key in columns if any(isinstance(row.get(key), list) and _has_objects(row[key]) for row in rows)]
+    deep = [key for key in columns if any(isinstance(row.get(key), list) and _is_deep(row[key]) for row in rows)]
     flat = [key for key in columns if key not in deep]
-    cells = [[_cell(row[key]) if key in row else "-" for key in flat] for row in rows]
+    cells = [[_cell(row[key], key) if key in row else "-" for key in flat] for row in rows]
     widths = [max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(flat)]
+    if sum(widths) + 2 * len(widths) + len(indent) > WIDTH:
+        yield from _records(rows, indent)
+        return
     yield indent + "  ".join(f"{name:<{width}}" for name, width in zip(flat, widths, strict=True)).rstrip()
     for row, texts in zip(rows, cells, strict=True):
         yield indent + "  ".join(f"{text:<{width}}" for text, width in zip(texts, widths, strict=True)).rstrip()
@@ -219,18 +238,27 @@ def _table(rows: list[dict[str, Any]], indent: str) -> Iterator[str]:
                 yield from _lines(row[key], indent + "      ")
 
 
-def _has_objects(value: list[Any]) -> bool:
-    return any(isinstance(one, dict) for one in value)
+def _records(rows: list[dict[str, Any]], indent: str) -> Iterator[str]:
+    """One block of lines for each object: its first member is the title."""
+    for row in rows:
+        (title, first), *rest = row.items()
+        yield f"{indent}{title} {_cell(first, title)}"
+        yield from _lines(dict(rest), indent + "  ")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, key: str = "") -> str:
     """A value in one line."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int) and key in HEXADECIMAL:
+        return hex(value)
     if isinstance(value, dict):
-        return " ".join(f"{key}={_cell(one)}" for key, one in value.items()) or "-"
+        return (
+            " ".join(name if one is True else f"{name}={_cell(one)}" for name, one in value.items() if one is not False)
+            or "-"
+        )
     if isinstance(value, list):
         return ",".join(_cell(one) for one in value) or "-"
     return str(value)
