@@ -82,7 +82,7 @@ STARTS_SET = {bytes([c]) for c in b"\"'-" + DIGITS + LOWER}
 
 
 def continues(token: bytes, byte: bytes) -> str:
-    """What a byte is to an unfinished token: part of it ("more"), its "end", beyond it ("token before"), or an "error"."""
+    """What a byte is to an unfinished token: "more" of it, its "end", beyond it ("token before"), or an "error"."""
     quote = token[:1]
     if quote in (b'"', b"'"):
         if byte[0] < 0x20 or byte[0] > 0xFD:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tests.fuzz.inputs import json_values, soup
 from tests.fuzz.qemu_lexer import Oracle
+
 from vfiod.protocol.errors import WireError
 from vfiod.protocol.wire.stream import JsonStream
 
 BLANKS = b" \t\r\n"
-TOKEN = re.compile(rb"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[{}\[\],:]|[a-z]+|-?[0-9][0-9.eE+-]*", re.DOTALL)
+TOKEN = re.compile(
+    rb"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[{}\[\],:]|[a-z]+"
+    rb"|-?0(?:\.[0-9]+(?:[eE][+-]?[0-9]+)?)?|-?[1-9][0-9]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?",
+    re.DOTALL,
+)
 
 
 def summary(items: list[bytes | WireError]) -> list[bytes | None]:
@@ -32,7 +37,7 @@ def in_pieces(data: bytes, cuts: list[int], **limits: int) -> list[bytes | WireE
     stream = JsonStream(**limits)
     items: list[bytes | WireError] = []
     edges = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         items += stream.receive_data(data[begin:end])
     return items
 
@@ -80,7 +85,7 @@ def test_requests_in_any_layout_come_out_one_by_one(
 def test_nothing_longer_than_the_limit_is_kept_or_given_out(data: bytes, cuts: list[int], most: int) -> None:
     stream = JsonStream(max_message_bytes=most)
     edges = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         items = stream.receive_data(data[begin:end])
         assert all(len(item.strip(BLANKS)) <= most for item in items if isinstance(item, bytes))
         assert stream.buffered <= most

@@ -84,13 +84,13 @@ def decode_event_data(name: str, raw: Raw | bytes | UnsetType) -> EventData | No
 
 # --- the slow path: what is wrong -------------------------------------------------------------------------
 def _complaint(spec: CommandSpec, raw: Raw | bytes, error: Exception) -> CommandError:
-    if isinstance(error, RecursionError):
-        return InvalidArgument(f"The arguments of {spec.name} are nested too deeply")
     if bytes(raw).lstrip()[:1] != b"{":
         return InvalidArgument(f"The arguments of {spec.name} have names: pass an object")
     try:
         values = _decoder(dict[str, Any])(raw)
-    except (ValueError, RecursionError) as unreadable:
+    except RecursionError:
+        return InvalidArgument(f"The arguments of {spec.name} are nested too deeply")
+    except ValueError as unreadable:
         return InvalidArgument(f"The arguments of {spec.name} cannot be read: {unreadable}")
     if spec.arguments is DeviceAdd and (refusal := _device_refusal(values)):
         return refusal

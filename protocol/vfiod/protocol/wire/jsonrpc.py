@@ -29,6 +29,7 @@ __all__ = [
     "Batch",
     "Result",
     "Error",
+    "Event",
     "Message",
     "decode_request",
     "encode_result",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Final
 
-# ruff: noqa: E501, RUF001
 Answer = tuple[str | None, str | None]
 ANSWERS: Final[list[tuple[bytes, list[Answer]]]] = [
     (b'{"execute":"query-name"}', [(None, None), ("JSON parse error, stray '�'", None)]),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from tests.unit.protocol.wire.golden import ANSWERS, Answer
+
 from vfiod.protocol.wire import qmp
 from vfiod.protocol.wire.stream import JsonStream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from vfiod.protocol.catalogue.devices import DeviceAdded
 from vfiod.protocol.errors import (
@@ -20,6 +20,11 @@ from vfiod.protocol.errors import (
 )
 from vfiod.protocol.limits import MAX_BATCH
 from vfiod.protocol.wire import jsonrpc
+
+
+def body(raw: Raw | UnsetType) -> bytes:
+    assert isinstance(raw, Raw)
+    return bytes(raw)
 
 
 def single(text: bytes) -> jsonrpc.Request | jsonrpc.Rejected:
@@ -37,8 +42,8 @@ def rejected(text: bytes) -> jsonrpc.Rejected:
 def test_a_call() -> None:
     request = single(b'{"jsonrpc": "2.0", "method": "subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}')
     assert isinstance(request, jsonrpc.Request)
-    assert (request.command, bytes(request.arguments)) == ("subtract", b'{"subtrahend": 23, "minuend": 42}')
-    assert (bytes(request.id), request.is_notification) == (b"3", False)
+    assert (request.command, body(request.arguments)) == ("subtract", b'{"subtrahend": 23, "minuend": 42}')
+    assert (body(request.id), request.is_notification) == (b"3", False)
 
 
 def test_a_notification() -> None:
@@ -50,13 +55,13 @@ def test_a_notification() -> None:
 def test_an_id_of_null_is_no_notification() -> None:
     request = single(b'{"jsonrpc":"2.0","method":"a","id":null}')
     assert isinstance(request, jsonrpc.Request)
-    assert (bytes(request.id), request.is_notification) == (b"null", False)
+    assert (body(request.id), request.is_notification) == (b"null", False)
 
 
 def test_an_empty_array_is_no_arguments() -> None:
     request = single(b'{"jsonrpc":"2.0","method":"a","params":[ ],"id":1}')
     assert isinstance(request, jsonrpc.Request)
-    assert request.arguments is UNSET and bytes(request.id) == b"1"
+    assert request.arguments is UNSET and body(request.id) == b"1"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_an_empty_array_is_no_arguments() -> None:
 def test_what_is_no_request(text: bytes, error: type[WireError], id: bytes) -> None:
     refusal = rejected(text)
     assert isinstance(refusal.error, error), refusal.error
-    assert bytes(refusal.id) == id
+    assert body(refusal.id) == id
     reply = json.loads(jsonrpc.encode_error(refusal.error, refusal.id))
     assert reply["error"]["code"] == (-32700 if error is JsonSyntaxError else -32600)
 
@@ -120,7 +125,7 @@ def test_a_batch_of_good_and_bad() -> None:
     )
     assert isinstance(batch, jsonrpc.Batch)
     call, notification, number, stranger = batch.items
-    assert isinstance(call, jsonrpc.Request) and bytes(call.id) == b'"1"'
+    assert isinstance(call, jsonrpc.Request) and body(call.id) == b'"1"'
     assert isinstance(notification, jsonrpc.Request) and notification.is_notification
     assert isinstance(number, jsonrpc.Rejected) and bytes(number.id) == b"null"
     assert isinstance(stranger, jsonrpc.Rejected) and isinstance(stranger.error, InvalidRequest)
@@ -179,14 +184,14 @@ def test_notification() -> None:
 def test_what_the_client_sends_the_server_reads() -> None:
     request = single(jsonrpc.encode_request("a", {"b": 1}, "é"))
     assert isinstance(request, jsonrpc.Request)
-    assert (request.command, bytes(request.arguments), bytes(request.id)) == ("a", b'{"b":1}', b'"\\u00e9"')
+    assert (request.command, body(request.arguments), body(request.id)) == ("a", b'{"b":1}', b'"\\u00e9"')
     notification = single(jsonrpc.encode_request("a"))
     assert isinstance(notification, jsonrpc.Request) and notification.is_notification
 
 
 def test_what_the_server_sends_the_client_reads() -> None:
     (result,) = jsonrpc.decode_message(jsonrpc.encode_result([1], Raw(b"1")))
-    assert isinstance(result, jsonrpc.Result) and (bytes(result.value), bytes(result.id)) == (b"[1]", b"1")
+    assert isinstance(result, jsonrpc.Result) and (body(result.value), body(result.id)) == (b"[1]", b"1")
     (error,) = jsonrpc.decode_message(jsonrpc.encode_error(Busy("x"), Raw(b"1")))
     assert isinstance(error, jsonrpc.Error)
     assert (error.code, error.desc, error.error_class, error.errno) == (-32004, "x", "GenericError", "EBUSY")

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from vfiod.protocol.catalogue.devices import DeviceAdded
 from vfiod.protocol.catalogue.interrupts import Irq
@@ -16,6 +16,11 @@ from vfiod.protocol.errors import Busy, DeviceNotFound, InternalError, JsonSynta
 from vfiod.protocol.wire import qmp
 
 VERSION = VersionInfo(qemu=VersionTriple(major=0, minor=1, micro=0), package="vfiod")
+
+
+def body(raw: Raw | UnsetType) -> bytes:
+    assert isinstance(raw, Raw)
+    return bytes(raw)
 
 
 def request_of(text: bytes, *, oob_enabled: bool = True) -> qmp.Request:
@@ -39,19 +44,19 @@ def test_the_smallest_request() -> None:
 def test_a_whole_request() -> None:
     request = request_of(b' { "execute" : "a" , "arguments" : { "b" : [1] } , "id" : { "c" : null } } ')
     assert request.command == "a"
-    assert bytes(request.arguments) == b'{ "b" : [1] }'
-    assert bytes(request.id) == b'{ "c" : null }'
+    assert body(request.arguments) == b'{ "b" : [1] }'
+    assert body(request.id) == b'{ "c" : null }'
 
 
 def test_out_of_band() -> None:
     request = request_of(b'{"exec-oob":"irq-eoi","arguments":{},"id":1}')
-    assert (request.command, request.oob, bytes(request.arguments), bytes(request.id)) == ("irq-eoi", True, b"{}", b"1")
+    assert (request.command, request.oob, body(request.arguments), body(request.id)) == ("irq-eoi", True, b"{}", b"1")
 
 
 def test_out_of_band_has_to_be_negotiated() -> None:
     refusal = rejected(b'{"exec-oob":"irq-eoi","id":1}', oob_enabled=False)
     assert str(refusal.error) == "QMP input member 'exec-oob' is unexpected"
-    assert bytes(refusal.id) == b"1"
+    assert body(refusal.id) == b"1"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,7 @@ def test_out_of_band_has_to_be_negotiated() -> None:
 def test_json_that_is_no_request(text: bytes, desc: str, id: bytes | None) -> None:
     refusal = rejected(text)
     assert str(refusal.error) == desc
-    assert (None if refusal.id is UNSET else bytes(refusal.id)) == id
+    assert (None if refusal.id is UNSET else body(refusal.id)) == id
 
 
 @pytest.mark.parametrize(
@@ -106,13 +111,13 @@ def test_a_member_given_twice_is_refused_wherever_it_is(text: bytes) -> None:
     ],
 )
 def test_equal_strings_are_not_equal_members(text: bytes) -> None:
-    assert json.loads(bytes(request_of(text).arguments or b"null")) == json.loads(text).get("arguments")
+    assert json.loads(body(request_of(text).arguments or Raw(b"null"))) == json.loads(text).get("arguments")
 
 
 def test_single_quotes() -> None:
     request = request_of(b"{'execute': 'a', 'arguments': {'it\\'s': 'a \"b\"', \"c\\'d\": '\\\\'}, 'id': 'x'}")
-    assert json.loads(bytes(request.arguments)) == {"it's": 'a "b"', "c'd": "\\"}
-    assert bytes(request.id) == b'"x"'
+    assert json.loads(body(request.arguments)) == {"it's": 'a "b"', "c'd": "\\"}
+    assert body(request.id) == b'"x"'
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ def test_encode_request(arguments: Any, expected: bytes) -> None:
 
 def test_what_the_client_sends_the_server_reads() -> None:
     request = request_of(qmp.encode_request("irq-eoi", {"device": "d"}, "é", oob=True))
-    assert (request.command, request.oob, bytes(request.id)) == ("irq-eoi", True, b'"\\u00e9"')
+    assert (request.command, request.oob, body(request.id)) == ("irq-eoi", True, b'"\\u00e9"')
     assert request_of(qmp.encode_request("quit")).arguments is UNSET
 
 
@@ -232,7 +237,7 @@ def test_what_the_server_sends_the_client_reads() -> None:
     assert qmp.decode_message(qmp.encode_greeting(VERSION)) == qmp.Greeting(VERSION, ("oob",))
     answer = qmp.decode_message(qmp.encode_return({"a": 1}, Raw(b"7")))
     assert isinstance(answer, qmp.Return)
-    assert (bytes(answer.value), bytes(answer.id)) == (b'{"a":1}', b"7")
+    assert (body(answer.value), body(answer.id)) == (b'{"a":1}', b"7")
     assert qmp.decode_message(qmp.encode_error(Busy("x"))) == qmp.Error("GenericError", "x", "EBUSY", UNSET)
     event = qmp.decode_message(qmp.encode_event(Irq(device="d", index=0, vector=0, fired=3, delivered=3), 9, 1, 2))
     assert isinstance(event, qmp.Event)
@@ -241,11 +246,13 @@ def test_what_the_server_sends_the_client_reads() -> None:
 
 def test_messages_of_a_real_qemu() -> None:
     greeting = qmp.decode_message(
-        b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "Debian"}, "capabilities": ["oob"]}}'
+        b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "Debian"}, '
+        b'"capabilities": ["oob"]}}'
     )
     assert isinstance(greeting, qmp.Greeting) and greeting.version.qemu.major == 10
     event = qmp.decode_message(
-        b'{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RESET", "data": {"seq": "other", "guest": false}}'
+        b'{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RESET", '
+        b'"data": {"seq": "other", "guest": false}}'
     )
     assert isinstance(event, qmp.Event) and (event.seq, event.seconds) == (None, -1)
     stop = qmp.decode_message(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}')

@@ -1,4 +1,7 @@
-"""The stream splitter: limits, resynchronisation, and that its shortcuts change nothing. QEMU's answers: test_golden."""
+"""The stream splitter: limits, resynchronisation, and that its shortcuts change nothing.
+
+QEMU's own answers are in test_golden.
+"""
 
 from __future__ import annotations
 
