@@ -6,11 +6,8 @@ The command line wins over the file; an option that may be repeated replaces the
 from __future__ import annotations
 
 import argparse
-import difflib
-import grp
 import logging
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +118,8 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _read_config(path: str) -> dict[str, Any]:
+    import tomllib  # here, because most servers are started without a file, and it costs a tenth of the start
+
     try:
         with Path(path).open("rb") as file:
             values = tomllib.load(file)
@@ -131,6 +130,8 @@ def _read_config(path: str) -> dict[str, Any]:
     for key, value in values.items():
         expected = _KEYS.get(key)
         if expected is None:
+            import difflib
+
             near = difflib.get_close_matches(key, _KEYS, n=1)
             advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_KEYS)}"
             raise OptionError(f"The configuration '{path}' has an unknown key '{key}': {advice}")
@@ -203,6 +204,8 @@ def _gid(text: Any) -> int | None:
         return None
     if isinstance(text, int) or (text.isascii() and text.isdigit()):
         return int(text)
+    import grp
+
     try:
         return grp.getgrnam(text).gr_gid
     except KeyError as error:

@@ -13,9 +13,7 @@ switches ``on`` or ``off``, lists comma-separated, and anything may be JSON. An 
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections.abc import Awaitable, Iterator
 from inspect import cleandoc
 from typing import Any, Final
@@ -84,6 +82,8 @@ def _error(call: Call, error: CommandError) -> str:
 
 
 def _split(line: str) -> list[str]:
+    import shlex  # here: a manager's server never reads a line
+
     try:
         return shlex.split(line)
     except ValueError as error:
@@ -139,8 +139,8 @@ def _value(text: str, kind: inspect.Type) -> Any:
     wants_json = lists or any(isinstance(one, inspect.AnyType | inspect.DictType | inspect.StructType) for one in kinds)
     if wants_json and text[:1] in "[{":
         try:
-            return json.loads(text)
-        except ValueError as error:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
             raise InvalidArgument(f"'{text}' is not JSON: {error}") from error
     if lists:
         return [_value(part, lists[0].item_type) for part in text.split(",")]
