@@ -159,6 +159,11 @@ class Call:
 
     # --- for the dispatcher --------------------------------------------------------------------
 
+    @property
+    def used_fds(self) -> bool:
+        """Whether it took or gave any fd: else success has nothing to do."""
+        return self._used is not None or self._attached is not None
+
     def succeed(self) -> list[FileDescriptor] | None:
         """The command succeeded: consume the names it used; returns the fds that go with the reply."""
         if self._used is not None and self.session is not None:

@@ -41,18 +41,21 @@ class Method:
         spec: its declaration.
         allow_oob: may be executed out of band.
         device_member: the member of its arguments that names the device whose order it joins.
+        no_arguments: what it is called with when no arguments came; None when it requires some.
         invoke: what jsonrpcserver calls: the handler, with its exceptions turned into results.
         request: what jsonrpcserver is asked; always the same, for the arguments travel with the call.
 
     """
 
-    __slots__ = ("allow_oob", "device_member", "invoke", "name", "request", "spec")
+    __slots__ = ("allow_oob", "device_member", "invoke", "name", "no_arguments", "request", "spec")
 
     def __init__(self, spec: CommandSpec, handler: Handler) -> None:
         self.name: Final = spec.name
         self.spec: Final = spec
         self.allow_oob: Final = spec.allow_oob
         self.device_member: Final = spec.device_member
+        # Arguments are frozen, so that one object serves every call.
+        self.no_arguments: Final = _without(spec)
         self.invoke: Final = _guarded(spec.name, handler)
         self.request: Final = lean.Request(spec.name, [], lean.NOID)
 
@@ -90,6 +93,8 @@ def find(methods: Methods, name: str) -> Method:
 
 def prepare(method: Method, raw: Raw | UnsetType = UNSET) -> Arguments[Any]:
     """Decode and check a command's arguments. Raises InvalidArgument, before anything has happened."""
+    if raw is UNSET and method.no_arguments is not None:
+        return method.no_arguments
     return decode_arguments(method.spec, raw)
 
 
@@ -124,6 +129,13 @@ async def finish(method: Method, call: Call, pending: Pending) -> Any:
     if _end.on:
         _end(session=_session(call), command=method.name, ok=type(value) is not Failure)
     return value
+
+
+def _without(spec: CommandSpec) -> Arguments[Any] | None:
+    try:
+        return decode_arguments(spec)
+    except CommandError:
+        return None
 
 
 def _guarded(name: str, handler: Handler) -> Callable[[Call], Any]:

@@ -10,8 +10,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from msgspec import UNSET
 
@@ -36,8 +35,7 @@ Answer = Callable[[bytes | None, list[FileDescriptor] | None], None]
 """Takes one reply, or None for a notification's."""
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
+class _Job(NamedTuple):
     """One request on its way."""
 
     request: jsonrpc.Request
@@ -122,13 +120,14 @@ class JsonRpcSession(Session):
             answer(jsonrpc.encode_error(request.error, request.id), None)
             return
         try:
-            method = dispatch.find(self._server.methods, request.command)
+            method = dispatch.find(self._methods, request.command)
             arguments = dispatch.prepare(method, request.arguments)
         except CommandError as error:
             self._refuse(request, error, answer)
             return
-        job = _Job(request, method, arguments, _device_of(method, arguments), answer, alone)
-        waiting = None if job.device is None else self._devices.get(job.device)
+        device = None if method.device_member is None else _device_of(method.device_member, arguments)
+        job = _Job(request, method, arguments, device, answer, alone)
+        waiting = None if device is None else self._devices.get(device)
         if waiting is None:
             self._execute(job)
         else:
@@ -136,14 +135,15 @@ class JsonRpcSession(Session):
             waiting.append(job)
 
     def _execute(self, job: _Job) -> None:
-        call = self._call(carries_fds=job.alone and not job.request.is_notification)
-        value = dispatch.execute(job.method, call, job.arguments)
+        request, method, arguments, device, _, alone = job
+        call = Call(self._machine, self._server, self, False, alone and request.id is not UNSET)
+        value = dispatch.execute(method, call, arguments)
         if type(value) is not dispatch.Pending:
             self._answer(job, value, call)
             return
-        if job.device is not None:
-            self._devices.setdefault(job.device, deque())
-        self._later(job.method, call, value, lambda value, call: self._next(job, value, call))
+        if device is not None:
+            self._devices.setdefault(device, deque())
+        self._later(method, call, value, lambda value, call: self._next(job, value, call))
 
     def _next(self, job: _Job, value: Any, call: Call) -> None:
         """A command that went on has ended: answer it, and begin what waited for its device."""
@@ -175,7 +175,7 @@ class JsonRpcSession(Session):
             error = InternalError("The result cannot be encoded: a defect of vfiod; see its log")
             self._refuse(job.request, error, job.answer)
             return
-        job.answer(line, call.succeed())
+        job.answer(line, call.succeed() if call.used_fds else None)
 
     def _refuse(self, request: jsonrpc.Request, error: VfiodError, answer: Answer) -> None:
         self.errors += 1
@@ -197,10 +197,7 @@ class JsonRpcSession(Session):
             self._writer.put(line)
 
 
-def _device_of(method: dispatch.Method, arguments: Arguments[Any]) -> str | None:
-    """The device whose order a command joins."""
-    member = method.device_member
-    if member is None:
-        return None
+def _device_of(member: str, arguments: Arguments[Any]) -> str | None:
+    """The device whose order a command joins, by its id, whether it was named by that or by its path."""
     device = getattr(arguments, member)
     return device.removeprefix(DEVICE_PATH) if isinstance(device, str) else None

@@ -85,13 +85,15 @@ class QmpSession(Session):
             self._refuse(request.error, request.id)
             return
         oob = request.oob
+        method = self._methods.get(request.command) if self.negotiated else None
         try:
-            method = self._method(request.command, oob)
+            if method is None or (oob and not method.allow_oob):
+                method = self._unusual(request.command, oob)
             arguments = dispatch.prepare(method, request.arguments)
         except CommandError as error:
             self._refuse(error, request.id)
             return
-        call = self._call(oob=oob)
+        call = Call(self._machine, self._server, self, oob)
         value = dispatch.execute(method, call, arguments)
         if type(value) is not dispatch.Pending:
             self._answer(value, call, request.id)
@@ -102,10 +104,11 @@ class QmpSession(Session):
         self._running = True
         self._later(method, call, value, lambda value, call: self._next(value, call, request.id))
 
-    def _method(self, name: str, oob: bool) -> dispatch.Method:
+    def _unusual(self, name: str, oob: bool) -> dispatch.Method:
+        """The method in negotiation; or the error that says why there is none."""
         if not self.negotiated and name != NEGOTIATION:
             raise CommandNotFound(f"Expecting capabilities negotiation with '{NEGOTIATION}'")
-        method = dispatch.find(self._server.methods, name)
+        method = dispatch.find(self._methods, name)
         if oob and not method.allow_oob:
             raise CommandError(f"The command {name} does not support OOB")
         return method
@@ -128,7 +131,7 @@ class QmpSession(Session):
             call.fail()
             self._refuse(InternalError("The result cannot be encoded: a defect of vfiod; see its log"), request_id)
             return
-        self._put(line, call.succeed())
+        self._put(line, call.succeed() if call.used_fds else None)
 
     def _refuse(self, error: VfiodError, request_id: Raw | UnsetType) -> None:
         self.errors += 1

@@ -73,6 +73,8 @@ class Session(ABC):
         self.fds_received = 0
         self.bytes_received = 0
         self._server: Final = server
+        self._machine: Final = server.machine
+        self._methods: Final = server.methods
         self._loop: Final = server.loop
         self._connection: Final = connection
         self._stream: Final = JsonStream()
@@ -245,7 +247,7 @@ class Session(ABC):
         finally:
             self._working = self._alone = False
         writer = self._writer
-        if not writer.idle:
+        if writer.bytes_waiting:
             writer.flush()
         if self.in_flight or writer.blocked:
             self._settle()
@@ -334,9 +336,6 @@ class Session(ABC):
         self.close()
 
     # --- commands -------------------------------------------------------------------------------
-
-    def _call(self, *, oob: bool = False, carries_fds: bool = True) -> Call:
-        return Call(self._server.machine, self._server, self, oob, carries_fds)
 
     def _later(self, method: dispatch.Method, call: Call, pending: dispatch.Pending, done: Any) -> None:
         """Wait for a pending command in a task of its own; ``done(value, call)`` has its end."""
