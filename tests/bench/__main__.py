@@ -1,0 +1,50 @@
+"""``python -m tests.bench [--scale N] [--only WORD]``: prints a table; never fails because of a time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+from tests.bench import devices, monitor
+from tests.bench.measuring import Line
+from tests.bench.processes import ROOT
+
+for part in ("protocol", "server", "client"):
+    sys.path.append(str(ROOT / part))
+
+
+def main() -> None:
+    """Measure, and print each line as it is known."""
+    parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
+    parser.add_argument("--only", choices=["monitor", "devices"], help="one part")
+    arguments = parser.parse_args()
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    print(
+        f"Python {platform.python_version()}, Linux {platform.release()}, one core of {os.cpu_count()}; medians of paired runs\n"
+    )
+    print(f"{'what':<72} {'measured':>11} {'budget':>11}  meets")
+    for line in _lines(arguments.only, arguments.scale):
+        print(_row(line), flush=True)
+
+
+def _lines(only: str | None, scale: float) -> Iterator[Line]:
+    if only != "devices":
+        yield from monitor.lines(scale)
+    if only != "monitor":
+        yield from devices.lines(scale)
+
+
+def _row(line: Line) -> str:
+    measured = "" if line.value is None else f"{line.value:.3g}{line.unit}"
+    budget = "" if line.budget is None else f"{'>=' if line.at_least else '<='} {line.budget:g}{line.unit}"
+    meets = {True: "yes", False: "NO", None: "-"}[line.meets]
+    return f"{line.what:<72} {measured:>11} {budget:>11}  {meets:<5}{line.note}".rstrip()
+
+
+if __name__ == "__main__":
+    main()
