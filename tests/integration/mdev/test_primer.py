@@ -110,8 +110,7 @@ def test_memory_mapped_before_and_after_the_device_is_the_same(manager: Manager)
     assert primer.dma(0, 0, 5, 1) == 1
     assert manager.client.region_read(device="dev0", region="bar2", offset=0, length=5).data == b"early"
     assert primer.dma(0, 0, 5, 3) == 0x302, "read-only stays read-only"
-    [mapping] = manager.client.query_dma()
-    assert mapping.spaces == [f"mdev:{primer.uuid}"]
+    assert manager.client.query_machine().address_spaces == [f"mdev:{primer.uuid}"]
 
 
 def test_guest_memory_that_its_owner_cuts_is_a_fault(manager: Manager) -> None:

@@ -201,6 +201,7 @@ class MachineInfo(Result):
     irqs: list[IrqInfo]
     objects: list[ObjectInfo]
     containers: list[ContainerInfo]
+    address_spaces: Annotated[list[str], Meta(description="container:N, mdev:UUID; each has every mapping.")]
     mappings: list[MappingInfo]
     fdsets: list[FdsetInfo]
     mdevs: list[str]

@@ -57,12 +57,11 @@ class MappingInfo(Result, kw_only=True):
     offset: int
     readonly: bool
     memory_backend: str | UnsetType = UNSET
-    spaces: Annotated[list[str], Meta(description="The address spaces that have it: container:N, mdev:UUID.")]
 
 
 @command("query-dma", Family.MEMORY, oob=True, mutates=False)
 class QueryDma(Arguments[list[MappingInfo]]):
-    """List guest memory mappings, lowest address first."""
+    """List guest memory mappings, lowest address first. Every address space has all of them."""
 
 
 @event("DMA_UNMAPPED", Family.MEMORY)

@@ -125,7 +125,6 @@ class GuestMemory:
 
     def infos(self) -> list[MappingInfo]:
         """What ``query-dma`` says."""
-        names = [space.name for space in self._spaces]
         return [
             MappingInfo(
                 iova=one.mapping.iova,
@@ -133,7 +132,6 @@ class GuestMemory:
                 offset=one.mapping.offset,
                 readonly=one.mapping.readonly,
                 memory_backend=one.backend if one.backend is not None else UNSET,
-                spaces=names,
             )
             for one in self.ranges()
         ]

@@ -220,6 +220,7 @@ class Machine:
             irqs=[irq for device in devices for irq in device.irq_infos()],
             objects=self.objects.infos(),
             containers=list(self.groups.containers()),
+            address_spaces=[space.name for space in self.memory.spaces],
             mappings=self.memory.infos(),
             fdsets=self.fdsets.infos(),
             mdevs=self.mdevs.uuids(),
