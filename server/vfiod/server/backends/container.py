@@ -140,6 +140,9 @@ class Type1Space:
             raise OperationFailed(
                 "VFIO_IOMMU_UNMAP_DMA", what, errno="ENOENT", advice=f"0x{done:x} bytes were unmapped"
             )
+        if self._mapped.get(iova) == size:  # the common case, whatever the number of mappings
+            del self._mapped[iova]
+            return
         last = iova + size - 1
         for start in [start for start in self._mapped if iova <= start <= last]:
             del self._mapped[start]
@@ -177,10 +180,11 @@ class Container:
         iommu: what is set; None before :meth:`set_iommu`.
         space: its address space; None before :meth:`set_iommu`, and for noiommu.
         attached: whether the address space is the guest memory's at this moment.
+        devices: how many devices of ours are in its groups.
 
     """
 
-    __slots__ = ("_calls", "attached", "fd", "groups", "id", "iommu", "object_id", "passed", "space")
+    __slots__ = ("_calls", "attached", "devices", "fd", "groups", "id", "iommu", "object_id", "passed", "space")
 
     def __init__(
         self, calls: Syscalls, number: int, fd: FileDescriptor, *, passed: bool, object_id: str | None = None
@@ -194,6 +198,7 @@ class Container:
         self.iommu: vfio.Extension | None = None
         self.space: Type1Space | None = None
         self.attached = False
+        self.devices = 0
 
     @property
     def name(self) -> str:

@@ -62,13 +62,13 @@ class KernelDevice:
         *,
         kind: str,
         address_space: AddressSpace | None,
-        group: GroupInfo | None,
+        group: GroupInfo,
         left: Callable[[KernelDevice], bool],
     ) -> None:
         self.name: Final = name
         self.kind: Final = kind
         self.address_space: Final = address_space
-        self.group: Final = group
+        self.group: Final[GroupInfo] = group
         self._calls = calls
         self._left = left
         self._given_out = False

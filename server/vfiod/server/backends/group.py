@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -108,6 +108,8 @@ class KernelGroups:
         self._allow_open = allow_open
         self._mapped_bytes = mapped_bytes
         self._groups: dict[int, Group] = {}
+        self._lingering: dict[int, Group] = {}
+        self._attached: dict[str, KernelDevice] = {}  # by host name
         self._containers: dict[int, Container] = {}
         self._next_container = 0
 
@@ -136,7 +138,7 @@ class KernelGroups:
 
     def _find_device(self, origin: GroupOrigin) -> HostDevice:
         device = find_device(self._sysfs, origin)
-        if any(device.name == other.name for other in self._devices()):
+        if device.name in self._attached:
             raise Busy(f"Host device {device.name} is already attached to this machine")
         return device
 
@@ -276,14 +278,18 @@ class KernelGroups:
             check_class(origin.driver, device.name, backend.info())
             undo.pop_all()
         group.devices = (*group.devices, backend)
+        container.devices += 1
+        self._lingering.pop(group.id, None)
+        self._attached[device.name] = backend
         return backend
 
     # --- leaving ---
     def _device_left(self, device: KernelDevice) -> bool:
         """A device's fd was closed. Returns whether the kernel let the device go."""
-        group = next((group for group in self._groups.values() if device in group.devices), None)
-        if group is None:
-            return True
+        group = self._groups[device.group.id]
+        del self._attached[device.name]
+        if group.container is not None:
+            group.container.devices -= 1
         others_given_out = group.given_out
         group.given_out = group.given_out or device.given_out
         group.devices = tuple(other for other in group.devices if other is not device)
@@ -301,12 +307,14 @@ class KernelGroups:
             return True
         container = group.container
         if container is not None:
-            if not any(self._groups[number].devices for number in container.groups if number in self._groups):
+            if not container.devices:
                 self._empty(container)
             if not self._unset_container(group, container):
+                self._lingering[group.id] = group
                 return False
         group.fd.close()
-        self._groups.pop(group.id, None)
+        del self._groups[group.id]
+        self._lingering.pop(group.id, None)
         if container is not None and not container.groups:
             self._containers.pop(container.id, None)
             container.close()
@@ -339,7 +347,8 @@ class KernelGroups:
         return self._sweep()
 
     def _sweep(self, *, besides: int | None = None) -> tuple[int, ...]:
-        return tuple(number for number in self.lingering if number != besides and self._leave(self._groups[number]))
+        lingering = tuple(self._lingering.items())
+        return tuple(number for number, group in lingering if number != besides and self._leave(group))
 
     def close(self) -> None:
         """Let go of everything that is left, when the machine ends: devices first, then groups, then containers.
@@ -347,12 +356,13 @@ class KernelGroups:
         A group that lingers even now is closed: the kernel takes it out of its container when the last fd given out
         is closed.
         """
-        for device in tuple(self._devices()):
+        for device in tuple(self._attached.values()):
             device.close()
         for group in tuple(self._groups.values()):
             self._leave(group)
             group.fd.close()
         self._groups.clear()
+        self._lingering.clear()
         for container in tuple(self._containers.values()):
             container.close()
         self._containers.clear()
@@ -365,7 +375,7 @@ class KernelGroups:
                 passed.callback(fd.close)
             run = DryRun(
                 self._calls,
-                attached=frozenset(device.name for device in self._devices()),
+                attached=frozenset(self._attached),
                 groups=frozenset(group.id for group in self._groups.values() if group.devices),
                 lingering=frozenset(self.lingering),
                 containers=tuple(self._containers.values()),
@@ -374,10 +384,6 @@ class KernelGroups:
             )
             return run.checks(origin)
 
-    def _devices(self) -> Iterator[KernelDevice]:
-        for group in tuple(self._groups.values()):
-            yield from group.devices
-
     @property
     def lingering(self) -> tuple[int, ...]:
         """Groups without a device of ours that the kernel keeps, because an fd that was given out is still open.
@@ -385,7 +391,7 @@ class KernelGroups:
         Their fd stays here and they stay in their container, which no longer has any mapping unless other groups use
         it. A later :meth:`open` takes such a group up again. Call :meth:`sweep` now and then while there are any.
         """
-        return tuple(group.id for group in tuple(self._groups.values()) if not group.devices)
+        return tuple(self._lingering)
 
     def containers(self) -> tuple[ContainerInfo, ...]:
         """Every container, lowest id first; lingering groups are listed in theirs."""
@@ -396,7 +402,7 @@ class KernelGroups:
         held = [
             *((f"container:{c.id}", FdKind.VFIO_CONTAINER, c.fd) for c in tuple(self._containers.values())),
             *((f"group:{g.id}", FdKind.VFIO_GROUP, g.fd) for g in tuple(self._groups.values())),
-            *((f"host:{d.name}", FdKind.VFIO_DEVICE, d.fd) for d in self._devices()),
+            *((f"host:{d.name}", FdKind.VFIO_DEVICE, d.fd) for d in tuple(self._attached.values())),
         ]
         return tuple(HeldFd(owner, kind, fd.number) for owner, kind, fd in held if not fd.closed)
 

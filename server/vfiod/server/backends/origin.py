@@ -120,7 +120,7 @@ def check_class(driver: str, name: str, info: vfio.DeviceInfo) -> None:
     if not info.flags & wanted.flag:
         flags = info.flags.name or "none"
         raise InvalidArgument(
-            f"Host device {name} has the flags {flags}, without {wanted.flag.name}: driver '{driver}' takes {wanted.words}",
+            f"Host device {name} has the flags {flags}: driver '{driver}' takes {wanted.words}",
             errno="EINVAL",
         )
 
