@@ -48,6 +48,7 @@ def kernel() -> FakeKernel:
         ("..", "EINVAL", "is not the name"),
         ("", "EINVAL", "is not the name"),
         ("a\0b", "EINVAL", "is not the name"),
+        ("a\ud800", "EINVAL", "is not the name"),
         ("x" * 256, "ENAMETOOLONG", "longer than 255 bytes"),
         ("é" * 128, "ENAMETOOLONG", "longer than 255 bytes"),
         ("0000:09:00.0", "ENOENT", "no host device 0000:09:00.0"),
@@ -68,6 +69,7 @@ def test_hosts_that_are_none(kernel: FakeKernel, host: str, errno: str, words: s
         ("/" + "x" * 4095, "ENAMETOOLONG"),
         ("/sys/kernel/iommu_groups", "ENODEV"),
         ("/sys\0", "EINVAL"),
+        ("/sys\udfff", "EINVAL"),
     ],
 )
 def test_sysfsdevs_that_are_none(kernel: FakeKernel, path: str, errno: str) -> None:
