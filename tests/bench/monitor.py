@@ -13,6 +13,8 @@ from time import perf_counter_ns
 from tests.bench.measuring import Line, Rounds, paired, per_call
 from tests.bench.processes import QEMU, Process, Wire, compiled_floor, floor_echo, qemu, vfiod
 
+from vfiod.protocol.fd import FileDescriptor
+
 __all__ = ["lines"]
 
 SMALL = b'{"execute":"query-version"}'
@@ -68,7 +70,8 @@ def _round_trips(scale: float) -> Iterator[Line]:
             note="" if QEMU else NO_QEMU,
         )
 
-        passing = paired({name: _getfd(wires[name], 50) for name in processes}, rounds)
+        bell = stack.enter_context(FileDescriptor(os.eventfd(0)))
+        passing = paired({name: _getfd(wires[name], bell, 50) for name in processes}, rounds)
         yield Line("getfd with its fd, to QEMU", against("qemu", passing), budget=0.12, note="" if QEMU else NO_QEMU)
         for wire in wires.values():
             wire.socket.close()
@@ -97,10 +100,13 @@ def _pipelined(wire: Wire, count: int) -> Callable[[], float]:
     return measure
 
 
-def _getfd(wire: Wire, calls: int) -> Callable[[], float]:
-    null = os.open(os.devnull, os.O_RDONLY)
+def _getfd(wire: Wire, bell: FileDescriptor, calls: int) -> Callable[[], float]:
     request = b'{"execute":"getfd","arguments":{"fdname":"bench"}}'
-    return lambda: per_call(lambda: wire.with_fd(request, null), calls)
+
+    def measure() -> float:
+        return per_call(lambda: wire.with_fd(request, bell.number), calls)
+
+    return measure
 
 
 # --- start and memory -------------------------------------------------------------------------------------
