@@ -32,6 +32,7 @@ from vfiod.client.events import Event
 from vfiod.client.fds import OpenFd, OwnedFds, descriptors, fd_indexes, number_of, with_fds
 from vfiod.client.methods.values import OWN
 from vfiod.protocol.catalogue import EVENTS, Arguments, CommandSpec, Empty, EventData, command_of
+from vfiod.protocol.catalogue.devices import DeviceAdd
 from vfiod.protocol.catalogue.monitor import VersionInfo
 from vfiod.protocol.errors import RemoteError, WireError
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -313,18 +314,30 @@ class Connection:
             failures.append(answer.error(f"{ticket.command} (getfd)"))
         if ticket._naming == 0:
             if failures or ticket.abandoned:
-                self._forget_names(ticket)
-                self._finish(ticket, failures[0] if failures else None)
+                self._finish_without_names(ticket, failures[0] if failures else None)
             else:
                 self._send_command(ticket)
             self._name_next()
 
-    def _forget_names(self, ticket: Ticket) -> None:
-        """The call failed: close its names at the server. For those that are gone already the error is no matter."""
+    def _finish_without_names(self, ticket: Ticket, outcome: Any) -> None:
+        """The call consumed no name: close them at the server, and only then let it end.
+
+        Its caller may want to open the same file again at once, and a VFIO group can be open but once.
+        """
+        if not ticket._names:
+            self._finish(ticket, outcome)
+            return
+        ticket._naming = len(ticket._names)
         for name in ticket._names:
             number = next(self._ids)
-            self._answers[number] = _nothing
+            self._answers[number] = functools.partial(self._forgotten, ticket, outcome)
             self._send(self._codec.request("closefd", {"fdname": name}, number, oob=False))
+
+    def _forgotten(self, ticket: Ticket, outcome: Any, _: Returned | Failed) -> None:
+        """One name less. For one that was gone already the error is no matter."""
+        ticket._naming -= 1
+        if ticket._naming == 0:
+            self._finish(ticket, outcome)
 
     # --- inward -----------------------------------------------------------------------------------------------
 
@@ -375,8 +388,7 @@ class Connection:
 
     def _answered(self, ticket: Ticket, answer: Returned | Failed) -> None:
         if isinstance(answer, Failed):
-            self._forget_names(ticket)
-            self._finish(ticket, answer.error(ticket.command))
+            self._finish_without_names(ticket, answer.error(ticket.command))
             return
         try:
             outcome = self._understand(ticket.spec, answer.value)
@@ -387,7 +399,10 @@ class Connection:
         except msgspec.MsgspecError as error:
             self._discard(answer.value)
             outcome = ProtocolError(f"The answer to {ticket.command} is not what this client expects: {error}")
-        self._finish(ticket, outcome)
+        if _is_dry_run(ticket._arguments):
+            self._finish_without_names(ticket, outcome)
+        else:
+            self._finish(ticket, outcome)
 
     def _understand(self, spec: CommandSpec | None, value: msgspec.Raw) -> Any:
         """The result as its caller gets it: typed where the catalogue knows it, with its fds in it."""
@@ -457,5 +472,8 @@ def _duplicate(fds: Sequence[OpenFd]) -> list[FileDescriptor]:
     return duplicates
 
 
-def _nothing(_: Returned | Failed) -> None:
-    """An answer nobody needs."""
+def _is_dry_run(arguments: Any) -> bool:
+    """Whether the command succeeds without consuming its names."""
+    if isinstance(arguments, DeviceAdd):
+        return arguments.x_dry_run
+    return isinstance(arguments, Mapping) and arguments.get("x-dry-run") is True

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,33 @@ IOVA = 0x100000
 HOTPLUGS = 200
 
 
+@pytest.fixture(scope="module")
+def vms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Vm]]:
+    """Running vfiods: one for all tests, as starting it takes long here; a new one when a test has ended it."""
+
+    def running() -> Generator[Vm, None, None]:
+        with ExitStack() as stack:
+            vm: Vm | None = None
+            while True:
+                if vm is None or vm.process.poll() is not None:
+                    vm = stack.enter_context(running_vm(tmp_path_factory.mktemp("vm")))
+                yield vm
+
+    vms = running()
+    yield vms
+    vms.close()
+
+
 @pytest.fixture
-def vm(tmp_path: Path) -> Iterator[Vm]:
-    with running_vm(tmp_path) as running:
-        yield running
+def vm(vms: Iterator[Vm]) -> Iterator[Vm]:
+    """A vfiod with nothing in it, before the test and after."""
+    running = next(vms)
+    before = running.fds()
+    yield running
+    if running.process.poll() is None:
+        picture = running.client.query_machine()
+        assert (picture.devices, picture.objects, picture.mappings, picture.containers) == ([], [], [], [])
+        pci.wait_until(lambda: running.fds() == before, f"its fds are as before: {before}, {running.fds()}")
 
 
 def fired(eventfd: int, seconds: float = 20.0) -> int:
@@ -88,7 +112,6 @@ def test_what_is_refused_leaves_the_machine_as_it_was(vm: Vm) -> None:
         with pytest.raises(RemoteError, match=r"group-fd|allow-open"):
             vm.client.device_add(driver="vfio-pci", id="edu", host=EDU_PORT)
         assert vm.client.query_devices() == []
-        vm.forget_names()
         assert vm.fds() == before
         # And the right fds work straight afterwards.
         vm.add(EDU_PORT, "edu")
@@ -104,7 +127,6 @@ def test_two_devices_of_one_group_need_the_group_once(vm: Vm) -> None:
             vm.client.device_add(driver="vfio-pci", id="first", host=first, group_fd=group, container_fd=container)
             with pytest.raises(RemoteError, match="group"):
                 vm.client.device_add(driver="vfio-pci", id="second", host=second, group_fd=group)
-        vm.forget_names()
         vm.add(second, "second", group=False)
         vm.write("first", pci.EDU_LIVENESS, 1)
         vm.write("second", pci.EDU_LIVENESS, 2)
@@ -146,7 +168,6 @@ def test_a_group_that_is_not_viable_names_who_is_in_the_way(vm: Vm) -> None:
         failed = [check for check in report.checks or [] if not check.ok]
         assert "viable" in [check.name for check in failed]
         assert vm.client.query_devices() == []
-        vm.forget_names()
     assert vm.fds() == before
 
 
@@ -156,7 +177,6 @@ def test_a_dry_run_reports_and_changes_nothing(vm: Vm) -> None:
             report = vm.client.device_add(
                 driver="vfio-pci", id="edu", host=EDU_PORT, group_fd=group, container_fd=container, x_dry_run=True
             )
-        vm.forget_names()
         checks = {check.name: check for check in report.checks or []}
         assert report.possible is True, checks
         assert {"viable", "memory-lock", "open-files"} <= set(checks)
@@ -448,7 +468,7 @@ def test_a_mapped_region_holds_the_device_and_force_says_it_is_not_released(vm: 
                 assert told(event, DeviceDeleted).released is False
         window.close()
         # Its holder let go: the same group, the same address work again.
-        vm.add(EDU_PORT, "again", group=vm.client.query_machine().containers == [], container=False)
+        vm.add(EDU_PORT, "again", group=False)
         assert vm.read("again", pci.EDU_ID) == pci.EDU_IDENTITY
         assert vm.remove("again")
 
@@ -493,5 +513,7 @@ def test_hotplug_of_the_hypervisors_kind_200_times(vm: Vm) -> None:
             assert vm.read("edu", pci.EDU_ID) == pci.EDU_IDENTITY
             assert vm.remove("edu")
         assert vm.fds() == before
+    vm.client.dma_unmap(iova=IOVA, size=1 << 20)
+    vm.client.object_del(id="ram0")
     print(f"{HOTPLUGS} hotplugs in {time.monotonic() - began:.1f} s")
     os.close(ram)

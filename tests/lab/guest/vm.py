@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from msgspec import UNSET
 from tests.lab.guest import pci
 from tests.lab.guest.machine import UNPRIVILEGED_UID, unprivileged
 
@@ -54,23 +55,15 @@ class Vm:
                 self.process.wait()
                 raise
 
-    def forget_names(self) -> None:
-        """Close what a refused command left under its names."""
-        for info in self.client.query_fds():
-            if isinstance(info.name, str) and info.name.startswith("client-"):
-                self.client.closefd(fdname=info.name)
-
     def add(self, address: str, name: str, *, container: bool = True, group: bool = True) -> None:
-        """Pass the device's group and a container, as libvirt would, and add the device."""
-        with opened_group(address) as group_fd, opened("/dev/vfio/vfio") as container_fd:
-            if group and container:
-                self.client.device_add(
-                    driver="vfio-pci", id=name, host=address, group_fd=group_fd, container_fd=container_fd
-                )
-            elif group:
-                self.client.device_add(driver="vfio-pci", id=name, host=address, group_fd=group_fd)
-            else:
-                self.client.device_add(driver="vfio-pci", id=name, host=address)
+        """Pass the device's group (once per group) and a container, as libvirt would, and add the device."""
+        with ExitStack() as stack:
+            # The kernel lets a group be open once: one that vfiod has must not be opened here.
+            group_fd = stack.enter_context(opened_group(address)) if group else UNSET
+            container_fd = stack.enter_context(opened("/dev/vfio/vfio")) if group and container else UNSET
+            self.client.device_add(
+                driver="vfio-pci", id=name, host=address, group_fd=group_fd, container_fd=container_fd
+            )
 
     def remove(self, name: str) -> bool:
         """Unplug a device and wait for its one event; whether the kernel let it go."""
@@ -140,6 +133,8 @@ def running_vm(directory: Path, *, memlock: int = MEMLOCK) -> Iterator[Vm]:
             assert f"\nUid:\t{UNPRIVILEGED_UID}\t" in Path(f"/proc/{process.pid}/status").read_text()
             yield Vm(process, client, path)
     finally:
+        killed = process.poll()
         process.terminate()
         status = process.wait(timeout=60)
+    assert killed is None, f"vfiod ended by itself, or was killed, with {killed}"
     assert status == 0, f"vfiod ended with {status}"

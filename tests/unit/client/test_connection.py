@@ -12,7 +12,7 @@ import pytest
 from vfiod.client.connection import MAX_UNCLAIMED, Connection, Dialect, State, Ticket
 from vfiod.client.errors import ConnectionLost, ProtocolError
 from vfiod.client.methods.values import IrqStartResult, RegionMapResult
-from vfiod.protocol.catalogue.devices import DeviceAdded, QueryDevices
+from vfiod.protocol.catalogue.devices import DeviceAdd, DeviceAdded, QueryDevices
 from vfiod.protocol.catalogue.interrupts import IrqStart
 from vfiod.protocol.catalogue.memory import DmaMap, DmaMapResult
 from vfiod.protocol.catalogue.monitor import QueryName, Quit
@@ -290,22 +290,37 @@ class TestSendingFds:
         answer(connection, **{"return": {"kind": "pipe"}, "id": 2})
         sent(connection)
         answer(connection, error={"class": "GenericError", "desc": "no"}, id=3)
+        assert sent(connection) == [([{"execute": "closefd", "arguments": {"fdname": "a"}, "id": 4}], 0)]
+        assert not ticket.done, "the caller may open the same file again at once: the server has closed it by then"
+        answer(connection, error={"class": "GenericError", "desc": "File descriptor named 'a' not found"}, id=4)
         with pytest.raises(RemoteError):
             ticket.result()
-        assert sent(connection) == [([{"execute": "closefd", "arguments": {"fdname": "a"}, "id": 4}], 0)]
-        answer(connection, error={"class": "GenericError", "desc": "File descriptor named 'a' not found"}, id=4)
         assert connection.error is None
         fds[0].close()
+
+    def test_a_dry_run_leaves_no_name(self, connection: Connection) -> None:
+        (fd,) = pipe_fds(1)
+        arguments = DeviceAdd(driver="vfio-pci", host="0000:01:00.0", group_fd="g", x_dry_run=True)
+        ticket = connection.start(arguments, fds={"g": fd.number})
+        answer(connection, **{"return": {"kind": "pipe"}, "id": 2})
+        sent(connection)
+        answer(connection, **{"return": {"possible": True, "checks": []}, "id": 3})
+        assert sent(connection) == [([{"execute": "closefd", "arguments": {"fdname": "g"}, "id": 4}], 0)]
+        answer(connection, **{"return": {}, "id": 4})
+        assert ticket.result().possible is True
+        fd.close()
 
     def test_a_name_is_refused(self, connection: Connection) -> None:
         ticket, fds = self.start(connection, ["a", "1b"])
         sent(connection)
         answer(connection, **{"return": {"kind": "pipe"}, "id": 2})
         answer(connection, error={"class": "GenericError", "desc": "not starting with a digit"}, id=3)
-        with pytest.raises(RemoteError, match="getfd"):
-            ticket.result()
         ((closed, _),) = sent(connection)
         assert [request["execute"] for request in closed] == ["closefd", "closefd"]
+        for request in closed:
+            answer(connection, **{"return": {}, "id": request["id"]})
+        with pytest.raises(RemoteError, match="getfd"):
+            ticket.result()
         for fd in fds:
             fd.close()
 
