@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from vfiod.client.errors import ConnectFailed
 from vfiod.client.sync import Client
 from vfiod.protocol.fd import FileDescriptor, close_all
 
@@ -32,10 +34,23 @@ class Manager:
             [sys.executable, "-m", "vfiod.server", "--name", "test", "--uuid", VM, "--qmp", f"unix:{self.path}"],
             stderr=self._log,
         )
-        while not self.path.exists():
-            assert self.process.poll() is None, self.log()
-        self.client = Client.connect(self.path, timeout=PATIENCE)
+        try:
+            self.client = self._connected()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            self._log.close()
+            raise
         self.fds: list[FileDescriptor] = []
+
+    def _connected(self) -> Client:
+        # The path is there from bind(2) on, but nobody listens before listen(2).
+        while True:
+            assert self.process.poll() is None, self.log()
+            try:
+                return Client.connect(self.path, timeout=PATIENCE)
+            except ConnectFailed:
+                time.sleep(0.01)
 
     def log(self) -> str:
         self._log.seek(0)
