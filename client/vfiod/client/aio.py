@@ -280,7 +280,9 @@ class AsyncEventStream:
         return event
 
     def pending(self) -> list[Event]:
-        """What has arrived so far, without waiting."""
+        """What has arrived so far, without waiting. Raises ConnectionLost when nothing can come any more."""
+        if not len(self._queue) and (error := self._client._connection.error) is not None:
+            raise ConnectionLost(str(error))
         return list(iter(self._queue.get, None))
 
     def __aiter__(self) -> AsyncIterator[Event]:

@@ -359,8 +359,7 @@ class Demo:
         self.say.step("Quit", "The server closes what it has, in order, and ends.")
         with self.client.events("SHUTDOWN") as shutdown:
             self.client.quit()
-            for event in shutdown.pending():
-                self.event(event)
+            self.event(shutdown.get(TIMEOUT))
 
     # --- what the chapters need ---------------------------------------------------------------------------------
 

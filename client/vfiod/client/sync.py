@@ -133,6 +133,8 @@ class Client(Methods):
         except BaseException:
             self._connection.abandon(ticket)
             raise
+        if self._connection.data_to_send():  # after a failure: the names of lent fds are closed at the server
+            self._turn(0)
         return ticket.result()
 
     def send_fds(self, fds: Sequence[OpenFd]) -> None:
@@ -246,9 +248,11 @@ class EventStream:
         return event
 
     def pending(self) -> list[Event]:
-        """What has arrived so far, without waiting."""
+        """What has arrived so far, without waiting. Raises ConnectionLost when nothing can come any more."""
         if self._client._connection.error is None:
             self._client._turn(0)
+        if not len(self._queue):
+            self._client._check()
         return list(iter(self._queue.get, None))
 
     def __iter__(self) -> Iterator[Event]:

@@ -225,6 +225,7 @@ class TestEvents:
             os.kill(server.pid, signal.SIGTERM)
             with pytest.raises(ConnectionLost):
                 list(events)
+        assert server.wait() == 0
 
 
 class TestEnds:

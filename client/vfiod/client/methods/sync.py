@@ -482,7 +482,7 @@ class Methods:
         return self.call(DmaUnmap(iova=iova, size=size), timeout=timeout)
 
     def query_dma(self, *, oob: bool = False, timeout: float | None = None) -> list[MappingInfo]:
-        """List guest memory mappings, lowest address first.
+        """List guest memory mappings, lowest address first. Every address space has all of them.
 
         Args:
             oob: Run out of band, ahead of commands that wait.
@@ -612,7 +612,7 @@ class Methods:
         """List the trace points that match a pattern, and whether they are on.
 
         Args:
-            name: A trace point's name, or a pattern with * and ?.
+            name: A trace point's name, or a pattern with * and ? (length 1 to 255).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -628,7 +628,7 @@ class Methods:
         """Turn the trace points that match a pattern on or off. They are written to the log.
 
         Args:
-            name: A trace point's name, or a pattern with * and ?.
+            name: A trace point's name, or a pattern with * and ? (length 1 to 255).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

@@ -1,0 +1,110 @@
+"""The examples, run as their readers run them. With a real device they run in the kernel lab."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vfiod.client import Client
+from vfiod.client.spawn import own_server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+UNPRIVILEGED = 65533  # nobody's, and not the overflow uid, as which vfiod refuses to run
+
+
+def run(name: str, *arguments: object, tmp: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)],
+        env=os.environ | {"TMPDIR": str(tmp)}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def others_can_run_python() -> bool:
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"'{sys.executable}' -c 'import vfiod.server'"],
+        user=UNPRIVILEGED, group=UNPRIVILEGED, extra_groups=[], capture_output=True, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+class TestManager:
+    def test_demo(self, tmp_path: Path) -> None:
+        done = run("manager.py", "--demo", tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        for said in (
+            "dev0 is running", "it is 1234:f10d", "bar2: 0x100000 bytes, can be mapped", "2 MiB of guest memory",
+            "msi works, direct: 1 interrupt", "it was reset", "released: True", "everything is as it was",
+        ):  # fmt: skip
+            assert said in done.stdout
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to start vfiod as another user")
+    def test_an_unprivileged_vfiod(self, tmp_path: Path) -> None:
+        if not others_can_run_python():
+            pytest.skip("this interpreter lies where other users cannot run it")
+        done = run("manager.py", "--demo", "--uid", UNPRIVILEGED, tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        assert f"uid {UNPRIVILEGED}" in done.stdout
+
+    def test_no_such_device(self, tmp_path: Path) -> None:
+        """The failure comes after vfiod was started: it ends too, and nothing is left."""
+        done = run("manager.py", "ffff:ff:1f.7", tmp=tmp_path)
+        assert done.returncode == 1
+        assert "There is no PCI device ffff:ff:1f.7" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("arguments", [(), ("--demo", "0000:00:00.0"), ("--demo", "--bind")])
+    def test_nonsense(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        assert run("manager.py", *arguments, tmp=tmp_path).returncode == 2
+
+
+class TestHypervisor:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Iterator[Path]:
+        with own_server(tmp_path, name="vm1") as server:
+            yield server.path
+
+    def add(self, path: Path, **parameters: int) -> None:
+        with Client.connect(path, timeout=60) as client:
+            uuid = client.mdev_create(parent="primer", type="primer-pci", parameters=dict(parameters)).uuid
+            client.device_add(driver="vfio-pci", id="dev0", mdev=uuid)
+
+    def test_it_attaches(self, path: Path, tmp_path: Path) -> None:
+        self.add(path, vectors=2)
+        done = run("hypervisor.py", path, "dev0", tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        assert "bar2 at offset 0x0 is mapped, 1048576 bytes" in done.stdout
+        assert "2 of 2 MSI vectors, direct" in done.stdout
+        assert "vector 1 arrived: {1: 1}" in done.stdout
+        with Client.connect(path, timeout=60) as client, client.events("DEVICE_DELETED") as deleted:
+            client.device_del(id="dev0")
+            deleted.get(timeout=60)
+
+    def test_it_stays_until_the_device_goes(self, path: Path, tmp_path: Path) -> None:
+        self.add(path)
+        child = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "hypervisor.py"), str(path), "dev0", "--stay"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            with Client.connect(path, timeout=60) as client:
+                assert child.stdout is not None
+                while "waiting for interrupts" not in (line := child.stdout.readline()):
+                    assert line, child.communicate()
+                client.device_del(id="dev0", force=True)
+                out, err = child.communicate(timeout=120)
+        finally:
+            child.kill()
+            child.wait()
+        assert "wanted back" in out, out + err
+
+    def test_no_such_device(self, path: Path, tmp_path: Path) -> None:
+        done = run("hypervisor.py", path, "nobody", tmp=tmp_path)
+        assert done.returncode == 1
+        assert "Device 'nobody' not found" in done.stderr
