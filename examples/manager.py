@@ -7,8 +7,8 @@ What a management layer does for one VM, in order:
 
 1. bind the device to vfio-pci (``--bind``), and remember what it was bound to;
 2. make the monitor's listening socket, so that its owner and mode are the manager's business;
-3. start vfiod as an unprivileged user with that socket (``--qmp fd=N``), and raise its memory-lock limit:
-   mapped guest memory is pinned, and counts against it;
+3. raise the memory-lock limit, which vfiod inherits (mapped guest memory is pinned, and counts against it), and start
+   vfiod as an unprivileged user with that socket (``--qmp fd=N``);
 4. open the VFIO group and container, which only root can, and pass them over the socket;
 5. add the device, map guest memory, drive the device;
 6. take it back, end vfiod, and give the device back to the host.
@@ -52,6 +52,8 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             if options.bind:
                 stack.enter_context(bound_to_vfio(options.address))
+            if not options.demo:  # a mediated device reaches memory through vfiod, and pins nothing
+                allow_memory_lock(GUEST_MEMORY)
             client = stack.enter_context(running_vfiod(directory / "vm1.sock", options.uid))
             with added_device(client, options.address):
                 drive(client)
@@ -112,7 +114,6 @@ def running_vfiod(path: Path, uid: int | None) -> Iterator[Client]:
         )
     # Connecting works from here on: the kernel queues us until vfiod accepts, or refuses us when it has died.
     try:
-        raise_memory_lock(process.pid, GUEST_MEMORY)
         with Client.connect(path, timeout=PATIENCE) as client:
             print(f"manager: vfiod runs as process {process.pid}, uid {Path(f'/proc/{process.pid}').stat().st_uid}")
             yield client
@@ -126,11 +127,13 @@ def running_vfiod(path: Path, uid: int | None) -> Iterator[Client]:
             process.wait()
 
 
-def raise_memory_lock(pid: int, need: int) -> None:
-    """Let another process pin this many bytes, if it may not yet. Only root may raise a hard limit."""
-    soft, hard = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
-    if resource.RLIM_INFINITY not in (soft, hard) and soft < need:
-        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (need, max(hard, need)))
+def allow_memory_lock(need: int) -> None:
+    """Let the processes started from here on pin this many bytes. Raising a hard limit takes CAP_SYS_RESOURCE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY or soft >= need:
+        return
+    enough = hard == resource.RLIM_INFINITY or hard >= need
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (need, hard if enough else need))
 
 
 @contextlib.contextmanager
