@@ -8,4 +8,7 @@ Its floors, from the outside in; each imports only what stands below it (the lin
 * ``machine``: everything the VM has.
 * ``devices``, ``interrupts``, ``dma``, ``backends``, ``mdev``, ``kernel``: what a device is made of.
 * ``events``, ``trace``, ``lanes``, ``fds``: what all of them use.
+
+Values are ``msgspec.Struct`` classes and not dataclasses: making sixty dataclasses took longer, at every start, than
+importing all of asyncio.
 """

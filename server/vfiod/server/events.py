@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
+
+from msgspec import Struct, field
 
 from vfiod.protocol.catalogue import EventData, EventSpec, event_of
 from vfiod.protocol.catalogue.monitor import EventsLost
@@ -34,8 +35,7 @@ Later = Callable[[float, Callable[[], None]], Timer]
 """Calls back once, after so many seconds (``loop.call_later``)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Event:
+class Event(Struct, frozen=True, eq=False):
     """One event as it goes to its readers.
 
     Attributes:
@@ -53,15 +53,14 @@ class Event:
     data: EventData
     seconds: int
     microseconds: int
-    encoded: dict[str, bytes] = field(default_factory=dict, repr=False)
+    encoded: dict[str, bytes] = field(default_factory=dict)
 
 
 Subscriber = Callable[[Event], None]
 """Takes one event. It must not raise, nor wait: what raises is logged, and the others still get theirs."""
 
 
-@dataclass(slots=True)
-class _Period:
+class _Period(Struct):
     """One key within its period: the last event that must wait for the period's end, if any."""
 
     timer: Timer

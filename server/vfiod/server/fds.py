@@ -10,8 +10,9 @@ import fcntl
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.fds import FdInfo, FdsetFdInfo, FdsetInfo
 from vfiod.protocol.errors import CommandError, InvalidArgument, LimitExceeded
@@ -28,8 +29,7 @@ MAX_FDSET_ID: Final = 2**31 - 1  # QEMU keeps it in an int64_t, its path parser 
 NO_FD: Final = "No file descriptor supplied via SCM_RIGHTS"  # QEMU's words, monitor/fds.c
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldFd:
+class HeldFd(Struct, frozen=True, eq=False):
     """One fd, its kind, and, in a set, what the manager said of it."""
 
     fd: FileDescriptor
@@ -71,8 +71,9 @@ class FdNames:
         """The oldest fd without a name; the caller owns it. Raises CommandError in QEMU's words when there is none."""
         if not self._pending:
             raise CommandError(NO_FD)
-        fd = self._pending.popleft()
-        return HeldFd(fd, self._kind_of(fd.number))
+        # Looked at before it is taken: whatever goes wrong, it has an owner.
+        kind = self._kind_of(self._pending[0].number)
+        return HeldFd(self._pending.popleft(), kind)
 
     def name(self, name: str) -> FdKind:
         """``getfd``: name the oldest waiting fd; a name that exists is replaced and its fd closed.

@@ -9,9 +9,10 @@ import argparse
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import VfiodError
@@ -27,8 +28,7 @@ class OptionError(VfiodError):
     """An option or a key of the file is wrong: which, its value, and what is expected."""
 
 
-@dataclass(frozen=True, slots=True)
-class SocketOption:
+class SocketOption(Struct, frozen=True):
     """Where to listen: a path, or an inherited listening fd; exactly one of them.
 
     Attributes:
@@ -46,8 +46,7 @@ class SocketOption:
         return f"unix:{self.path}" if self.path is not None else f"fd={self.fd}"
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """The options, checked."""
 
     name: str

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar, dataclass_transform, get_args
 
 import msgspec
@@ -90,8 +89,7 @@ class EventData(Declared):
     """An event's data. The server adds ``seq``, its place among all events of the machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandSpec:
+class CommandSpec(msgspec.Struct, frozen=True):
     """What the catalogue knows of one command.
 
     Attributes:
@@ -126,8 +124,7 @@ class CommandSpec:
         return (self.arguments.__doc__ or "").strip().split("\n", 1)[0]
 
 
-@dataclass(frozen=True, slots=True)
-class EventSpec:
+class EventSpec(msgspec.Struct, frozen=True):
     """What the catalogue knows of one event.
 
     Attributes:

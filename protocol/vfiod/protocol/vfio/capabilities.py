@@ -8,8 +8,9 @@ that is too short for its kind are :class:`BadStructure`.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import ClassVar, Final, Self
+
+from msgspec import Struct
 
 from vfiod.protocol.vfio.constants import AtomicCompletion, DeviceInfoCap, RegionInfoCap, Type1InfoCap
 
@@ -39,8 +40,7 @@ class BadStructure(ValueError):
     """Bytes that do not hold the structure they should; the text says what is wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class Capability:
+class Capability(Struct, frozen=True):
     """One capability; the subclasses know their body."""
 
     ID: ClassVar[int] = -1
@@ -66,8 +66,7 @@ class Capability:
         return self.VERSION
 
 
-@dataclass(frozen=True, slots=True)
-class UnknownCapability(Capability):
+class UnknownCapability(Capability, frozen=True):
     """A capability this program has no name for, or of a version it does not know: kept as it came."""
 
     number: int
@@ -95,16 +94,14 @@ def _fixed(layout: struct.Struct, body: bytes, what: str) -> tuple[int, ...]:
     return layout.unpack_from(body)
 
 
-@dataclass(frozen=True, slots=True)
-class Area:
+class Area(Struct, frozen=True):
     """``struct vfio_region_sparse_mmap_area``: a piece of a region that can be mapped, in bytes of the region."""
 
     offset: int
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class SparseMmap(Capability):
+class SparseMmap(Capability, frozen=True):
     """``struct vfio_region_info_cap_sparse_mmap``: only these areas may be mapped; none at all is allowed."""
 
     ID: ClassVar[int] = RegionInfoCap.SPARSE_MMAP
@@ -127,8 +124,7 @@ class SparseMmap(Capability):
         return self._LAYOUT.pack(len(self.areas), 0) + b"".join(self._AREA.pack(a.offset, a.size) for a in self.areas)
 
 
-@dataclass(frozen=True, slots=True)
-class RegionTypeCap(Capability):
+class RegionTypeCap(Capability, frozen=True):
     """``struct vfio_region_info_cap_type``: what a region beyond the fixed indexes is."""
 
     ID: ClassVar[int] = RegionInfoCap.TYPE
@@ -148,8 +144,7 @@ class RegionTypeCap(Capability):
         return self._LAYOUT.pack(self.type, self.subtype)
 
 
-@dataclass(frozen=True, slots=True)
-class MsixMappable(Capability):
+class MsixMappable(Capability, frozen=True):
     """``VFIO_REGION_INFO_CAP_MSIX_MAPPABLE``: the whole BAR may be mapped, the MSI-X table included. Header only."""
 
     ID: ClassVar[int] = RegionInfoCap.MSIX_MAPPABLE
@@ -165,8 +160,7 @@ class MsixMappable(Capability):
         return b""
 
 
-@dataclass(frozen=True, slots=True)
-class PciAtomicCompletion(Capability):
+class PciAtomicCompletion(Capability, frozen=True):
     """``struct vfio_device_info_cap_pci_atomic_comp``."""
 
     ID: ClassVar[int] = DeviceInfoCap.PCI_ATOMIC_COMP
@@ -185,8 +179,7 @@ class PciAtomicCompletion(Capability):
         return self._LAYOUT.pack(self.flags, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class IovaRanges(Capability):
+class IovaRanges(Capability, frozen=True):
     """``struct vfio_iommu_type1_info_cap_iova_range``: (first, last) inclusive; nothing else can be mapped."""
 
     ID: ClassVar[int] = Type1InfoCap.CAP_IOVA_RANGE
@@ -210,8 +203,7 @@ class IovaRanges(Capability):
         return self._LAYOUT.pack(len(self.ranges), 0) + b"".join(self._RANGE.pack(*pair) for pair in self.ranges)
 
 
-@dataclass(frozen=True, slots=True)
-class MigrationInfo(Capability):
+class MigrationInfo(Capability, frozen=True):
     """``struct vfio_iommu_type1_info_cap_migration``: dirty page tracking. Sizes in bytes."""
 
     ID: ClassVar[int] = Type1InfoCap.CAP_MIGRATION
@@ -231,8 +223,7 @@ class MigrationInfo(Capability):
         return self._LAYOUT.pack(self.flags, self.pgsize_bitmap, self.max_dirty_bitmap_size)
 
 
-@dataclass(frozen=True, slots=True)
-class DmaAvailable(Capability):
+class DmaAvailable(Capability, frozen=True):
     """``struct vfio_iommu_type1_info_dma_avail``: how many more mappings the container takes."""
 
     ID: ClassVar[int] = Type1InfoCap.DMA_AVAIL

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import ClassVar, Self
+
+from msgspec import Struct
 
 from vfiod.protocol.vfio.capabilities import BadStructure
 from vfiod.protocol.vfio.constants import IrqSetFlags
@@ -41,8 +42,7 @@ _ACTIONS = IrqAction.MASK | IrqAction.UNMASK | IrqAction.TRIGGER
 _DATA = IrqData.NONE | IrqData.BOOL | IrqData.EVENTFD
 
 
-@dataclass(frozen=True, slots=True)
-class SetIrqs:
+class SetIrqs(Struct, frozen=True):
     """``struct vfio_irq_set``. Build it with :meth:`disable`, :meth:`now`, :meth:`eventfds`, or whole.
 
     Attributes:

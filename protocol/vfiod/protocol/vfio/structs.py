@@ -7,8 +7,9 @@ because these never leave the machine (vfio-user, which does, says little-endian
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 from typing import ClassVar, Self, TypeVar
+
+from msgspec import Struct, field
 
 from vfiod.protocol.vfio import capabilities as caps
 from vfiod.protocol.vfio.capabilities import BadStructure, Capability
@@ -69,8 +70,7 @@ def _find(capabilities: tuple[Capability, ...], kind: type[C]) -> C | None:
     return next((capability for capability in capabilities if isinstance(capability, kind)), None)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupStatus:
+class GroupStatus(Struct, frozen=True):
     """``struct vfio_group_status``."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=II")
@@ -87,8 +87,7 @@ class GroupStatus:
         return cls(GroupFlags(flags))
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
+class DeviceInfo(Struct, frozen=True):
     """``struct vfio_device_info``: the last region and interrupt index a device has, each plus one."""
 
     # Up to num_irqs: what every kernel knows. cap_offset came with the flag CAPS.
@@ -124,8 +123,7 @@ class DeviceInfo:
         return bool(self.flags & DeviceFlags.RESET)
 
 
-@dataclass(frozen=True, slots=True)
-class RegionInfo:
+class RegionInfo(Struct, frozen=True):
     """``struct vfio_region_info``: size in bytes; offset from the start of the device fd, in bytes."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIIIQQ")
@@ -198,8 +196,7 @@ class RegionInfo:
         return _find(self.capabilities, caps.RegionTypeCap)
 
 
-@dataclass(frozen=True, slots=True)
-class IrqInfo:
+class IrqInfo(Struct, frozen=True):
     """``struct vfio_irq_info``: how many interrupts an index has, and what they can do."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIII")
@@ -233,8 +230,7 @@ class IrqInfo:
         return not self.flags & IrqFlags.NORESIZE
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFeature:
+class DeviceFeature(Struct, frozen=True):
     """``struct vfio_device_feature``: get, set or probe one feature."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=II")
@@ -254,8 +250,7 @@ class DeviceFeature:
         return cls(flags & mask, FeatureFlags(flags & ~mask), bytes(buffer[cls.LAYOUT.size : argsz]))
 
 
-@dataclass(frozen=True, slots=True)
-class DependentDevice:
+class DependentDevice(Struct, frozen=True):
     """``struct vfio_pci_dependent_device``: a function that a hot reset affects.
 
     ``group_id`` holds the devid instead when the structure's flag ``DEV_ID`` is set.
@@ -278,8 +273,7 @@ class DependentDevice:
         return self.group_id - (1 << 32) if self.group_id >> 31 else self.group_id
 
 
-@dataclass(frozen=True, slots=True)
-class HotResetInfo:
+class HotResetInfo(Struct, frozen=True):
     """``struct vfio_pci_hot_reset_info``."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=III")
@@ -309,8 +303,7 @@ class HotResetInfo:
         return cls(HotResetFlags(flags), tuple(DependentDevice(*row) for row in rows))
 
 
-@dataclass(frozen=True, slots=True)
-class HotReset:
+class HotReset(Struct, frozen=True):
     """``struct vfio_pci_hot_reset``: fds of every affected group; none with cdevs."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=III")
@@ -330,8 +323,7 @@ class HotReset:
         return cls(struct.unpack_from(f"={count}i", buffer, cls.LAYOUT.size))
 
 
-@dataclass(frozen=True, slots=True)
-class Type1Info:
+class Type1Info(Struct, frozen=True):
     """``struct vfio_iommu_type1_info``: page sizes as a bitmap, and the capability chain."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIQ")
@@ -377,8 +369,7 @@ class Type1Info:
         return None if found is None else found.avail
 
 
-@dataclass(frozen=True, slots=True)
-class DmaMap:
+class DmaMap(Struct, frozen=True):
     """``struct vfio_iommu_type1_dma_map``: ``vaddr`` is an address of this process; sizes in bytes."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIQQQ")
@@ -398,8 +389,7 @@ class DmaMap:
         return cls(DmaMapFlags(flags), vaddr, iova, size)
 
 
-@dataclass(frozen=True, slots=True)
-class DmaUnmap:
+class DmaUnmap(Struct, frozen=True):
     """``struct vfio_iommu_type1_dma_unmap``: the kernel writes back how many bytes it unmapped."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIQQ")

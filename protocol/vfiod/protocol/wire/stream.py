@@ -15,6 +15,7 @@ Three speeds, the same result:
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Final
 
@@ -128,10 +129,17 @@ _FLAT: Final = (
 )
 _PAIR: Final = rb"(?:\{" + _FLAT + rb"\}|\[" + _FLAT + rb"\])"
 _PAIRS: Final = _FLAT + rb"(?:" + _PAIR + _FLAT + rb")*+"
-_PAIRS_RUN: Final = re.compile(_PAIRS)
-# A whole object with one level in it, as nearly every request is. Quantifiers are possessive, so that a text
-# that is cut off costs one pass and no backtracking.
-_WHOLE: Final = re.compile(rb"\{" + _PAIRS + rb"\}")
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
+    """What runs on between brackets, and a whole object with one level in it, as nearly every request is.
+
+    Quantifiers are possessive, so that a text that is cut off costs one pass and no backtracking. Compiled when a
+    stream first needs the lexer: many never do, and at start it would cost as much as a package of ours.
+    """
+    return re.compile(_PAIRS), re.compile(rb"\{" + _PAIRS + rb"\}")
+
 
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
 
@@ -230,6 +238,7 @@ class JsonStream:
     def _lex(self, data: bytes, position: int, items: list[bytes | WireError]) -> None:
         """The other two speeds: run the lexer over ``data`` from ``position``."""
         state, braces, brackets, length = self._state, self._braces, self._brackets, len(data)
+        pairs_run, whole_object = _patterns()
         begin = token = position  # where the text that is being read, and its newest token, begin in `data`
         if state == DQ_STRING:
             # A long string goes on: one look at the whole read, several times faster than the pattern.
@@ -240,10 +249,10 @@ class JsonStream:
         while position < length:
             if state == START:
                 if 0 < braces + brackets < self._max_nesting:
-                    position = _PAIRS_RUN.match(data, position).end()  # type: ignore[union-attr]  # matches nothing, too
+                    position = pairs_run.match(data, position).end()  # type: ignore[union-attr]  # matches nothing, too
                 elif not braces and not brackets:
                     begin = position = _BLANKS.match(data, position).end()  # type: ignore[union-attr]
-                    if (whole := _WHOLE.match(data, position)) and whole.end() - position <= self._max_bytes:
+                    if (whole := whole_object.match(data, position)) and whole.end() - position <= self._max_bytes:
                         items.append(whole.group())
                         begin = position = whole.end()
                         continue

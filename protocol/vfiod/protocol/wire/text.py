@@ -8,6 +8,7 @@ takes over: it knows QMP's single quotes, refuses duplicate keys, and says what 
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, Final
@@ -128,7 +129,7 @@ def has_unique_keys(text: bytes) -> bool:
 
     try:
         unicode = text.decode()
-        if not plain and _MAY_BE_NO_CHARACTER.search(unicode):
+        if not plain and _may_be_no_character().search(unicode):
             for token in _STRING_TOKEN.findall(text):
                 _string(token)
         json.loads(unicode, object_pairs_hook=_unique)
@@ -149,10 +150,22 @@ _TOKEN: Final = re.compile(
 )
 _STRING, _STRUCTURE, _NUMBER, _KEYWORD = range(1, 5)
 # Unicode's noncharacters and surrogates, which QEMU refuses (``util/unicode.c``).
-_NO_CHARACTER: Final = re.compile(
+_NO_CHARACTERS: Final = (
     "[\\ud800-\\udfff\\ufdd0-\\ufdef" + "".join(f"\\U{plane:04x}fffe\\U{plane:04x}ffff" for plane in range(0x11)) + "]"
 )
-_MAY_BE_NO_CHARACTER: Final = re.compile(_NO_CHARACTER.pattern + r"|\\u(?:[fF][dD][dDeE]|[fF]{3}[eEfF]|[dD][89a-fA-F])")
+
+
+# Compiled when a text first needs them: at start they would cost as much as a package of ours.
+@functools.cache
+def _no_character() -> re.Pattern[str]:
+    return re.compile(_NO_CHARACTERS)
+
+
+@functools.cache
+def _may_be_no_character() -> re.Pattern[str]:
+    return re.compile(_NO_CHARACTERS + r"|\\u(?:[fF][dD][dDeE]|[fF]{3}[eEfF]|[dD][89a-fA-F])")
+
+
 _STRING_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
 _SIMPLE_ESCAPES: Final = {
@@ -179,7 +192,7 @@ def _string(token: bytes) -> str:
         body = token[1:-1].decode()
     except UnicodeDecodeError:
         raise _syntax("invalid UTF-8 sequence in string") from None
-    if _NO_CHARACTER.search(body):
+    if _no_character().search(body):
         raise _syntax("invalid UTF-8 sequence in string")
     if "\\" not in body:
         return body
@@ -201,7 +214,7 @@ def _string(token: bytes) -> str:
             if 0xDC00 <= trailing < 0xE000:
                 code = 0x10000 + ((code & 0x3FF) << 10) + (trailing & 0x3FF)
                 position = low.end()
-        if _NO_CHARACTER.match(chr(code)):
+        if _no_character().match(chr(code)):
             raise _syntax(f"{body[match.start() : position]} is not a valid Unicode character")
         pieces.append(chr(code))
     pieces.append(body[position:])

@@ -7,8 +7,9 @@ Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import GroupInfo
@@ -18,8 +19,7 @@ from vfiod.server.kernel.memory import SharedMemory
 __all__ = ["AddressSpace", "Backend", "FewerVectors", "Mapping"]
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(Struct, frozen=True):
     """A piece of guest memory at an address devices use. All in bytes, whole pages of every address space.
 
     Attributes:

@@ -17,7 +17,8 @@ import errno
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Check, ContainerInfo, GroupInfo
@@ -48,8 +49,7 @@ from vfiod.server.kernel.sysfs import HostDevice, Sysfs
 __all__ = ["ContainerSource", "GroupOrigin", "HeldFd", "KernelGroups"]
 
 
-@dataclass(frozen=True, slots=True)
-class HeldFd:
+class HeldFd(Struct, frozen=True):
     """One fd that is held here, for ``query-fds``."""
 
     owner: str  # group:N, container:N, host:ADDRESS

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import Busy, InvalidArgument, PermissionRefused
@@ -37,8 +38,7 @@ __all__ = [
 CONTAINER_PATH: Final = "/dev/vfio/vfio"
 
 
-@dataclass(frozen=True, slots=True)
-class _DeviceClass:
+class _DeviceClass(Struct, frozen=True):
     """What a driver takes."""
 
     flag: vfio.DeviceFlags
@@ -54,8 +54,7 @@ def group_path(group: int, *, noiommu: bool) -> str:
     return f"/dev/vfio/{'noiommu-' if noiommu else ''}{group}"
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerSource:
+class ContainerSource(Struct, frozen=True):
     """A container that the manager passed.
 
     Attributes:
@@ -70,8 +69,7 @@ class ContainerSource:
     object_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GroupOrigin:
+class GroupOrigin(Struct, frozen=True):
     """What ``device_add`` was told.
 
     Attributes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from vfiod.protocol.catalogue import Empty, fds
 from vfiod.protocol.errors import CommandError

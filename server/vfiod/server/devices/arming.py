@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
+
+from msgspec import Struct, field
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.words import IrqKind
@@ -27,8 +28,7 @@ __all__ = ["Arming", "Bound", "InterruptsLost"]
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Bound:
+class Bound(Struct, frozen=True, eq=False):
     """What is bound. Replaced whole, by one assignment.
 
     Attributes:

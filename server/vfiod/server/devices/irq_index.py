@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
@@ -27,8 +28,7 @@ _KINDS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class IrqIndex:
+class IrqIndex(Struct, frozen=True):
     """One interrupt index, as the device describes it.
 
     Attributes:
@@ -107,8 +107,7 @@ class IrqIndex:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """One vector to start. Its eventfds belong to whoever takes the object.
 
     Attributes:
@@ -123,8 +122,7 @@ class Wanted:
     resample: FileDescriptor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(Struct, frozen=True):
     """One vector that was started. The fds are duplicates for the caller, when the caller brought none."""
 
     index: int

@@ -8,8 +8,9 @@ the loop's thread, except :meth:`DeviceInterrupts.close`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import DeviceError

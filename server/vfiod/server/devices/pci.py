@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
@@ -50,8 +51,7 @@ __all__ = ["PciDevice", "PciOptions"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class PciOptions:
+class PciOptions(Struct, frozen=True):
     """The properties of ``device_add`` that shape a device's behaviour.
 
     Attributes:

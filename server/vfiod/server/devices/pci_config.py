@@ -7,8 +7,9 @@ Offsets and bits: PCI Local Bus Specification 3.0, chapter 6; PCI Power Manageme
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError
@@ -42,8 +43,7 @@ _CHAIN_LIMIT: Final = (256 - HEADER_BYTES) // 4
 """Capabilities a chain can have: each takes at least four bytes behind the header. A longer one is a loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(Struct, frozen=True):
     """What a reset may lose.
 
     Attributes:

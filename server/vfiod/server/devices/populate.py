@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError, OperationFailed
@@ -36,8 +38,7 @@ _ROM_PROBE: Final = 2
 """Bytes read of a ROM to see that it can be read: its signature."""
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(Struct, frozen=True):
     """Everything of a device that is open.
 
     Attributes:

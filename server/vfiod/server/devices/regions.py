@@ -12,8 +12,9 @@ the access that completes it; the device decodes memory (else the kernel answers
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.regions import Area, RegionInfo
@@ -42,8 +43,7 @@ INLINE_BYTES: Final = 4096
 the slow path only, which waits in the kernel and computes nothing (the interpreter's lock is the loop's)."""
 
 
-@dataclass(slots=True, eq=False)
-class Region:
+class Region(Struct, eq=False):
     """One region.
 
     Attributes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.fd import FileDescriptor
@@ -46,8 +47,7 @@ class StormMeter:
         return self._count
 
 
-@dataclass(slots=True, eq=False)
-class Counts:
+class Counts(Struct, eq=False):
     """What one vector of one index has seen in the device's whole life.
 
     Attributes:

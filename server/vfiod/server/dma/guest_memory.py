@@ -13,8 +13,9 @@ import logging
 import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.memory import MappingInfo
 from vfiod.protocol.catalogue.words import UNSET
@@ -32,8 +33,7 @@ HOST_PAGE: Final = mmap.PAGESIZE
 END_OF_SPACE: Final = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
-class MappedRange:
+class MappedRange(Struct, frozen=True):
     """One mapping and where its memory came from.
 
     Attributes:

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
+
+from msgspec import Struct, field
 
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
 
 __all__ = ["NOTHING", "Binding", "Do", "Plan", "Setup", "Side", "Step", "choose_mode", "plan"]
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
+class Binding(Struct, frozen=True):
     """How one vector is bound.
 
     Attributes:
@@ -37,8 +37,7 @@ class Binding:
     token: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
+class Setup(Struct, frozen=True):
     """Everything about a device's interrupts that the kernel has been told, or is to be.
 
     Attributes:
@@ -88,8 +87,7 @@ class Side(enum.Enum):
     NEW = "new"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One step.
 
     Attributes:
@@ -106,8 +104,7 @@ class Step:
     may_fail: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """The way from one setup to another, and the way back from anywhere on it."""
 
     forward: tuple[Step, ...]

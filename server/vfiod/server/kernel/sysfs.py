@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import posixpath
 import re
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol.errors import InvalidArgument, errno_name
 from vfiod.server.kernel.syscalls import Syscalls
@@ -42,8 +43,7 @@ def _path_bytes(text: str) -> int | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class GroupMember:
+class GroupMember(Struct, frozen=True):
     """One device of an IOMMU group."""
 
     name: str
@@ -58,8 +58,7 @@ class GroupMember:
         return f"{self.name} ({f'driver {self.driver}' if self.driver else 'no driver'})"
 
 
-@dataclass(frozen=True, slots=True)
-class HostDevice:
+class HostDevice(Struct, frozen=True):
     """A device of the host.
 
     Attributes:
@@ -80,8 +79,7 @@ class HostDevice:
     device_api: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class InterruptRemapping:
+class InterruptRemapping(Struct, frozen=True):
     """Whether type1 will let a device raise messages (``iommu_group_has_isolated_msi``), as far as can be seen."""
 
     ok: bool

@@ -16,8 +16,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+from msgspec import Struct, field
 
 from vfiod.protocol.catalogue.devices import (
     Check,
@@ -46,8 +47,7 @@ PERIPHERAL: Final = "/machine/peripheral/"
 ANONYMOUS: Final = "/machine/peripheral-anon/device[{}]"
 
 
-@dataclass(frozen=True, slots=True)
-class NewDevice:
+class NewDevice(Struct, frozen=True):
     """What ``device_add`` asked for, checked.
 
     Attributes:
@@ -71,8 +71,7 @@ class NewDevice:
     on_request_timeout_ms: int = DEFAULT_UNPLUG_TIMEOUT_MS
 
 
-@dataclass(slots=True, eq=False)
-class _Unplug:
+class _Unplug(Struct, eq=False):
     """One removal that has begun.
 
     Attributes:
@@ -91,8 +90,7 @@ class _Unplug:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass(slots=True, eq=False)
-class _Added:
+class _Added(Struct, eq=False):
     """One device, and what its life needs besides."""
 
     device: PciDevice

@@ -6,8 +6,9 @@ Changed in the ``topology`` lane only; looked at from anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.objects import ObjectInfo, ObjectType
@@ -20,8 +21,7 @@ from vfiod.server.kernel.memory import SharedMemory
 __all__ = ["ContainerObject", "MemoryObject", "Objects"]
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryObject:
+class MemoryObject(Struct, frozen=True):
     """A ``memory-backend-fd``: guest memory that ``dma-map`` takes pieces of."""
 
     id: str
@@ -29,8 +29,7 @@ class MemoryObject:
     kind: FdKind
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerObject:
+class ContainerObject(Struct, frozen=True):
     """A ``vfio-container``: a passed container, for ``device_add container=ID``."""
 
     id: str

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Final, TypeVar
+
+from msgspec.structs import replace
 
 from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo

@@ -7,8 +7,9 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final, ParamSpec, Protocol, TypeVar
+
+from msgspec import Struct, field
 
 from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
@@ -165,8 +166,7 @@ class MdevHost:
             function()
 
 
-@dataclass(slots=True, eq=False)
-class Instance:
+class Instance(Struct, eq=False):
     """One mediated device. Members change on the loop's thread, or under the bus's lock.
 
     Attributes:
@@ -196,7 +196,7 @@ class Instance:
     user: str | None = None
     vm: str | None = None
     gone: str | None = None
-    released: Callable[[], object] | None = field(default=None, repr=False)
+    released: Callable[[], object] | None = field(default=None)
 
     @property
     def what(self) -> str:

@@ -46,8 +46,9 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
@@ -72,8 +73,7 @@ ENTRY_POINTS: Final = "vfiod.mdev_parents"
 """The group of entry points through which other packages offer parents."""
 
 
-@dataclass(frozen=True, slots=True)
-class MdevType:
+class MdevType(Struct, frozen=True):
     """What can be made: ``mdev_supported_types/TYPE`` of the kernel's mediated bus.
 
     Attributes:
@@ -94,8 +94,7 @@ class MdevType:
     parameters: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
+class DeviceInfo(Struct, frozen=True):
     """``VFIO_DEVICE_GET_INFO``: how many region and interrupt indexes there are, and whether it can be reset.
 
     For ``vfio-pci`` the indexes are the kernel's: 9 regions (BAR0 to BAR5, ROM, config, VGA) and 5 interrupts
@@ -107,8 +106,7 @@ class DeviceInfo:
     reset: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RegionInfo:
+class RegionInfo(Struct, frozen=True):
     """``VFIO_DEVICE_GET_REGION_INFO``. Size 0 (the default) says that the region is absent.
 
     Attributes:
@@ -125,8 +123,7 @@ class RegionInfo:
     areas: tuple[Area, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class IrqInfo:
+class IrqInfo(Struct, frozen=True):
     """``VFIO_DEVICE_GET_IRQ_INFO``. Count 0 (the default) says that the index has no interrupts.
 
     Attributes:
@@ -143,8 +140,7 @@ class IrqInfo:
     noresize: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class MapRequest:
+class MapRequest(Struct, frozen=True):
     """Somebody wants to map a part of a region (the kernel series' ``validate_map_request``).
 
     Attributes:

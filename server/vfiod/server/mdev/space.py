@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right, insort
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from vfiod.protocol.errors import OperationFailed
 from vfiod.server.mdev.parent import DmaFault
@@ -27,8 +28,7 @@ class MemoryFile(Protocol):
         """All of it, or OperationFailed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A mapped piece: ``size`` bytes from address ``iova`` are those from ``offset`` of the file."""
 
     iova: int

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 __all__ = ["DEFAULT_OVERFLOW_UID", "Access", "Peer", "overflow_uid", "peer_of"]
 
@@ -21,8 +22,7 @@ DEFAULT_OVERFLOW_UID: Final = 65534
 _UCRED: Final = struct.Struct("iII")  # struct ucred, <sys/socket.h>: pid, uid, gid
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(Struct, frozen=True):
     """Who is at the other end: process (0 when it lives in another pid namespace) and user."""
 
     pid: int
