@@ -29,6 +29,8 @@ import enum
 import errno as _errno
 from typing import ClassVar, Final
 
+from vfiod.protocol.limits import MAX_ERROR_TEXT
+
 __all__ = [
     "ErrorClass",
     "VfiodError",
@@ -79,6 +81,19 @@ class VfiodError(Exception):
     error_class: ClassVar[ErrorClass] = ErrorClass.GENERIC
     #: JSON-RPC's code for this error.
     jsonrpc_code: ClassVar[int] = -32000
+
+    def __init__(self, desc: str = "") -> None:
+        super().__init__(_presentable(desc))
+
+
+def _presentable(text: str) -> str:
+    """A sentence that repeats what was sent may be megabytes long, and hold control characters of a terminal."""
+    if len(text) > MAX_ERROR_TEXT:
+        half = MAX_ERROR_TEXT // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
 
 
 class WireError(VfiodError):

@@ -13,6 +13,15 @@ line limit of ``qemu.qmp`` (``qemu/qmp/protocol.py``)."""
 MAX_NESTING: Final = 1024
 """Levels of ``[`` and ``{`` in one request; QEMU's ``MAX_NESTING`` (``qobject/json-streamer.c``)."""
 
+MAX_ERROR_TEXT: Final = 2000
+"""Characters of what was wrong that an error tells: an unknown name of a megabyte is not sent back whole."""
+
+MAX_COMMAND_LINE: Final = 4095
+"""Characters of one human monitor line: QEMU's ``READLINE_CMD_BUF_SIZE`` (``include/qemu/readline.h``)."""
+
+MAX_PATTERN: Final = 255
+"""Characters of a trace pattern: each is compared with every trace point, on the loop."""
+
 MAX_BATCH: Final = 64
 """Requests in one JSON-RPC batch: a batch answers as a whole, so it is bounded like a queue."""
 

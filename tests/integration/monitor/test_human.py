@@ -28,3 +28,12 @@ def test_a_persons_first_session(monitor: Monitor) -> None:
     assert say("device_del n0") == ""
     assert say(f"device_add vfio-pci,id=n0,mdev={UUID}x").startswith("Error: ")
     assert say("nope") == "Error: unknown command: 'nope'; try help\n"
+
+
+def test_a_line_of_a_megabyte_and_a_long_pattern_are_refused_at_once(monitor: Any) -> None:
+    peer = monitor.qmp()
+    reply = peer.execute("human-monitor-command", command_line="x" * 1_000_000)
+    assert reply["error"]["desc"] == "Parameter 'command-line' expects at most 4095 characters, not 1000000"
+    reply = peer.execute("trace-event-get-state", name="*x" * 500_000)
+    assert reply["error"]["desc"] == "Parameter 'name' expects at most 255 characters, not 1000000"
+    assert peer.execute("human-monitor-command", command_line="info name " * 409)["return"].startswith("Error: ")

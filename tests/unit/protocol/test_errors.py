@@ -7,7 +7,17 @@ import errno
 import pytest
 
 from vfiod.protocol import errors
-from vfiod.protocol.errors import Busy, CommandError, ErrorClass, OperationFailed, RemoteError, TimedOut, VfiodError
+from vfiod.protocol.errors import (
+    Busy,
+    CommandError,
+    DeviceNotFound,
+    ErrorClass,
+    OperationFailed,
+    RemoteError,
+    TimedOut,
+    VfiodError,
+)
+from vfiod.protocol.limits import MAX_ERROR_TEXT
 
 
 def all_of(kind: type[VfiodError]) -> set[type[VfiodError]]:
@@ -58,3 +68,14 @@ def test_a_remote_error_keeps_what_the_server_said() -> None:
     error = RemoteError("device_del", "DeviceNotFound", "Device 'x' not found", "ENODEV")
     assert str(error) == "device_del: Device 'x' not found"
     assert (error.command, error.remote_class, error.errno) == ("device_del", "DeviceNotFound", "ENODEV")
+
+
+def test_what_is_repeated_is_bounded_and_keeps_both_ends() -> None:
+    text = str(DeviceNotFound.named("x" * 1_000_000))
+    assert len(text) < MAX_ERROR_TEXT + 100
+    assert text.startswith("Device 'xxx") and text.endswith("xxx' not found")
+    assert "[... 998019 characters ...]" in text
+
+
+def test_what_is_repeated_cannot_command_a_terminal() -> None:
+    assert str(DeviceNotFound.named("\x1b[2J\x00é")) == "Device '\\x1b[2J\\x00é' not found"

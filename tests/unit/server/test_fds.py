@@ -218,3 +218,17 @@ def test_sets_are_bounded() -> None:
     assert held.fd.closed
     sets.close()
     shared.close()
+
+
+def test_an_fd_that_cannot_be_looked_at_keeps_its_owner() -> None:
+    def unseen(number: int) -> FdKind:
+        raise OSError(9, "Bad file descriptor")
+
+    names = FdNames(unseen)
+    fd = FileDescriptor(os.eventfd(0))
+    names.receive([fd])
+    with pytest.raises(OSError):
+        names.name("a")
+    assert names.pending == 1
+    names.close()
+    assert fd.closed

@@ -283,7 +283,7 @@ class AsyncMethods:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
-            first_number: An interrupt number of the machine (GSI) (0 or more).
+            first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -411,7 +411,7 @@ class AsyncMethods:
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
-            number: An interrupt number of the machine (GSI) (0 or more).
+            number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

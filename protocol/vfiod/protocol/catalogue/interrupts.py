@@ -10,7 +10,9 @@ from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family
 from vfiod.protocol.catalogue.words import UNSET, FdName, IrqKind, IrqMode, IrqName, UnsetType, Vector
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_VECTORS
 
-Number = Annotated[int, Meta(ge=0, description="An interrupt number of the machine (GSI).")]
+Number = Annotated[
+    int, Meta(ge=0, lt=1 << 32, description="An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd.")
+]
 
 
 Vectors = Annotated[

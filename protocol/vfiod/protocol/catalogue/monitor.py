@@ -9,6 +9,7 @@ from msgspec import Meta, field
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
 from vfiod.protocol.catalogue.words import UNSET, UnsetType
+from vfiod.protocol.limits import MAX_COMMAND_LINE, MAX_PATTERN
 
 
 class QmpCapability(enum.StrEnum):
@@ -154,7 +155,10 @@ class TraceEventInfo(Result):
     state: TraceEventState
 
 
-TracePattern = Annotated[str, Meta(min_length=1, description="A trace point's name, or a pattern with * and ?.")]
+TracePattern = Annotated[
+    str,
+    Meta(min_length=1, max_length=MAX_PATTERN, description="A trace point's name, or a pattern with * and ?."),
+]
 
 
 @command("trace-event-get-state", Family.MONITOR, oob=True, mutates=False)
@@ -177,7 +181,7 @@ class TraceEventSetState(Arguments[Empty]):
 class HumanMonitorCommand(Arguments[str]):
     """Run a line as a person would type it (``info devices``), and return text for a person to read."""
 
-    command_line: str
+    command_line: Annotated[str, Meta(max_length=MAX_COMMAND_LINE)]
     cpu_index: int | UnsetType = UNSET
 
 

@@ -217,4 +217,7 @@ def _duplicate(held: HeldFd, argument: str, name: str) -> FileDescriptor:
 
 def _check_kind(argument: str, name: str, found: FdKind, expected: tuple[FdKind, ...]) -> None:
     if expected and found not in expected:
-        raise InvalidArgument(f"Parameter '{argument}': fd '{name}' is a {found}, expected {' or '.join(expected)}")
+        article = "an" if found[0] in "aeiou" else "a"
+        raise InvalidArgument(
+            f"Parameter '{argument}': fd '{name}' is {article} {found}, expected {' or '.join(expected)}"
+        )

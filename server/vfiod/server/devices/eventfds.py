@@ -18,6 +18,9 @@ __all__ = ["Consumer", "duplicate", "make", "take", "take_foreign"]
 
 _calls: Final = Syscalls()
 
+_FULL: Final = (1 << 64) - 2
+"""The most a counter holds: ULLONG_MAX - 1 (eventfd(2))."""
+
 
 def make(what: str) -> FileDescriptor:
     """A new eventfd: counter 0, non-blocking, close-on-exec. OperationFailed (EMFILE) names what it was for."""
@@ -71,10 +74,22 @@ class Consumer:
 
     def signal(self, count: int) -> None:
         """Add to its counter. Never waits: a counter that is full already says all there is to say."""
-        # A blocking write to a full counter (eventfd(2)) would stop vfiod for as long as its owner likes.
+        # A blocking write that does not fit (eventfd(2)) would stop vfiod for as long as its owner likes. The poll
+        # promises room for one.
         if not self._poll.poll(0):
             return
+        if count > 1:
+            count = min(count, self._room())
         try:
             os.eventfd_write(self.fd.number, count)
         except BlockingIOError:
             return
+
+    def _room(self) -> int:
+        """How much the counter can take, at least one; one when the kernel does not tell (proc(5), fdinfo)."""
+        try:
+            lines = _calls.read_text(f"/proc/self/fdinfo/{self.fd.number}").splitlines()
+            counter = next(int(line.split()[1], 16) for line in lines if line.startswith("eventfd-count:"))
+        except (OSError, StopIteration):
+            return 1
+        return max(1, _FULL - counter)

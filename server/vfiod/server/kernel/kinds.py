@@ -7,6 +7,7 @@ that sysfs gives a name to, the kernel's own name of an anonymous inode.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -31,6 +32,8 @@ def kind_of(fd: int, calls: Syscalls | None = None) -> FdKind:
     """Look at an open fd. Raises OSError (EBADF) when it is not open."""
     calls = calls or Syscalls()
     status = calls.fstat(fd)
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+        return FdKind.UNKNOWN  # the name of a file, not an open one: nothing can be done with it (open(2))
     link = calls.link_of(fd)
     if link.startswith("anon_inode:"):
         return _ANONYMOUS.get(link.removeprefix("anon_inode:"), FdKind.UNKNOWN)
@@ -52,8 +55,12 @@ def kind_of(fd: int, calls: Syscalls | None = None) -> FdKind:
 
 
 def _kind_of_socket(fd: int) -> FdKind:
-    with socket.socket(fileno=os.dup(fd)) as duplicate:
-        listening = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    # Given its family, the object asks the kernel nothing by itself; it borrows the fd and never closes it.
+    borrowed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+    try:
+        listening = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    finally:
+        borrowed.detach()
     return FdKind.LISTENING_SOCKET if listening else FdKind.SOCKET
 
 

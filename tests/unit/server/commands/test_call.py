@@ -75,7 +75,7 @@ def test_failure_leaves_them(call: Call, names: FdNames) -> None:
         (
             "event",
             (FdKind.VFIO_GROUP, FdKind.MEMFD),
-            "Parameter 'trigger': fd 'event' is a eventfd, expected vfio-group or memfd",
+            "Parameter 'trigger': fd 'event' is an eventfd, expected vfio-group or memfd",
         ),
         (
             "other",

@@ -150,7 +150,7 @@ def test_an_error_is_text_and_the_names_it_used_stay() -> None:
     session = cast("Any", SimpleNamespace(id=1, names=names))
     call = Call(cast("Any", SimpleNamespace(add_container=None)), cast("Any", None), session)
     line = "object-add vfio-container,id=c,fd=e"
-    assert _human(call, line) == "Error: Parameter 'fd': fd 'e' is a eventfd, expected vfio-container\n"
+    assert _human(call, line) == "Error: Parameter 'fd': fd 'e' is an eventfd, expected vfio-container\n"
     assert _human(call, "device_del") == "Error: Parameter 'id' is missing\n"
     call.fd("fd", "e").close()
     assert _human(call, "nope").startswith("Error: ")

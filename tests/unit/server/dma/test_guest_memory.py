@@ -313,7 +313,7 @@ def test_a_later_space_gets_everything_first(world: World) -> None:
         world.memory.map(n * 0x10000, 2 * PAGE, world.file(), readonly=n == 3)
     world.memory.attach(late)
     assert late.shape() == early.shape() == world.shape()
-    assert world.memory.infos()[0].spaces == ["container:0", "mdev:x"]
+    assert [space.name for space in world.memory.spaces] == ["container:0", "mdev:x"]
 
 
 def test_a_replay_that_fails_leaves_nothing(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -103,3 +104,23 @@ def test_same_file_really() -> None:
         assert calls.same_file(one.number, one.number) is True
         assert calls.same_file(one.number, again.number) is True
         assert calls.same_file(one.number, other.number) is False
+
+
+@pytest.mark.parametrize("what", ["file", "socket"])
+def test_an_o_path_fd_is_nothing_that_can_be_used(tmp_path: Path, what: str) -> None:
+    path = str(tmp_path / what)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path) if what == "socket" else Path(path).touch()
+        with FileDescriptor(os.open(path, os.O_PATH)) as fd:
+            assert kind_of(fd.number) is FdKind.UNKNOWN
+
+
+def test_a_socket_of_any_family_needs_no_further_fd() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            assert kind_of(one.fileno()) is FdKind.SOCKET
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert one.fileno() >= 0

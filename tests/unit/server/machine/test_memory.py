@@ -46,7 +46,7 @@ def test_a_passed_file_is_mapped_consumed_and_released(play: Play) -> None:
         ({"fd": "m", "memory_backend": "ram0"}, "'fd' and 'memory-backend' exclude each other"),
         ({"memory_backend": "ram0"}, "'memory-backend': object 'ram0' not found; object-add of type memory-backend-fd"),
         ({"fd": "zz"}, "File descriptor named 'zz' not found"),
-        ({"fd": "e"}, "fd 'e' is a eventfd, expected memfd or file"),
+        ({"fd": "e"}, "fd 'e' is an eventfd, expected memfd or file"),
         ({"fd": "m", "offset": 1}, "differ within a page"),
         ({"fd": "m", "size": 2 * MiB}, "is beyond the memory's 0x100000"),
     ],
