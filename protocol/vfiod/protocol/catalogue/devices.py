@@ -84,7 +84,7 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     vf_token: Annotated[
         Uuid | UnsetType,
         Meta(
-            description="SR-IOV: the secret that the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN)."
+            description="SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN)."
         ),
     ] = UNSET
     romfile: Annotated[
