@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Check, ContainerInfo, GroupInfo
@@ -273,7 +274,7 @@ class KernelGroups:
                 kind="kernel-group",
                 address_space=container.space,
                 group=GroupInfo(id=group.id, container=container.id, noiommu=group.noiommu),
-                left=self._device_left,
+                left=partial(self._device_left, group),
             )
             check_class(origin.driver, device.name, backend.info())
             undo.pop_all()
@@ -284,9 +285,8 @@ class KernelGroups:
         return backend
 
     # --- leaving ---
-    def _device_left(self, device: KernelDevice) -> bool:
+    def _device_left(self, group: Group, device: KernelDevice) -> bool:
         """A device's fd was closed. Returns whether the kernel let the device go."""
-        group = self._groups[device.group.id]
         del self._attached[device.name]
         if group.container is not None:
             group.container.devices -= 1
@@ -405,6 +405,11 @@ class KernelGroups:
             *((f"host:{d.name}", FdKind.VFIO_DEVICE, d.fd) for d in tuple(self._attached.values())),
         ]
         return tuple(HeldFd(owner, kind, fd.number) for owner, kind, fd in held if not fd.closed)
+
+    def group_fd(self, number: int) -> int | None:
+        """The fd of a group that is held here, lent; None: it is not. For a hot reset."""
+        group = self._groups.get(number)
+        return None if group is None or group.fd.closed else group.fd.number
 
     def users_of(self, object_id: str) -> tuple[str, ...]:
         """``group:N`` for each group in the container that this ``vfio-container`` object passed."""

@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from vfiod.protocol import vfio
@@ -254,6 +254,19 @@ class MediatedBackend:
             flags |= vfio.IrqFlags.NORESIZE if told.noresize else vfio.IrqFlags(0)
             known = self._irqs[index] = vfio.IrqInfo(index, flags, told.count)
         return known
+
+    def hot_reset_info(self) -> vfio.HotResetInfo:
+        """A mediated device is alone: there is no bus to reset. OperationFailed, EOPNOTSUPP."""
+        raise self._no_bus("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO")
+
+    def hot_reset(self, group_fds: Sequence[int]) -> None:
+        """See :meth:`hot_reset_info`."""
+        raise self._no_bus("VFIO_DEVICE_PCI_HOT_RESET")
+
+    def _no_bus(self, operation: str) -> OperationFailed:
+        return OperationFailed(
+            operation, self._instance.what, errno="EOPNOTSUPP", advice="a mediated device has no bus: use device-reset"
+        )
 
     def probe_feature(self, feature: int) -> bool:
         """None: a mediated device has no ``VFIO_DEVICE_FEATURE``."""
