@@ -29,6 +29,9 @@ bench: $(READY)  ## Ratios to peers measured in the same run; no pass or fail
 docs: $(READY)   ## Write the command reference again from the catalogue
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
 
+fuzz: $(READY)   ## A long run of the fuzz tests (about ten minutes)
+	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz
+
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum
 	.venv-minimum/bin/python -m pip install --quiet --upgrade 'pip>=25.1'

@@ -24,9 +24,8 @@ def main() -> None:
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    print(
-        f"Python {platform.python_version()}, Linux {platform.release()}, one core of {os.cpu_count()}; medians of paired runs\n"
-    )
+    where = f"Python {platform.python_version()}, Linux {platform.release()}, one core of {os.cpu_count()}"
+    print(f"{where}; medians of paired runs\n")
     print(f"{'what':<72} {'measured':>11} {'budget':>11}  meets")
     for line in _lines(arguments.only, arguments.scale):
         print(_row(line), flush=True)

@@ -264,11 +264,11 @@ def _events(rounds: int) -> Iterator[Line]:
         bench = _Devices(process, process.connect())
         for _ in range(burst):
             bench.make()
+        state = {"on": False}
         for readers in (1, 10):
             sockets = [process.connect().socket for _ in range(readers - 1)] + [bench.wire.socket]
-            state = {"on": False}
 
-            def ours(sockets: list[socket.socket] = sockets, state: dict[str, bool] = state) -> float:
+            def ours(sockets: list[socket.socket] = sockets) -> float:
                 name = "mdev-shutdown" if state["on"] else "mdev-start"
                 state["on"] = not state["on"]
                 start = perf_counter_ns()

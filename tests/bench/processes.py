@@ -157,7 +157,9 @@ def vfiod() -> Iterator[Process]:
     """A server."""
     path = os.pathsep.join(str(ROOT / part) for part in ("protocol", "server", "client"))
     command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}"]
-    process = Process(command, _path(), env={"PYTHONPATH": path})
+    # With compiled modules, as an installed program has them, whatever this process was told about writing them.
+    cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{_directory.name}/pycache"}
+    process = Process(command, _path(), env={"PYTHONPATH": path, **cache})
     try:
         yield process
     finally:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzz.inputs import json_values, soup
 from tests.fuzz.qemu_lexer import Oracle
@@ -57,7 +57,6 @@ def test_nesting_limits_are_qemus(data: bytes, levels: int) -> None:
 
 
 @given(soup())
-@settings(max_examples=50)
 def test_byte_by_byte_and_at_once_say_the_same_words(data: bytes) -> None:
     def words(items: list[bytes | WireError]) -> list[bytes | str]:
         return [str(item) if isinstance(item, WireError) else item.strip(BLANKS) for item in items]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -84,6 +85,8 @@ async def serve(options: Options) -> bool:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
+            # What is here now stays: later collections need not look at it, and children of a fork share it.
+            gc.freeze()
             notify(f"READY=1\nSTATUS=Serving {options.name}")
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, options.sockets)))
             cause = await server.closing

@@ -495,7 +495,9 @@ class FakeKernel(Syscalls):
             case ["sys", "kernel", "iommu_groups", number, "name"] if self.groups[int(number)].noiommu:
                 return "vfio-noiommu\n"
             case ["sys", "dev", "char", device, "uevent"]:
-                number = device.partition(":")[2]
+                major, _, number = device.partition(":")
+                if int(major) != GROUP_MAJOR:
+                    return "MAJOR=10\nMINOR=196\nDEVNAME=vfio/vfio\n" if device == "10:196" else None
                 prefix = "noiommu-" if int(number) in self.groups and self.groups[int(number)].noiommu else ""
                 return f"MAJOR={GROUP_MAJOR}\nDEVNAME=vfio/{prefix}{number}\n"
             case ["proc", "interrupts"]:

@@ -20,7 +20,8 @@ from vfiod.protocol.errors import (
 )
 from vfiod.protocol.limits import MAX_BATCH
 from vfiod.protocol.wire.qmp import Event, seq_of, with_seq
-from vfiod.protocol.wire.text import EOL, encode_json, encode_line, has_unique_keys, members, one_line
+from vfiod.protocol.wire.text import EOL, encode_json, encode_line, has_unique_keys, is_unambiguous, one_line
+from vfiod.protocol.wire.text import members as read_members
 
 __all__ = [
     "Request",
@@ -119,7 +120,13 @@ def decode_request(text: bytes | WireError) -> Single | Batch:
     try:
         if text[:1] == b"[":
             return _decode_batch(text)
-        return Single(_checked(_decode_single(text)) if has_unique_keys(text) else Rejected(_unreadable(text), _NULL))
+        request = _decode_single(text)
+        params = request.arguments
+        has_names = params is not UNSET and memoryview(params)[0] == _BRACE
+        members = 2 + (params is not UNSET) + (request.id is not UNSET)
+        if is_unambiguous(text, members, params if has_names else UNSET):
+            return Single(_checked(request))
+        return Single(Rejected(_unreadable(text), _NULL))
     except msgspec.ValidationError as error:
         return Single(_rejected(text, str(error)))
     except (ValueError, RecursionError):
@@ -187,7 +194,7 @@ def _rejected(text: bytes | Raw, reason: str) -> Rejected:
 def _unreadable(text: bytes) -> WireError:
     """Why a text is no JSON."""
     try:
-        members(text)
+        read_members(text)
     except WireError as error:
         return error
     try:

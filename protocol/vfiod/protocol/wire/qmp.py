@@ -11,7 +11,8 @@ from msgspec import UNSET, Raw, UnsetType
 from vfiod.protocol.catalogue.declare import EventData, event_of
 from vfiod.protocol.catalogue.monitor import VersionInfo
 from vfiod.protocol.errors import CommandError, InvalidRequest, JsonSyntaxError, VfiodError, WireError
-from vfiod.protocol.wire.text import encode_json, encode_line, has_unique_keys, members, one_line
+from vfiod.protocol.wire.text import encode_json, encode_line, is_unambiguous, one_line
+from vfiod.protocol.wire.text import members as read_members
 
 __all__ = [
     "Request",
@@ -94,10 +95,6 @@ Message = Greeting | Return | Error | Event
 
 _decode_in_band = msgspec.json.Decoder(Request).decode
 _OPENING_BRACE: Final = ord("{")
-_OPENING: Final = frozenset(b"{[")
-_SHORTEST: Final = len(b'{"execute":""}')
-_ID_AND_COLON: Final = len(b',"id":')
-_REPEATED_MEMBER: Final = len(b',"id":0')
 
 
 # --- the server's side ------------------------------------------------------------------------------------
@@ -111,32 +108,20 @@ def decode_request(text: bytes | WireError, *, oob_enabled: bool) -> Request | R
     if isinstance(text, bytes):
         try:
             request = _decode_in_band(text)
+            arguments = request.arguments
+            if arguments is UNSET or memoryview(arguments)[0] == _OPENING_BRACE:
+                members = 1 + (arguments is not UNSET) + (request.id is not UNSET)
+                if is_unambiguous(text, members, arguments):
+                    return request
         except (ValueError, RecursionError):  # msgspec's errors and UnicodeDecodeError are ValueErrors
             pass  # wrong, out of band, lenient, or nested deeply: the careful reader knows
-        else:
-            if request.arguments is not UNSET:
-                if memoryview(request.arguments)[0] == _OPENING_BRACE and has_unique_keys(text):
-                    return request
-            elif _is_short(text, request) or has_unique_keys(text):
-                return request
         return _decode_carefully(text, oob_enabled)
     return Rejected(text)
 
 
-def _is_short(text: bytes, request: Request) -> bool:
-    """Whether a request without arguments is plain and too short to name a member twice."""
-    spare = len(text) - len(request.command) - _SHORTEST
-    if request.id is not UNSET:
-        id = memoryview(request.id)
-        if id[0] in _OPENING:
-            return False  # it has members of its own
-        spare -= _ID_AND_COLON + id.nbytes
-    return spare < _REPEATED_MEMBER and b"\\" not in text and text.isascii()
-
-
 def _decode_carefully(text: bytes, oob_enabled: bool) -> Request | Rejected:
     try:
-        found = members(text)
+        found = read_members(text)
     except WireError as error:
         return Rejected(error)
     if found is None:

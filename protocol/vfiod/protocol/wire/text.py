@@ -16,7 +16,7 @@ import msgspec
 
 from vfiod.protocol.errors import JsonSyntaxError
 
-__all__ = ["EOL", "encode_json", "encode_line", "one_line", "has_unique_keys", "members"]
+__all__ = ["EOL", "encode_json", "encode_line", "one_line", "has_unique_keys", "is_unambiguous", "members"]
 
 EOL: Final = b"\r\n"
 """Ends every message that goes out (QMP specification, "General Definitions")."""
@@ -90,6 +90,24 @@ class _DuplicateKeyError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> None:
     if len(dict(pairs)) != len(pairs):
         raise _DuplicateKeyError
+
+
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def is_unambiguous(text: bytes, members: int, inner: msgspec.Raw | msgspec.UnsetType) -> bool:
+    """As :func:`has_unique_keys`, at half the price for the usual request.
+
+    Args:
+        text: an object that msgspec has accepted.
+        members: how many different members the object has.
+        inner: the one among them that is an object.
+
+    """
+    if inner is not msgspec.UNSET:
+        members += len(_decode_members(inner))
+    # As many colons as names: no name is there twice, and no colon stands in a string or deeper inside.
+    return (text.count(b":") == members and b"\\" not in text and text.isascii()) or has_unique_keys(text)
 
 
 def has_unique_keys(text: bytes) -> bool:

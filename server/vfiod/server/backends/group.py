@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -234,12 +234,11 @@ class KernelGroups:
         return None
 
     def _enter_new(self, container: Container, group: Group) -> Container:
-        """Take a fresh container. On failure the group is out of it, and it is closed."""
+        """Take a fresh container. On failure it is closed, and :meth:`_leave` takes the group out of it."""
         with ExitStack() as undo:
             undo.callback(container.close)
             container.check()
             self._set_container(group, container)
-            undo.callback(self._unset_container, group, container)
             container.set_iommu(noiommu=group.noiommu)
             undo.pop_all()
         self._next_container += 1
@@ -425,7 +424,11 @@ class KernelGroups:
             *((f"group:{g.id}", FdKind.VFIO_GROUP, g.fd) for g in tuple(self._groups.values())),
             *((f"host:{d.name}", FdKind.VFIO_DEVICE, d.fd) for d in tuple(self._attached.values())),
         ]
-        return tuple(HeldFd(owner, kind, fd.number) for owner, kind, fd in held if not fd.closed)
+        found = []
+        for owner, kind, fd in held:
+            with suppress(ValueError):  # closed at this moment, in the topology lane
+                found.append(HeldFd(owner, kind, fd.number))
+        return tuple(found)
 
     def group_fd(self, number: int) -> int | None:
         """The fd of a group that is held here, lent; None: it is not. For a hot reset."""

@@ -215,18 +215,17 @@ class RegionWindow:
 
         Raises KeyError for another size, IndexError out of range; ValueError misaligned, or once closed.
         """
-        index, rest = divmod(offset, size)
-        if rest or index < 0:
+        view = self._views[size]
+        if offset & (size - 1) or offset < 0:  # a negative index would count from the end
             raise ValueError(f"An access of {size} bytes at offset 0x{offset:x} is not aligned")
-        value: int = self._views[size][index]
-        return value if _LITTLE else _swapped(value, size)
+        return view[offset // size] if _LITTLE else _swapped(view[offset // size], size)
 
     def store(self, offset: int, size: int, value: int) -> None:
         """One store of ``size`` (1, 2, 4, 8) bytes at a multiple of it, little-endian. Raises as :meth:`load`."""
-        index, rest = divmod(offset, size)
-        if rest or index < 0:
+        view = self._views[size]
+        if offset & (size - 1) or offset < 0:
             raise ValueError(f"An access of {size} bytes at offset 0x{offset:x} is not aligned")
-        self._views[size][index] = value if _LITTLE else _swapped(value, size)
+        view[offset // size] = value if _LITTLE else _swapped(value, size)
 
     def close(self) -> None:
         """Unmap it, once; later calls do nothing."""

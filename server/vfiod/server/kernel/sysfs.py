@@ -35,6 +35,14 @@ def normalise_address(text: str) -> str | None:
     return f"{domain:04x}:{bus:02x}:{slot:02x}.{function}" if slot <= _LAST_SLOT else None
 
 
+def _path_bytes(text: str) -> int | None:
+    """Length in bytes of what shall be part of a path; None when no path can hold it (a NUL, half a surrogate pair)."""
+    try:
+        return None if "\0" in text else len(text.encode())
+    except UnicodeEncodeError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class GroupMember:
     """One device of an IOMMU group."""
@@ -114,9 +122,10 @@ class Sysfs:
         return self._named(host or "")
 
     def _named(self, host: str) -> HostDevice:
-        if "/" in host or "\0" in host or host in ("", ".", ".."):
-            raise InvalidArgument(f"Parameter 'host': '{host}' is not the name of a device", errno="EINVAL")
-        if len(host.encode()) > _NAME_MAX:
+        size = _path_bytes(host)
+        if size is None or "/" in host or host in ("", ".", ".."):
+            raise InvalidArgument(f"Parameter 'host': {host!r} is not the name of a device", errno="EINVAL")
+        if size > _NAME_MAX:
             raise InvalidArgument(f"Parameter 'host' is longer than {_NAME_MAX} bytes", errno="ENAMETOOLONG")
         address = normalise_address(host)
         if not self.readable:
@@ -135,11 +144,12 @@ class Sysfs:
         )
 
     def _at(self, sysfsdev: str) -> HostDevice:
-        if "\0" in sysfsdev or not sysfsdev.startswith("/"):
+        size = _path_bytes(sysfsdev)
+        if size is None or not sysfsdev.startswith("/"):
             raise InvalidArgument(
-                f"Parameter 'sysfsdev' expects the absolute path of a device in sysfs, got '{sysfsdev}'", errno="EINVAL"
+                f"Parameter 'sysfsdev' expects the absolute path of a device in sysfs, got {sysfsdev!r}", errno="EINVAL"
             )
-        if len(sysfsdev.encode()) >= _PATH_MAX:
+        if size >= _PATH_MAX:
             raise InvalidArgument(f"Parameter 'sysfsdev' is longer than {_PATH_MAX - 1} bytes", errno="ENAMETOOLONG")
         if not self.readable:
             return HostDevice(posixpath.basename(sysfsdev.rstrip("/")))

@@ -106,29 +106,34 @@ def execute(method: Method, call: Call, arguments: Arguments[Any]) -> Any:
     if _begin.on:
         _begin(session=_session(call), command=method.name)
     call.arguments = arguments
-    value = _value_of(_jsonrpc_call(method.request, call, method.invoke))
-    kind = type(value)
-    if kind is Failure:
+    result = _jsonrpc_call(method.request, call, method.invoke)
+    try:
+        value = result._value.result
+    except AttributeError:
+        value = _failure_of(result)
         call.fail()
-    elif hasattr(kind, "__await__"):
+    if hasattr(value, "__await__"):
         return Pending(value)
     if _end.on:
-        _end(session=_session(call), command=method.name, ok=kind is not Failure)
-    return value
+        _end(session=_session(call), command=method.name, ok=type(value) is not Failure)
+    return _EMPTY if value is None else value
 
 
 async def finish(method: Method, call: Call, pending: Pending) -> Any:
     """Await a pending command: returns its result or a :class:`Failure`. Never raises, unless it is cancelled."""
     try:
-        value = _value_of(await lean.async_call(method.request, call, _guarded_wait(method.name, pending.awaitable)))
+        result = await lean.async_call(method.request, call, _guarded_wait(method.name, pending.awaitable))
     except BaseException:  # cancelled: the server ends
         call.fail()
         raise
-    if type(value) is Failure:
+    try:
+        value = result._value.result
+    except AttributeError:
+        value = _failure_of(result)
         call.fail()
     if _end.on:
         _end(session=_session(call), command=method.name, ok=type(value) is not Failure)
-    return value
+    return _EMPTY if value is None else value
 
 
 def _without(spec: CommandSpec) -> Arguments[Any] | None:
@@ -168,17 +173,13 @@ def _refused(name: str, error: Exception) -> Any:
     return lean.Left(lean.ErrorResult(error.jsonrpc_code, str(error), Failure(error)))
 
 
-def _value_of(result: Any) -> Any:
-    """What a jsonrpcserver Result carries: the value, or the Failure that :func:`_refused` put in."""
-    try:
-        value = result._value.result
-    except AttributeError:
-        failure = result._error.data
-        if type(failure) is Failure:
-            return failure
-        # jsonrpcserver itself objected to something; it has logged what.
-        return Failure(InternalError("The command failed by a defect of vfiod; its log has the details"))
-    return _EMPTY if value is None else value
+def _failure_of(result: Any) -> Failure:
+    """The Failure that :func:`_refused` put into a jsonrpcserver Result."""
+    failure = result._error.data
+    if type(failure) is Failure:
+        return failure
+    # jsonrpcserver itself objected to something; it has logged what.
+    return Failure(InternalError("The command failed by a defect of vfiod; its log has the details"))
 
 
 def _session(call: Call) -> int | None:

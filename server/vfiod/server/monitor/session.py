@@ -25,7 +25,7 @@ from vfiod.server.events import Event
 from vfiod.server.fds import FdNames
 from vfiod.server.monitor import dispatch
 from vfiod.server.monitor.access import Peer
-from vfiod.server.monitor.writer import Writer
+from vfiod.server.monitor.writer import JOIN_BYTES, Writer
 
 if TYPE_CHECKING:
     from vfiod.server.monitor.server import MonitorServer
@@ -39,7 +39,7 @@ ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * 4)
 SMALL_READ: Final = 16 * 1024
 """Bytes asked of one ``recvmsg`` as long as requests are small."""
 
-TURN: Final = 64
+TURN: Final = 128
 """Requests begun in one go: then the other sessions have theirs."""
 
 EVENTS_PER_FLUSH: Final = 64
@@ -296,7 +296,9 @@ class Session(ABC):
             self._working = False
         if self.closed:
             return
-        self._writer.flush()
+        # In the middle of many texts small replies gather: each send may wake the peer.
+        if not inbox or self._stalled or self._writer.bytes_waiting >= JOIN_BYTES:
+            self._writer.flush()
         self._settle()
 
     def _settle(self) -> None:
@@ -305,6 +307,7 @@ class Session(ABC):
         if self.closed:
             return
         if self._stalled or self._writer.full:
+            # What lets go calls _work again: a command that ends, or the writer that has drained.
             self._stop_reading()
         elif self._inbox:
             self._stop_reading()

@@ -16,7 +16,7 @@ from vfiod.protocol.fd import SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all
 from vfiod.protocol.limits import MAX_REPLY_BACKLOG
 from vfiod.server.events import Backlog
 
-__all__ = ["SendLoop", "Writer"]
+__all__ = ["JOIN_BYTES", "SendLoop", "Writer"]
 
 JOIN_BYTES: Final = 64 * 1024
 """How much is joined into one ``send``: about what a Unix socket takes at once."""
@@ -68,6 +68,7 @@ class Writer:
         "_connection",
         "_drained",
         "_loop",
+        "_plain",
         "_queue",
         "backlog",
         "blocked",
@@ -84,6 +85,7 @@ class Writer:
         self._drained = drained
         self._broken = broken
         self._queue: deque[_Entry] = deque()
+        self._plain: list[bytes] = []
         self.blocked = False
         self.backlog = Backlog()
         self.bytes_waiting = 0
@@ -98,19 +100,23 @@ class Writer:
     @property
     def idle(self) -> bool:
         """Nothing waits."""
-        return not self._queue
+        return self.bytes_waiting == 0
 
     def put(self, data: bytes, fds: list[FileDescriptor] | None = None, *, event: bool = False) -> None:
         """Queue one reply or event; :meth:`flush` sends it. The fds are the writer's from here on."""
         if self.dead:
             close_all(fds or ())
             return
-        self._queue.append(_Entry(data, fds, event))
         self.bytes_waiting += len(data)
+        if fds or event:
+            self._seal()
+            self._queue.append(_Entry(data, fds, event))
+        else:
+            self._plain.append(data)
 
     def write(self, data: bytes) -> None:
         """Send one reply without fds, now; the same as :meth:`put` and :meth:`flush`, and quicker."""
-        if not self._queue and not self.dead:
+        if not self.bytes_waiting and not self.dead:
             try:
                 count = self._connection.send(data)
             except OSError:
@@ -124,8 +130,16 @@ class Writer:
 
     def flush(self) -> None:
         """Send what the socket takes now; the rest follows by itself."""
+        self._seal()
         if not self.blocked:
             self._send()
+
+    def _seal(self) -> None:
+        """Make one entry of the plain replies put since the last."""
+        plain = self._plain
+        if plain:
+            self._queue.append(_Entry(plain[0] if len(plain) == 1 else b"".join(plain), None, False))
+            plain.clear()
 
     def _send(self) -> None:
         queue = self._queue
@@ -198,4 +212,5 @@ class Writer:
         for entry in self._queue:
             close_all(entry.fds or ())
         self._queue.clear()
+        self._plain.clear()
         self.bytes_waiting = 0

@@ -385,6 +385,32 @@ def test_a_lingering_group_is_taken_up_again(host: Host, memory: SharedMemory, p
     assert again.close(), "nobody holds it any more"
 
 
+@pytest.mark.parametrize("passed_again", [False, True])
+def test_a_group_comes_back_though_its_holder_has_gone_unseen(host: Host, passed_again: bool) -> None:
+    """Nobody swept since: what was held here a moment ago needs no group fd, and may be given one."""
+    managers = host.group_fd(7)
+    backend = host.groups.open(host.origin(group_fd=managers.duplicate()))
+    outside = FileDescriptor.duplicate_of(backend.region_fd(vfio.PciRegion.BAR2) or -1)
+    backend.give_out()
+    assert not backend.close()
+    outside.close()
+    again = host.groups.open(host.origin(group_fd=managers if passed_again else None))
+    managers.close()
+    assert again.close()
+
+
+def test_adding_lets_go_of_what_lingers_elsewhere(host: Host) -> None:
+    backend = host.groups.open(host.origin(group_fd=host.group_fd(7)))
+    outside = FileDescriptor.duplicate_of(backend.region_fd(vfio.PciRegion.BAR2) or -1)
+    backend.give_out()
+    backend.close()
+    outside.close()
+    other = host.groups.open(host.origin("02:00.0", group_fd=host.group_fd(8)))
+    assert not host.groups.lingering
+    assert [c.groups for c in host.groups.containers()] == [[8]]
+    other.close()
+
+
 def test_a_failed_return_lingers_on(host: Host, memory: SharedMemory) -> None:
     host.guest.mappings.append(Mapping(0, PAGE, memory, 0, readonly=False))
     backend = host.groups.open(host.origin(group_fd=host.group_fd(7)))

@@ -41,6 +41,7 @@ class Rig(PrimerDevice):
         fail_read: called with (region, offset, length); raise to refuse.
         on_reset: called in the worker's thread.
         dead: configuration space reads all ones.
+        overlay: bytes that configuration space shows instead of its own, by offset.
 
     """
 
@@ -52,6 +53,7 @@ class Rig(PrimerDevice):
     fail_read: Callable[[int, int, int], None]
     on_reset: Callable[[], None]
     dead: bool
+    overlay: dict[int, int]
 
     def prepare(self) -> None:
         self.log = []
@@ -62,6 +64,7 @@ class Rig(PrimerDevice):
         self.fail_read = lambda region, offset, length: None
         self.on_reset = lambda: None
         self.dead = False
+        self.overlay = {}
 
     def device_info(self) -> DeviceInfo:
         return self.info or super().device_info()
@@ -81,7 +84,10 @@ class Rig(PrimerDevice):
         self.fail_read(index, offset, length)
         if index == PciRegion.CONFIG and self.dead:
             return b"\xff" * length
-        return super().read(index, offset, length)
+        data = super().read(index, offset, length)
+        if index == PciRegion.CONFIG and self.overlay:
+            return bytes(self.overlay.get(at, byte) for at, byte in enumerate(data, offset))
+        return data
 
     def reset(self) -> None:
         self.on_reset()

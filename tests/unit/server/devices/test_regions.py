@@ -290,6 +290,28 @@ def test_without_memory_decoding_nothing_is_accessed_by_its_mapping(play: Any) -
     play(scenario)
 
 
+def test_a_sleeping_device_is_not_accessed_by_its_mapping(play: Any) -> None:
+    power = {0x34: 0x80, 0x80: 0x01, 0x81: 0, 0x84: 3}  # the power management capability, in D3hot
+
+    async def scenario(world: Any) -> None:
+        rig = await world.add(prepare=lambda rig: rig.overlay.update(power))
+        assert not (await world.region("bar2")).mapped
+        rig.overlay[0x84] = 0
+        await world.command("region-write", device="n0", region="config", offset=0x84, size=2, value=0)
+        assert (await world.region("bar2")).mapped
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("chain", [{0x34: 0x80, 0x80: 9, 0x81: 0x80}, {0x34: 0x04}, {0x34: 0xFC, 0xFC: 9, 0xFD: 0x10}])
+def test_a_capability_chain_that_loops_or_leaves_the_space_is_cut(play: Any, chain: dict[int, int]) -> None:
+    async def scenario(world: Any) -> None:
+        await world.add(prepare=lambda rig: rig.overlay.update(chain))
+        assert (await world.region("bar2")).mapped
+
+    play(scenario)
+
+
 # --- region-map -----------------------------------------------------------------------------------------
 
 

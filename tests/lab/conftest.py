@@ -1,0 +1,254 @@
+"""Runs the modules of ``guest/`` inside lab machines, and reports each of their tests as the host's own.
+
+The host collects the guest's modules like any others: same ids, same ``-k``, same ``-m``. Only
+running them is different. The selected tests of one ``MACHINE`` are handed to a real pytest in
+a guest that boots once; ``tests/lab/reporter.py`` writes every report there as a line of JSON
+while it happens, and here each becomes the report of its host item, with the guest's traceback
+and captured output. (JUnit XML, which pytest can write by itself, comes only at the end: a
+guest that dies would take all results with it.)
+
+In the guest this file is not loaded (``--confcutdir``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+if str(REPO) not in sys.path:  # so that ``tests.lab`` is importable however pytest was started
+    sys.path.insert(0, str(REPO))
+
+from tests.lab import launch  # noqa: E402
+from tests.lab.topologies import find_topology  # noqa: E402
+
+GUEST_TESTS = Path(__file__).parent / "guest"
+#: Set where the lab must run (``make lab``): what cannot run fails instead of being skipped.
+REQUIRED = os.environ.get("VFIOD_LAB_REQUIRED", "") not in ("", "0")
+
+
+class Batch:
+    """The selected tests of one machine: boots it at the first question, answers each as its report comes."""
+
+    def __init__(self, machine: str, items: list[pytest.Item]) -> None:
+        self.machine = machine
+        self.items = items
+        self.guest: launch.Guest | None = None
+        self.failure: str | None = None
+        self.skip: str | None = None
+        self.reports: dict[str, list[dict[str, Any]]] = {}
+        self.finished: set[str] = set()
+        self.collect_errors: list[str] = []
+        self.running: str | None = None
+        self._read = 0
+        self._partial = b""
+
+    def start(self) -> None:
+        """Boot the machine, once; a failure to do so is kept for every item."""
+        if self.guest is not None or self.failure is not None or self.skip is not None:
+            return
+        reason = launch.unavailable_reason()
+        if reason is not None:
+            if REQUIRED:
+                self.failure = f"the lab is required here and cannot run: {reason}"
+            else:
+                self.skip = f"no lab here: {reason}"
+            return
+        # All that pytest needs and nothing of the host's own options: see guest/guest.ini.
+        command = shlex.join(
+            [
+                *("python", "-m", "pytest", "-c", str(GUEST_TESTS / "guest.ini"), f"--rootdir={REPO}"),
+                *(f"--confcutdir={GUEST_TESTS}", "-p", "tests.lab.reporter", f"@{launch.GUEST_EXCHANGE}/tests"),
+            ]
+        )
+        self.guest = launch.Guest(
+            find_topology(self.machine),
+            command,
+            environment={
+                # The limits of the reporter, and whatever else a person wants a test to see.
+                **{name: value for name, value in os.environ.items() if name.startswith("VFIOD_")},
+                "VFIOD_LAB_MACHINE": self.machine,
+                "VFIOD_LAB_REPORTS": f"{launch.GUEST_EXCHANGE}/reports",
+                # Entry points of the host's other plugins cost seconds of import in emulation.
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            },
+        )
+        (self.guest.exchange / "tests").write_text("".join(f"{guest_id(item)}\n" for item in self.items))
+        try:
+            self.guest.start()
+        except launch.LabUnavailableError as error:
+            self.failure = str(error)
+
+    def results(self, item: pytest.Item) -> Iterator[dict[str, Any]]:
+        """Wait for the guest to be done with ``item`` and give its reports; none if it never came to that."""
+        name = guest_id(item)
+        while self.failure is None and name not in self.finished:
+            assert self.guest is not None
+            try:
+                going = self.guest.check()
+            except launch.GuestDiedError as error:
+                self._read_reports()  # what it said before it died counts
+                self.failure = str(error)
+                break
+            self._read_reports()
+            if name in self.finished:
+                break
+            if not going:
+                self.failure = (
+                    f"the guest's pytest ended with {self.guest.status} and without a result for this test\n"
+                    + "\n".join(self.collect_errors)
+                    + self.guest.tails()
+                )
+                break
+            time.sleep(0.05)
+        if name in self.finished:
+            yield from self.reports[name]
+
+    def _read_reports(self) -> None:
+        assert self.guest is not None
+        try:
+            with (self.guest.exchange / "reports").open("rb") as stream:
+                stream.seek(self._read)
+                data = stream.read()
+        except FileNotFoundError:
+            return
+        self._read += len(data)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            record = json.loads(line)
+            match record["kind"]:
+                case "start":
+                    self.running = record["test"]
+                    self.reports[record["test"]] = []
+                case "report":
+                    self.reports.setdefault(record["test"], []).append(record["data"])
+                case "finish":
+                    self.running = None
+                    self.finished.add(record["test"])
+                case "collect-error":
+                    self.collect_errors.append(record["text"])
+
+    def explain(self, item: pytest.Item) -> str:
+        """Return why ``item`` has no result."""
+        name = guest_id(item)
+        if self.running == name:
+            where = "this test was running when the guest ended:"
+        elif self.running is not None:
+            where = f"not run: the guest ended during {self.running}:"
+        else:
+            where = "not run:"
+        return f"{where} {self.failure}"
+
+    def close(self) -> None:
+        """End the guest."""
+        if self.guest is not None:
+            self.guest.close()
+
+
+_BATCHES = pytest.StashKey[dict[str, Batch]]()
+_BATCH = pytest.StashKey[Batch]()
+
+
+def guest_id(item: pytest.Item) -> str:
+    """Return the node id the guest's pytest gives ``item``: relative to the repository, whatever our rootdir."""
+    _, separator, rest = item.nodeid.partition("::")
+    return f"{item.path.relative_to(REPO)}{separator}{rest}"
+
+
+def machine_of(item: pytest.Item) -> str | None:
+    """Return the ``MACHINE`` of the guest test ``item``, or None for a test of the host."""
+    if not item.path.is_relative_to(GUEST_TESTS):
+        return None
+    module = item.getparent(pytest.Module)
+    machine = getattr(module.obj, "MACHINE", None) if module is not None else None
+    if not isinstance(machine, str):
+        raise pytest.UsageError(f"{item.path}: a guest module says which machine it needs: MACHINE = 'name'")
+    return machine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "lab: runs inside an emulated machine with a real kernel (make lab)")
+    config.stash[_BATCHES] = {}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Early, so that -m sees it.
+    if item.path.is_relative_to(GUEST_TESTS):
+        item.add_marker("lab")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # After -k and -m had their say: what is left is what the guest is asked to run.
+    machines: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        machine = machine_of(item) if item.path.is_relative_to(GUEST_TESTS) else None
+        if machine is not None:
+            find_topology(machine)
+            machines.setdefault(machine, []).append(item)
+    batches = config.stash[_BATCHES]
+    for machine, members in machines.items():
+        batches[machine] = Batch(machine, members)
+        for item in members:
+            item.stash[_BATCH] = batches[machine]
+    # One machine after another: two emulators at once would only take each other's time.
+    grouped = [item for members in machines.values() for item in members]
+    items[:] = [item for item in items if _BATCH not in item.stash] + grouped
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    batch = item.stash.get(_BATCH, None)
+    if batch is None:
+        return None
+    hook = item.ihook
+    hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    try:
+        batch.start()
+        if batch.skip is not None:
+            location = (str(item.path), (item.location[1] or 0) + 1, f"Skipped: {batch.skip}")
+            hook.pytest_runtest_logreport(report=made_up(item, "skipped", location))
+        else:
+            came = False
+            for data in batch.results(item):
+                hook.pytest_runtest_logreport(report=revive(item, data))
+                came = True
+            if not came:
+                hook.pytest_runtest_logreport(report=made_up(item, "failed", batch.explain(item)))
+    finally:
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        if nextitem is None or nextitem.stash.get(_BATCH, None) is not batch:
+            batch.close()
+    return True
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    # Reached on -x and on an interrupt too, when the protocol above was cut short.
+    for batch in config.stash.get(_BATCHES, {}).values():
+        batch.close()
+
+
+def made_up(item: pytest.Item, outcome: Any, longrepr: Any) -> pytest.TestReport:
+    """Return a report of the host's own, for an item the guest never reported on."""
+    keywords: dict[str, Literal[1]] = dict.fromkeys(item.keywords, 1)
+    return pytest.TestReport(item.nodeid, item.location, keywords, outcome, longrepr, "setup")
+
+
+def revive(item: pytest.Item, data: dict[str, Any]) -> pytest.TestReport:
+    """Return the guest's report as a report of this process. JSON has no tuples; pytest insists on some."""
+    if data["outcome"] == "skipped" and isinstance(data["longrepr"], list):
+        data["longrepr"] = tuple(data["longrepr"])
+    data["sections"] = [tuple(section) for section in data["sections"]]
+    data["user_properties"] = [tuple(entry) for entry in data["user_properties"]]
+    data["nodeid"], data["location"] = item.nodeid, item.location
+    report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+    assert isinstance(report, pytest.TestReport)
+    return report

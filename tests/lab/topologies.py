@@ -1,0 +1,121 @@
+"""The machines the lab can boot, as data, and where their devices stand.
+
+A topology is a list of QEMU devices with fixed places. The addresses a guest sees follow
+from them: QEMU's own and virtme-ng's devices take the lowest free slots of the root bus,
+so everything here stands at slot 0x10 and above, and the firmware numbers the buses behind
+ports and bridges in the order of their slots. The constants below are those addresses;
+``guest/test_kernel.py`` proves them, and a guest test takes its devices from here.
+
+To add a machine: write its devices down, name its addresses, add it to ``TOPOLOGIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: QEMU ``-machine`` of a PC whose IOMMU remaps interrupts: without remapping, type1 refuses
+#: devices (EPERM) unless told to accept unsafe interrupts. Split irqchip is what intremap wants.
+Q35 = "q35,kernel-irqchip=split"
+INTEL_IOMMU = "intel-iommu,intremap=on,caching-mode=on"
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """One machine: what QEMU is started with, and what the kernel is told.
+
+    ``devices`` are ``-device`` arguments in order (a bridge before what stands behind it).
+    ``machine`` is all of ``-machine``: virtme-ng's own choice (microvm) is switched off.
+    """
+
+    name: str
+    about: str
+    devices: tuple[str, ...]
+    machine: str = Q35
+    cpus: int = 2
+    memory: str = "1G"
+    kernel_arguments: tuple[str, ...] = ("intel_iommu=on",)
+    #: Further QEMU arguments that are no devices (``-drive``, ``-object``, ``-netdev`` ...).
+    arguments: tuple[str, ...] = ()
+
+    def qemu_arguments(self) -> list[str]:
+        """Return what this topology adds to QEMU's command line."""
+        line = ["-machine", self.machine, *self.arguments]
+        for device in self.devices:
+            line += ["-device", device]
+        return line
+
+
+def port(name: str, slot: int, chassis: int) -> str:
+    """Return a PCIe root port on the root bus; what stands behind it has reset and hot reset."""
+    return f"pcie-root-port,id={name},bus=pcie.0,addr={slot:#x},chassis={chassis},slot={chassis}"
+
+
+def bridge(name: str, slot: int) -> str:
+    """Return a PCIe-to-PCI bridge on the root bus; what stands behind it is one IOMMU group."""
+    return f"pcie-pci-bridge,id={name},bus=pcie.0,addr={slot:#x}"
+
+
+def device(driver: str, name: str, bus: str, slot: int, /, function: int = 0, **properties: str) -> str:
+    """Return any device in its place. ``name`` is its QEMU id, the one ``device_del`` takes."""
+    options = "".join(f",{key.replace('_', '-')}={value}" for key, value in properties.items())
+    return f"{driver},id={name},bus={bus},addr={slot:#x}.{function}{options}"
+
+
+# --- edu ---------------------------------------------------------------------------------
+# Addresses in the guest, [[DDDD:]BB:]DD.F as sysfs writes them.
+
+#: On the root bus: a group of its own, and no way to reset it.
+EDU_ROOT = "0000:00:10.0"
+#: Behind a root port: a group of its own, reset and hot reset.
+EDU_PORT = "0000:01:00.0"
+#: Two behind one PCI bridge: one group, two slots.
+EDU_PAIR = ("0000:02:01.0", "0000:02:02.0")
+#: Behind another PCI bridge: not viable for as long as its neighbour keeps its host driver.
+EDU_SHARED = "0000:03:01.0"
+#: That neighbour: a virtio-rng, bound to ``virtio-pci`` at boot.
+SHARED_NEIGHBOUR = "0000:03:02.0"
+#: Two functions of one slot behind a root port: one group, one bus reset for both.
+EDU_FUNCTIONS = ("0000:04:00.0", "0000:04:00.1")
+
+#: QEMU ids, for ``device_del`` and ``query-pci``, by guest address.
+EDU_IDS: Mapping[str, str] = {
+    EDU_ROOT: "edu-root",
+    EDU_PORT: "edu-port",
+    EDU_PAIR[0]: "edu-pair0",
+    EDU_PAIR[1]: "edu-pair1",
+    EDU_SHARED: "edu-shared",
+    SHARED_NEIGHBOUR: "neighbour",
+    EDU_FUNCTIONS[0]: "edu-function0",
+    EDU_FUNCTIONS[1]: "edu-function1",
+}
+
+EDU = Topology(
+    name="edu",
+    about="edu devices in every kind of IOMMU group: alone, resettable, shared, not viable, multifunction",
+    devices=(
+        INTEL_IOMMU,
+        device("edu", "edu-root", "pcie.0", 0x10),
+        port("port1", 0x11, chassis=1),
+        device("edu", "edu-port", "port1", 0),
+        bridge("bridge2", 0x12),
+        device("edu", "edu-pair0", "bridge2", 1),
+        device("edu", "edu-pair1", "bridge2", 2),
+        bridge("bridge3", 0x13),
+        device("edu", "edu-shared", "bridge3", 1),
+        device("virtio-rng-pci", "neighbour", "bridge3", 2),
+        port("port4", 0x14, chassis=4),
+        device("edu", "edu-function0", "port4", 0, multifunction="on"),
+        device("edu", "edu-function1", "port4", 0, function=1),
+    ),
+)
+
+
+TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU,)}
+
+
+def find_topology(name: str) -> Topology:
+    """Return the topology called ``name``; ValueError names those there are."""
+    if name not in TOPOLOGIES:
+        raise ValueError(f"no lab machine is called {name!r}; there are: {', '.join(TOPOLOGIES)}")
+    return TOPOLOGIES[name]
