@@ -455,9 +455,8 @@ class PciDevice:
         """
         model = quiesced.model
         try:
-            answers = await self._in_thread(turn, lambda: _restore(model, quiesced.saved))
-            if not answers:
-                raise self._silent(quiesced.method)
+            if not await self._in_thread(turn, lambda: _restore(model, quiesced.saved)):
+                failure = failure or self._silent(quiesced.method)
         except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
             failure = failure or error
         if not self._going:
