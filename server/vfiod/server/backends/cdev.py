@@ -206,25 +206,12 @@ class KernelCdevs:
                 raise
             # Before Linux 6.17 BIND knew no token. A physical function is told it by DEVICE_FEATURE; a device
             # that takes none says so there, in this kernel as in that.
-            devid = self._bind_again(fd, device, iommufd)
+            devid = self._bind_with(fd, device, iommufd, None)
             with ExitStack() as undo:
                 undo.callback(self._left_bound, device, iommufd, devid, fd)
                 self._set_token(fd, device, token)
                 undo.pop_all()
             return devid
-
-    def _bind_again(self, fd: FileDescriptor, device: HostDevice, iommufd: Iommufd) -> int:
-        try:
-            return self._bind_with(fd, device, iommufd, None)
-        except OperationFailed as refusal:
-            if refusal.errno != "EACCES":
-                raise
-            raise OperationFailed(
-                refusal.operation,
-                refusal.what,
-                errno="EACCES",
-                advice="it needs a VF token, and this kernel (before 6.17) takes none with a cdev: add it by its group",
-            ) from refusal
 
     def _bound_before(self, device: HostDevice, iommufd: Iommufd) -> int:
         bound = self._still_bound.get(device.name)
