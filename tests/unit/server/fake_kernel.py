@@ -145,10 +145,14 @@ class FakeKernel(Syscalls):
         self._reap()
         return [thing for thing in self._objects.values() if isinstance(thing, FakeContainer)]
 
-    def ioases(self) -> list[FakeIoas]:
+    def iommufds(self) -> list[FakeIommufd]:
         """Those that exist."""
         self._reap()
-        return [ioas for thing in self._objects.values() if isinstance(thing, FakeIommufd) for ioas in thing.ioases()]
+        return [thing for thing in self._objects.values() if isinstance(thing, FakeIommufd)]
+
+    def ioases(self) -> list[FakeIoas]:
+        """Those that exist."""
+        return [ioas for iommufd in self.iommufds() for ioas in iommufd.ioases()]
 
     def nothing_is_open(self) -> bool:
         """Whether no container, group or device is held by anybody."""
