@@ -140,6 +140,10 @@ class Backend(Protocol):
         """Exactly ``length`` bytes from ``offset`` of a region; a short read is OperationFailed with EIO."""
         ...
 
+    def region_read_some(self, index: int, offset: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``offset`` of a region: fewer, or none, when the device has no more (ROMs)."""
+        ...
+
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """Write all of ``data`` at ``offset`` of a region; a short write is OperationFailed with EIO."""
         ...

@@ -149,14 +149,18 @@ class KernelDevice:
     # --- regions ---
     def region_read(self, index: int, offset: int, length: int) -> bytes:
         """``pread`` at the region's place in the fd; exactly ``length`` bytes or OperationFailed."""
-        what = self._region(index, offset, length)
-        try:
-            data = self._calls.pread(self.fd.number, length, self.region_info(index).offset + offset)
-        except OSError as error:
-            raise failed("pread", what, error, _ACCESS_ADVICE) from error
+        data = self.region_read_some(index, offset, length)
         if len(data) != length:
+            what = self._region(index, offset, length)
             raise OperationFailed("pread", what, errno="EIO", advice=f"the device gave {len(data)} bytes")
         return data
+
+    def region_read_some(self, index: int, offset: int, length: int) -> bytes:
+        """``pread`` at the region's place in the fd; what it gives, or OperationFailed."""
+        try:
+            return self._calls.pread(self.fd.number, length, self.region_info(index).offset + offset)
+        except OSError as error:
+            raise failed("pread", self._region(index, offset, length), error, _ACCESS_ADVICE) from error
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """``pwrite`` at the region's place in the fd; all of it or OperationFailed."""

@@ -15,6 +15,7 @@ Its life, and who calls what (behaviour: sections 1, 3, 4 and 6 of the reference
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,6 +40,7 @@ from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
 from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.guest_view import AS_QEMU, Shown
 from vfiod.server.devices.irq_index import REQ, IrqIndex
 from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.devices.pci_config import Saved
@@ -60,6 +62,7 @@ class PciOptions:
         share_fd: whether ``region-map`` may give the device's fd away.
         no_mmap: never map regions (``x-no-mmap``).
         on_request: what a host's request for the device does.
+        shown: what the guest sees differently (``multifunction``, ``rombar``, ``romfile``).
 
     """
 
@@ -67,6 +70,7 @@ class PciOptions:
     share_fd: bool = True
     no_mmap: bool = False
     on_request: OnRequest = OnRequest.EVENT
+    shown: Shown = AS_QEMU
 
 
 class PciDevice:
@@ -152,6 +156,7 @@ class PciDevice:
                 self._environment,
                 no_mmap=self.options.no_mmap,
                 mmap_timeout_ms=self.options.mmap_timeout_ms,
+                shown=self.options.shown,
                 on_trap=self._trap,
             )
         except BaseException:
@@ -289,7 +294,12 @@ class PciDevice:
         regions = self._active().regions
         regions.check(region, offset, len(data), write=True)
         async with self.lane.turn("region-write") as turn:
-            await self._in_thread(turn, lambda: regions.write(region, offset, data))
+            for at, size, virtual in regions.pieces(region, offset, len(data)):
+                part = data[at - offset : at - offset + size]
+                if virtual:
+                    regions.write(region, at, part)
+                else:
+                    await self._in_thread(turn, functools.partial(regions.write, region, at, part))
             self._accessed(region, written=True)
 
     async def _in_thread(self, turn: Turn, work: Callable[[], T]) -> T:
