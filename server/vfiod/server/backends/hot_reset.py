@@ -93,12 +93,14 @@ class Verdict:
 
     Attributes:
         report: for the caller.
+        info: what the kernel said.
         devices: the devices here that are affected, in the order of their addresses.
         groups: asked by a device of a group: every affected group, each once; their fds go to the kernel.
 
     """
 
     report: HotResetReport
+    info: vfio.HotResetInfo
     devices: tuple[str, ...]
     groups: tuple[int, ...]
 
@@ -128,7 +130,7 @@ def judge(asked: Held, info: vfio.HotResetInfo, around: Surroundings) -> Verdict
     trouble = _trouble(asked, info, affected, by_devid=by_devid)
     report = HotResetReport(possible=trouble is None, reason=UNSET if trouble is None else trouble, affected=affected)
     groups = () if by_devid else tuple(dict.fromkeys(function.group_id for function in functions))
-    return Verdict(report, tuple(dict.fromkeys(devices)), groups)
+    return Verdict(report, info, tuple(dict.fromkeys(devices)), groups)
 
 
 def _find(asked: Held, function: vfio.DependentDevice, held: Sequence[Held], *, by_devid: bool) -> Held | None:

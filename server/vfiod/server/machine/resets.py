@@ -15,6 +15,7 @@ from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.reset import HotResetReport
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, PermissionRefused
@@ -57,6 +58,8 @@ class Resets:
         self._topology = topology
         self._devices = devices
         self._groups = groups
+        # What the kernel said of devices that are in a hot reset: until it is over, asking it again would wait.
+        self._under_way: dict[str, vfio.HotResetInfo] = {}
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references
 
     # --- looking: never in a lane, so that it answers at once ---------------------------------------------
@@ -106,7 +109,7 @@ class Resets:
     def _judge(self, name: str, backend: Backend, around: Surroundings) -> Verdict:
         """Ask the kernel and sysfs. Blocks. Raises OperationFailed: the device has no hot reset."""
         try:
-            info = backend.hot_reset_info()
+            info = self._under_way.get(name) or backend.hot_reset_info()
         except ValueError as error:  # its fd was closed in this moment
             raise DeviceNotActive(f"Device '{name}' was removed meanwhile") from error
         drivers = {}
@@ -183,12 +186,14 @@ class Resets:
             for name in verdict.devices:
                 device = self._devices.get(name)
                 turns.append((device, await stays.enter_async_context(device.lane.turn("hot-reset"))))
+            self._under_way = dict.fromkeys(verdict.devices, verdict.info)
             try:
                 for device, own in turns:
                     quiesced.append((device, own, await device.quiesce(own, "hot")))
                 await turn.run(lambda: backend.hot_reset(fds))
             except Exception as error:  # noqa: BLE001 - every device is revived first, then it is raised
                 failure = error
+            self._under_way = {}
             troubles = await _revive(quiesced, failure)
         if failure is not None:
             raise failure

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo
+from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.memory import DmaUnmapped
 from vfiod.protocol.catalogue.monitor import Stat, StatsResult, StatusInfo
@@ -30,11 +30,14 @@ from vfiod.server.events import EventHub
 from vfiod.server.fds import FdSets
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.kernel.syscalls import Syscalls
+from vfiod.server.kernel.sysfs import Sysfs
 from vfiod.server.lanes import Lane
 from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.lifecycle import Devices, NewDevice
 from vfiod.server.machine.objects import ContainerObject, IommufdObject, MemoryObject, Objects
 from vfiod.server.machine.resets import Resets
+from vfiod.server.machine.topology import Facts as TopologyFacts
+from vfiod.server.machine.topology import build as build_topology
 from vfiod.server.mdev.bus import MdevBus
 
 __all__ = ["Machine"]
@@ -70,6 +73,7 @@ class Machine:
         groups: VFIO groups and containers.
         cdevs: VFIO cdevs, and the IOASes of the iommufds they are bound to.
         mdevs: the mediated bus.
+        sysfs: what the host says of itself.
         resets: hot resets, and the machine's own.
 
     """
@@ -92,6 +96,7 @@ class Machine:
         self.topology = Lane("topology", self.executor)
         self.memory = GuestMemory(self._mapping_lost)
         calls = syscalls or Syscalls()
+        self.sysfs = Sysfs(calls)
         self.groups = KernelGroups(
             calls,
             self.memory.attach,
@@ -263,6 +268,27 @@ class Machine:
             sessions=sessions,
         )
 
+    async def topology_graph(self) -> tuple[list[TopologyNode], list[TopologyEdge]]:
+        """Containers, address spaces, groups, devices and reset domains, for ``query-topology``. Waits for no lane."""
+        containers = self.groups.containers()
+        ioases = self.cdevs.ioases()
+        devices = [device.info() for device in self.devices.all()]
+        domains = await self.resets.domains()
+        groups = [number for container in containers for number in container.groups]
+        members = await self._look(lambda: {number: self.sysfs.members(number) for number in groups})
+        return build_topology(
+            TopologyFacts(
+                name=self.name,
+                mappings=len(self.memory),
+                mapped_bytes=self.memory.mapped_bytes,
+                containers=containers,
+                ioases=ioases,
+                devices=devices,
+                members=members,
+                domains=domains,
+            )
+        )
+
     def fd_infos(self) -> Iterator[FdInfo]:
         """The fds of fd sets, objects, mappings, groups, containers and devices, for ``query-fds``."""
         yield from self.fdsets.fd_infos()
@@ -385,6 +411,9 @@ class Machine:
         return tuple(names.get(host, f"host:{host}") for host in self.cdevs.users_of(iommufd))
 
     def _in_thread(self, work: Callable[[], None]) -> Awaitable[None]:
+        return self._look(work)
+
+    def _look(self, work: Callable[[], T]) -> Awaitable[T]:
         return self.loop.run_in_executor(self.executor, work)
 
     def _mapping_lost(self, iova: int, size: int, reason: str) -> None:

@@ -14,6 +14,7 @@ from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.backends.hot_reset import Held, Lent, Surroundings, judge, look_at_lent
 
+BY_GROUP = vfio.HotResetFlags(0)
 OWNED = vfio.HotResetFlags.DEV_ID | vfio.HotResetFlags.DEV_ID_OWNED
 NOT_OWNED = vfio.HotResetFlags.DEV_ID
 
@@ -29,7 +30,7 @@ def some_fd() -> Iterator[FileDescriptor]:
         yield fd
 
 
-def info(*numbers: int, flags: vfio.HotResetFlags = vfio.HotResetFlags(0)) -> vfio.HotResetInfo:
+def info(*numbers: int, flags: vfio.HotResetFlags = BY_GROUP) -> vfio.HotResetInfo:
     """Functions 0000:04:00.0, .1, ... with these groups, or devids."""
     rows = tuple(vfio.DependentDevice(number & 0xFFFFFFFF, 0, 4, devfn) for devfn, number in enumerate(numbers))
     return vfio.HotResetInfo(flags, rows)

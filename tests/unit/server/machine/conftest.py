@@ -18,7 +18,7 @@ from vfiod.protocol.catalogue.declare import COMMANDS
 from vfiod.protocol.catalogue.monitor import RunState, StatusInfo
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.wire.arguments import decode_arguments
-from vfiod.server.commands import devices, interrupts, memory, objects, regions, reset
+from vfiod.server.commands import devices, interrupts, memory, objects, regions, reset, topology
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event, EventHub
 from vfiod.server.fds import FdNames
@@ -34,6 +34,7 @@ HANDLERS = {
     **objects.HANDLERS,
     **regions.HANDLERS,
     **reset.HANDLERS,
+    **topology.HANDLERS,
 }
 
 
