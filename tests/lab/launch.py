@@ -33,6 +33,8 @@ from tests.lab import qmp
 from tests.lab.topologies import Topology
 
 REPO = Path(__file__).resolve().parents[2]
+#: This checkout, whichever one the virtual environment was installed from.
+SOURCES = [str(REPO), *(str(REPO / root) for root in ("protocol", "server", "client"))]
 #: Where the exchange directory stands inside the guest. ``/run`` is always the guest's own tmpfs.
 GUEST_EXCHANGE = Path("/run/vfiod-lab")
 #: The name of the virtio-serial port that is QEMU's second monitor, seen from inside.
@@ -357,7 +359,7 @@ echo yes >{GUEST_EXCHANGE}/booted
 /bin/sh {shlex.quote(str(REPO / "tests/lab/guest/open-paths"))} {GUEST_EXCHANGE}/closed
 cd {shlex.quote(str(REPO))} || exit 1
 export PATH={shlex.quote(str(Path(sys.prefix) / "bin"))}:/usr/sbin:/usr/bin:/sbin:/bin
-export HOME=/run/home PYTHONPATH={shlex.quote(str(REPO))}
+export HOME=/run/home PYTHONPATH={shlex.quote(os.pathsep.join(SOURCES))}
 mkdir -p /run/home
 {exports}
 timeout --signal=KILL {limit} /bin/sh -c {shlex.quote(command)}

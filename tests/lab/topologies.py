@@ -111,7 +111,27 @@ EDU = Topology(
 )
 
 
-TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU,)}
+# --- igb ---------------------------------------------------------------------------------
+
+#: Two functions of one slot behind a root port, isolated from each other (ACS): a group each, one bus
+#: reset for both. Intel 82576, PCI Express, SR-IOV: up to seven virtual functions each.
+IGB_FUNCTIONS = ("0000:01:00.0", "0000:01:00.1")
+#: The first virtual functions of each; there once ``sriov_numvfs`` says so.
+IGB_VIRTUAL = (("0000:01:10.0", "0000:01:10.2"), ("0000:01:10.1", "0000:01:10.3"))
+
+IGB = Topology(
+    name="igb",
+    about="two igb functions in one slot, each in a group of its own, with virtual functions",
+    devices=(
+        INTEL_IOMMU,
+        port("port1", 0x10, chassis=1),
+        device("igb", "igb0", "port1", 0, multifunction="on"),
+        device("igb", "igb1", "port1", 0, function=1),
+    ),
+)
+
+
+TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB)}
 
 
 def find_topology(name: str) -> Topology:

@@ -58,6 +58,13 @@ def is_fd(annotation: Any) -> bool:
     return any(meta == FD_META for meta in metas(annotation))
 
 
+def is_fd_list(annotation: Any) -> bool:
+    """Whether an argument is a list of names of fds."""
+    if get_origin(annotation) is list:
+        return is_fd(get_args(annotation)[0])
+    return any(is_fd_list(part) for part in get_args(annotation))
+
+
 def parts(annotation: Any) -> Iterator[type]:
     """Every declaration and enumeration that an annotation mentions."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
@@ -217,6 +224,10 @@ def method(spec: CommandSpec, printer: Printer, *, asynchronous: bool) -> str:
         value = name
         if is_fd(hint):
             value, lending = f"lent.name({name})", True
+        elif is_fd_list(hint):
+            # A caller's list of its own kind of fds is no list of fds in general: lists can be written to.
+            kind = kind.replace("list[Fd]", "Sequence[Fd]")
+            value, lending = f"{name} if isinstance({name}, UnsetType) else [lent.name(one) for one in {name}]", True
         elif lent_parts:
             lending = True
             value = f"{name} if isinstance({name}, UnsetType) else [part.lend(lent) for part in {name}]"
@@ -299,7 +310,7 @@ def methods_module(*, asynchronous: bool) -> str:
         [
             f'"""The commands as typed methods, {what}. Written by ``vfiod.client.generate``: do not edit."""',
             "",
-            NO_LINT + ("D417, ASYNC109" if asynchronous else "D417"),
+            NO_LINT + ("D417, E501, ASYNC109" if asynchronous else "D417, E501"),
             "",
             "from __future__ import annotations",
             "",

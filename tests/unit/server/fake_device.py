@@ -66,6 +66,13 @@ class FakeDevice:
 
     name: str
     group: int
+    cdev: int = -1  # N of /dev/vfio/devices/vfioN
+    vf_of: str | None = None  # the name of its physical function
+    sriov: bool = False  # it is a physical function
+    vf_token: bytes | None = None
+    vf_users: int = 0
+    hot_resettable: bool = True
+    hot_resets: int = 0
     bus: str = "pci"
     driver: str | None = "vfio-pci"
     reset_method: str | None = "flr bus"
@@ -79,6 +86,8 @@ class FakeDevice:
     features: frozenset[int] = frozenset()
     capabilities: tuple[vfio.Capability, ...] = ()
     resets: int = 0
+    dies: bool = False  # a bus reset leaves it as all ones
+    at_hot_reset: list[tuple[int | None, bool]] = field(default_factory=list)  # interrupts, bus mastering, then
     opened: bool = False
     mode: int | None = None
     triggers: list[Trigger | None] = field(default_factory=list)
@@ -366,6 +375,17 @@ class FakeDevice:
         else:
             raise refuse(errno.EINVAL)
         return 0
+
+    def forget(self) -> None:
+        """What a reset of its bus does to it: registers and config space as new."""
+        config = vfio.PciRegion.CONFIG << REGION_SHIFT
+        command = struct.unpack("<H", os.pread(self.fd, 2, config + 4))[0]
+        self.at_hot_reset.append((self.mode, bool(command & 4)))
+        self._clear()
+        os.pwrite(self.fd, b"\0\0", config + 4)
+        os.pwrite(self.fd, bytes(24), config + 0x10)
+        if self.dies:
+            os.pwrite(self.fd, b"\xff" * CONFIG_SIZE, config)
 
     def reset(self) -> None:
         if not self.flags & vfio.DeviceFlags.RESET:

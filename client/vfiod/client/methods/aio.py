@@ -1,6 +1,6 @@
 """The commands as typed methods, asyncio. Written by ``vfiod.client.generate``: do not edit."""
 
-# ruff: noqa: D417, ASYNC109
+# ruff: noqa: D417, E501, ASYNC109
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from vfiod.protocol.catalogue.devices import (
     PropertyInfo,
     QueryDevices,
     QueryMachine,
+    QueryTopology,
+    Topology,
+    TopologyFormat,
 )
 from vfiod.protocol.catalogue.fds import (
     AddFd,
@@ -91,7 +94,7 @@ from vfiod.protocol.catalogue.regions import (
     RegionReadResult,
     RegionWrite,
 )
-from vfiod.protocol.catalogue.reset import DeviceReset, SystemReset
+from vfiod.protocol.catalogue.reset import DeviceReset, HotReset, HotResetReport, QueryHotReset, SystemReset
 from vfiod.protocol.catalogue.words import IrqMode
 
 __all__ = ["AsyncMethods"]
@@ -674,7 +677,7 @@ class AsyncMethods:
     async def object_add(
         self,
         *,
-        qom_type: ObjectType | Literal["vfio-container", "memory-backend-fd"],
+        qom_type: ObjectType | Literal["iommufd", "vfio-container", "memory-backend-fd"],
         id: str,
         fd: Fd,
         size: int | UnsetType = UNSET,
@@ -683,7 +686,8 @@ class AsyncMethods:
     ) -> Empty:
         """Make an object that other commands refer to by its id.
 
-        ``vfio-container`` holds a passed container fd; ``memory-backend-fd`` holds a passed memfd, hugetlbfs
+        ``iommufd`` holds a passed ``/dev/iommu`` fd, for devices added with ``fd`` and ``iommufd``. ``vfio-container``
+        holds a passed container fd; ``memory-backend-fd`` holds a passed memfd, hugetlbfs
         file or shared file, from which ``dma-map`` takes guest memory.
 
         Args:
@@ -740,7 +744,13 @@ class AsyncMethods:
         group_fd: Fd | UnsetType = UNSET,
         container_fd: Fd | UnsetType = UNSET,
         container: str | UnsetType = UNSET,
+        fd: Fd | UnsetType = UNSET,
+        iommufd: str | UnsetType = UNSET,
         mdev: str | UnsetType = UNSET,
+        vf_token: str | UnsetType = UNSET,
+        romfile: str | UnsetType = UNSET,
+        rombar: bool = True,
+        multifunction: bool | UnsetType = UNSET,
         mmap_timeout_ms: int | UnsetType = UNSET,
         x_intx_mmap_timeout_ms: int | UnsetType = UNSET,
         share_fd: bool = True,
@@ -755,6 +765,7 @@ class AsyncMethods:
 
         Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
         none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
+        Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
         Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
@@ -767,7 +778,13 @@ class AsyncMethods:
             group_fd: An open fd, lent; or a name the server knows (length 1 to 255).
             container_fd: An open fd, lent; or a name the server knows (length 1 to 255).
             container: The id of a vfio-container object.
+            fd: The device's own fd (cdev). An open fd, lent; or a name the server knows (length 1 to 255).
+            iommufd: The id of an iommufd object.
             mdev: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            vf_token: SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
+            romfile: A file whose bytes stand in for the device's ROM; empty: no ROM.
+            rombar: Whether the guest sees a ROM BAR.
+            multifunction: Set or clear the multifunction bit; default: cleared (QEMU's).
             mmap_timeout_ms: Before the fast path returns after an INTx; default 1100 (0 to 86400000).
             x_intx_mmap_timeout_ms: QEMU's name for mmap-timeout-ms (0 to 86400000).
             share_fd: Whether region-map may give the device's fd away.
@@ -792,7 +809,13 @@ class AsyncMethods:
                 group_fd=lent.name(group_fd),
                 container_fd=lent.name(container_fd),
                 container=container,
+                fd=lent.name(fd),
+                iommufd=iommufd,
                 mdev=mdev,
+                vf_token=vf_token,
+                romfile=romfile,
+                rombar=rombar,
+                multifunction=multifunction,
                 mmap_timeout_ms=mmap_timeout_ms,
                 x_intx_mmap_timeout_ms=x_intx_mmap_timeout_ms,
                 share_fd=share_fd,
@@ -854,6 +877,25 @@ class AsyncMethods:
 
         """
         return await self.call(QueryDevices(id=id), oob=oob, timeout=timeout)
+
+    async def query_topology(
+        self,
+        *,
+        format: TopologyFormat | Literal["json", "tree", "dot", "svg"] = TopologyFormat.JSON,
+        oob: bool = False,
+        timeout: float | None = None,
+    ) -> Topology:
+        """Show containers, address spaces, groups, devices and reset domains: as a graph, a tree, or a picture.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QueryTopology(format=TopologyFormat(format)), oob=oob, timeout=timeout)
 
     async def query_machine(self, *, oob: bool = False, timeout: float | None = None) -> MachineInfo:
         """Return one consistent snapshot of everything, with the event sequence number it belongs to.
@@ -1045,6 +1087,46 @@ class AsyncMethods:
 
         """
         return await self.call(DeviceReset(id=id), timeout=timeout)
+
+    async def query_hot_reset(self, *, id: str, oob: bool = False, timeout: float | None = None) -> HotResetReport:
+        """List every function that a hot reset of this device would reset, and say whether and why not it would be done.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QueryHotReset(id=id), oob=oob, timeout=timeout)
+
+    async def hot_reset(
+        self, *, id: str, group_fds: Sequence[Fd] | UnsetType = UNSET, timeout: float | None = None
+    ) -> HotResetReport:
+        """Reset the bus or slot of a device (``VFIO_DEVICE_PCI_HOT_RESET``), with every function on it.
+
+        Each affected function must be held here, or lie in a group whose fd is lent for the call and that is attached to
+        no container. All quiesce, the bus is reset once, each is restored and has its ``DEVICE_RESET``. Refused, nothing
+        is touched.
+
+        Args:
+            group_fds: Groups lent for this call (group devices only).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        lent = LentFds()
+        return await self.call(
+            HotReset(
+                id=id,
+                group_fds=group_fds if isinstance(group_fds, UnsetType) else [lent.name(one) for one in group_fds],
+            ),
+            fds=lent.named,
+            timeout=timeout,
+        )
 
     async def system_reset(self, *, timeout: float | None = None) -> Empty:
         """Reset every device that can be reset, as the machine's own reset does.

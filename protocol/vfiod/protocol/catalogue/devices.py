@@ -62,6 +62,7 @@ class DeviceAdd(Arguments[DeviceAddResult]):
 
     Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
     none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
+    Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
     Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
     Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
@@ -77,7 +78,22 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     group_fd: FdName | UnsetType = UNSET
     container_fd: FdName | UnsetType = UNSET
     container: Annotated[Id | UnsetType, Meta(description="The id of a vfio-container object.")] = UNSET
+    fd: Annotated[FdName | UnsetType, Meta(description="The device's own fd (cdev).")] = UNSET
+    iommufd: Annotated[Id | UnsetType, Meta(description="The id of an iommufd object.")] = UNSET
     mdev: Uuid | UnsetType = UNSET
+    vf_token: Annotated[
+        Uuid | UnsetType,
+        Meta(
+            description="SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN)."
+        ),
+    ] = UNSET
+    romfile: Annotated[
+        str | UnsetType, Meta(description="A file whose bytes stand in for the device's ROM; empty: no ROM.")
+    ] = UNSET
+    rombar: Annotated[bool, Meta(description="Whether the guest sees a ROM BAR.")] = True
+    multifunction: Annotated[
+        bool | UnsetType, Meta(description="Set or clear the multifunction bit; default: cleared (QEMU's).")
+    ] = UNSET
     mmap_timeout_ms: Annotated[
         Milliseconds | UnsetType,
         Meta(description=f"Before the fast path returns after an INTx; default {DEFAULT_MMAP_TIMEOUT_MS}."),
@@ -145,7 +161,7 @@ class DeviceInfo(Result, kw_only=True):
     id: str
     path: str
     driver: Driver
-    backend: Annotated[str, Meta(description="kernel-group, mdev")]
+    backend: Annotated[str, Meta(description="kernel-group, kernel-cdev, mdev")]
     host: Annotated[str | UnsetType, Meta(description="Host address, or a mediated device's UUID.")] = UNSET
     state: DeviceState
     reset: Annotated[bool, Meta(description="Whether device-reset can reset it (VFIO_DEVICE_FLAGS_RESET).")]
@@ -188,6 +204,46 @@ class SessionInfo(Result):
     pid: int
     negotiated: bool
     events_lost: int
+
+
+class TopologyNode(Result, kw_only=True):
+    """One thing of the picture."""
+
+    id: Annotated[str, Meta(description="container:N, ioas:ID, mdev:UUID, group:N, device:ID, reset:N, host:ADDRESS")]
+    kind: Annotated[str, Meta(description="machine, container, ioas, space, group, device, function, reset-domain")]
+    label: str
+    attributes: dict[str, str]
+
+
+class TopologyEdge(Result):
+    """What stands under what."""
+
+    parent: str
+    child: str
+
+
+class Topology(Result, kw_only=True):
+    """Containers, address spaces, groups, devices and reset domains, as a graph; or as text when one was asked for."""
+
+    nodes: list[TopologyNode]
+    edges: list[TopologyEdge]
+    text: Annotated[str | UnsetType, Meta(description="With format=tree, dot or svg.")] = UNSET
+
+
+class TopologyFormat(enum.StrEnum):
+    """How ``query-topology`` draws."""
+
+    JSON = "json"
+    TREE = "tree"
+    DOT = "dot"
+    SVG = "svg"
+
+
+@command("query-topology", Family.DEVICES, oob=True, mutates=False)
+class QueryTopology(Arguments[Topology]):
+    """Show containers, address spaces, groups, devices and reset domains: as a graph, a tree, or a picture."""
+
+    format: TopologyFormat = TopologyFormat.JSON
 
 
 class MachineInfo(Result):

@@ -14,6 +14,7 @@ from vfiod.protocol.catalogue.words import UNSET, FdName, Id, Size, UnsetType
 class ObjectType(enum.StrEnum):
     """The types ``object-add`` knows."""
 
+    IOMMUFD = "iommufd"
     VFIO_CONTAINER = "vfio-container"
     MEMORY_BACKEND_FD = "memory-backend-fd"
 
@@ -22,7 +23,8 @@ class ObjectType(enum.StrEnum):
 class ObjectAdd(Arguments[Empty]):
     """Make an object that other commands refer to by its id.
 
-    ``vfio-container`` holds a passed container fd; ``memory-backend-fd`` holds a passed memfd, hugetlbfs
+    ``iommufd`` holds a passed ``/dev/iommu`` fd, for devices added with ``fd`` and ``iommufd``. ``vfio-container``
+    holds a passed container fd; ``memory-backend-fd`` holds a passed memfd, hugetlbfs
     file or shared file, from which ``dma-map`` takes guest memory.
     """
 

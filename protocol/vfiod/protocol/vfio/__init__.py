@@ -1,7 +1,7 @@
 """VFIO's kernel interface as values: numbers, structures, capability chains. Opens nothing, calls nothing.
 
-Source: ``include/uapi/linux/vfio.h`` (Linux 7.2). Groups, containers, type1 and PCI are here; the numbers of
-cdev, iommufd, CCW and AP get modules of their own beside these.
+Source: ``include/uapi/linux/vfio.h`` (Linux 7.2). Groups, containers, type1 and PCI are here; cdev and iommufd
+(``iommufd.h``) in :mod:`vfiod.protocol.vfio.iommufd`. CCW and AP get modules of their own beside these.
 """
 
 from __future__ import annotations
@@ -46,6 +46,27 @@ from vfiod.protocol.vfio.constants import (
     Type1Flags,
 )
 from vfiod.protocol.vfio.ioctl import ContainerIoctl, DeviceIoctl, GroupIoctl, Ioctl
+from vfiod.protocol.vfio.iommufd import (
+    AttachPt,
+    BindFlags,
+    BindIommufd,
+    DetachPt,
+    HwCapabilities,
+    HwInfo,
+    HwInfoType,
+    IoasAlloc,
+    IoasIovaRanges,
+    IoasMap,
+    IoasMapFile,
+    IoasMapFlags,
+    IoasUnmap,
+    IommuDestroy,
+    IommufdIoctl,
+    IommufdOption,
+    IommufdOptionOp,
+    IommuOption,
+    IovaRange,
+)
 from vfiod.protocol.vfio.irqs import IrqAction, IrqData, SetIrqs
 from vfiod.protocol.vfio.structs import (
     DependentDevice,
@@ -117,4 +138,23 @@ __all__ = [
     "argsz_of",
     "pack_chain",
     "walk_chain",
+    "AttachPt",
+    "BindFlags",
+    "BindIommufd",
+    "DetachPt",
+    "HwCapabilities",
+    "HwInfo",
+    "HwInfoType",
+    "IoasAlloc",
+    "IoasIovaRanges",
+    "IoasMap",
+    "IoasMapFile",
+    "IoasMapFlags",
+    "IoasUnmap",
+    "IommuDestroy",
+    "IommuOption",
+    "IommufdIoctl",
+    "IommufdOption",
+    "IommufdOptionOp",
+    "IovaRange",
 ]

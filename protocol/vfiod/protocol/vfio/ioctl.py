@@ -67,3 +67,6 @@ class DeviceIoctl(Ioctl):
     VFIO_DEVICE_GET_GFX_DMABUF = request_number(15)
     VFIO_DEVICE_IOEVENTFD = request_number(16)
     VFIO_DEVICE_FEATURE = request_number(17)
+    VFIO_DEVICE_BIND_IOMMUFD = request_number(18)
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT = request_number(19)
+    VFIO_DEVICE_DETACH_IOMMUFD_PT = request_number(20)

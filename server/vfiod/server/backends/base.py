@@ -7,6 +7,7 @@ Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -98,7 +99,7 @@ class Backend(Protocol):
 
     @property
     def kind(self) -> str:
-        """``kernel-group`` or ``mdev``."""
+        """``kernel-group``, ``kernel-cdev`` or ``mdev``."""
         ...
 
     @property
@@ -108,7 +109,7 @@ class Backend(Protocol):
 
     @property
     def group(self) -> GroupInfo | None:
-        """The VFIO group it came from."""
+        """The VFIO group it came from; None: a cdev or a mediated device."""
         ...
 
     @property
@@ -139,6 +140,10 @@ class Backend(Protocol):
         """Exactly ``length`` bytes from ``offset`` of a region; a short read is OperationFailed with EIO."""
         ...
 
+    def region_read_some(self, index: int, offset: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``offset`` of a region: fewer, or none, when the device has no more (ROMs)."""
+        ...
+
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """Write all of ``data`` at ``offset`` of a region; a short write is OperationFailed with EIO."""
         ...
@@ -153,6 +158,23 @@ class Backend(Protocol):
 
     def reset(self) -> None:
         """``VFIO_DEVICE_RESET``."""
+        ...
+
+    def hot_reset_info(self) -> vfio.HotResetInfo:
+        """``VFIO_DEVICE_GET_PCI_HOT_RESET_INFO``: every function that a reset of its bus or slot affects.
+
+        With the flag DEV_ID (a cdev) the entries hold devids, and the kernel resets only if DEV_ID_OWNED is set;
+        without, they hold group numbers. ENODEV: the bus cannot be reset. EOPNOTSUPP: nothing of that kind here.
+        """
+        ...
+
+    def hot_reset(self, group_fds: Sequence[int]) -> None:
+        """``VFIO_DEVICE_PCI_HOT_RESET``.
+
+        Args:
+            group_fds: the fds of all affected groups, lent, each once; none for a cdev. EINVAL otherwise.
+
+        """
         ...
 
     def probe_feature(self, feature: int) -> bool:

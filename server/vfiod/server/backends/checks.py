@@ -7,13 +7,14 @@ tells of itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
 from vfiod.protocol.catalogue.devices import Check
 from vfiod.protocol.errors import CommandError, InvalidArgument
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.backends.cdev_origin import CdevOrigin, find_cdev, is_bound, open_cdev
 from vfiod.server.backends.container import Container
 from vfiod.server.backends.origin import (
     ContainerSource,
@@ -29,7 +30,7 @@ from vfiod.server.backends.origin import (
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import HostDevice, Sysfs
 
-__all__ = ["ADVISORY", "DryRun", "possible"]
+__all__ = ["ADVISORY", "CdevDryRun", "DryRun", "possible"]
 
 ADVISORY: Final = frozenset({"reset"})
 """Checks that may fail and the device is added all the same."""
@@ -43,8 +44,72 @@ def possible(checks: Sequence[Check]) -> bool:
     return all(check.ok or check.name in ADVISORY for check in checks)
 
 
-class DryRun:
-    """One dry run.
+class HostChecks:
+    """What is checked of every device of the kernel.
+
+    Args:
+        calls: the system calls.
+        attached: names of the host devices the machine has by this interface.
+        mapped_bytes: guest memory mapped at this moment.
+
+    """
+
+    def __init__(self, calls: Syscalls, *, attached: frozenset[str], mapped_bytes: int) -> None:
+        self._calls = calls
+        self._sysfs = Sysfs(calls)
+        self._attached = attached
+        self._mapped_bytes = mapped_bytes
+
+    def _host_device(self, device: HostDevice) -> Check:
+        if device.name in self._attached:
+            return Check(
+                name="host-device",
+                ok=False,
+                detail=f"Host device {device.name} is already attached to this machine",
+            )
+        if not device.path:
+            return Check(name="host-device", ok=True, detail=f"{device.name}; sysfs cannot be read to know more")
+        bound = device.driver is not None and "vfio" in device.driver
+        detail = f"{device.name} is a {device.bus} device, bound to {device.driver or 'no driver'}"
+        return Check(name="host-device", ok=bound, detail=detail + ("" if bound else ": bind it to vfio-pci"))
+
+    def _interrupt_remapping(self) -> Check:
+        remapping = self._sysfs.interrupt_remapping()
+        return Check(name="interrupt-remapping", ok=remapping.ok, detail=remapping.detail)
+
+    def _memory_lock(self, *, shared: bool) -> Check:
+        limit = self._calls.memory_lock_limit()
+        locked = self._calls.memory_locked()
+        # Memory is pinned once per container: one that is there already has it.
+        need = locked + (0 if shared else self._mapped_bytes)
+        detail = f"{need} bytes needed ({locked} locked now, {self._mapped_bytes} of guest memory mapped)"
+        if limit is None:
+            return Check(name="memory-lock", ok=True, detail=f"no limit; {detail}")
+        if self._calls.may_lock_any_memory():
+            return Check(
+                name="memory-lock", ok=True, detail=f"RLIMIT_MEMLOCK {limit}, lifted by CAP_IPC_LOCK; {detail}"
+            )
+        ok = need <= limit
+        advice = "" if ok else f": raise it to {need} or above (ulimit -l, LimitMEMLOCK= of the service)"
+        return Check(name="memory-lock", ok=ok, detail=f"RLIMIT_MEMLOCK {limit}; {detail}{advice}")
+
+    def _open_files(self) -> Check:
+        limit, used = self._calls.open_file_limit(), self._calls.open_files()
+        ok = used + FDS_PER_DEVICE <= limit
+        advice = "" if ok else f": raise it, a device takes about {FDS_PER_DEVICE}, and one more per vector"
+        return Check(name="open-files", ok=ok, detail=f"RLIMIT_NOFILE {limit}, {used} used{advice}")
+
+    def _reset(self, device: HostDevice) -> Check:
+        methods = self._sysfs.reset_methods(device)
+        if methods is None:
+            return Check(name="reset", ok=True, detail="not known before the device is opened")
+        if not methods:
+            return Check(name="reset", ok=False, detail="the host knows no way to reset it; it is added all the same")
+        return Check(name="reset", ok=True, detail=f"by {methods}")
+
+
+class DryRun(HostChecks):
+    """One dry run of a device of a group.
 
     Args:
         calls: the system calls.
@@ -68,14 +133,11 @@ class DryRun:
         allow_open: bool,
         mapped_bytes: int,
     ) -> None:
-        self._calls = calls
-        self._sysfs = Sysfs(calls)
-        self._attached = attached
+        super().__init__(calls, attached=attached, mapped_bytes=mapped_bytes)
         self._groups = groups
         self._lingering = lingering
         self._containers = containers
         self._allow_open = allow_open
-        self._mapped_bytes = mapped_bytes
 
     def checks(self, origin: GroupOrigin) -> tuple[Check, ...]:
         """Make every check; those that need a failed one's result are left out. Lends the origin's fds."""
@@ -102,22 +164,8 @@ class DryRun:
         yield self._container(origin.container, noiommu=noiommu)
         shared = any(container.noiommu == noiommu for container in self._containers) and origin.container is None
         if not noiommu:
-            remapping = self._sysfs.interrupt_remapping()
-            yield Check(name="interrupt-remapping", ok=remapping.ok, detail=remapping.detail)
+            yield self._interrupt_remapping()
             yield self._memory_lock(shared=shared)
-
-    def _host_device(self, device: HostDevice) -> Check:
-        if device.name in self._attached:
-            return Check(
-                name="host-device",
-                ok=False,
-                detail=f"Host device {device.name} is already attached to this machine",
-            )
-        if not device.path:
-            return Check(name="host-device", ok=True, detail=f"{device.name}; sysfs cannot be read to know more")
-        bound = device.driver is not None and "vfio" in device.driver
-        detail = f"{device.name} is a {device.bus} device, bound to {device.driver or 'no driver'}"
-        return Check(name="host-device", ok=bound, detail=detail + ("" if bound else ": bind it to vfio-pci"))
 
     def _group(self, origin: GroupOrigin, device: HostDevice, number: int, *, noiommu: bool) -> Iterator[Check]:
         passed = origin.group_fd
@@ -176,32 +224,79 @@ class DryRun:
             kind = fresh.choose_iommu(noiommu=noiommu)
             return f"{'passed' if source is not None else 'a new one'}, {kind.name}"
 
-    def _memory_lock(self, *, shared: bool) -> Check:
-        limit = self._calls.memory_lock_limit()
-        locked = self._calls.memory_locked()
-        # Memory is pinned once per container: one that is there already has it.
-        need = locked + (0 if shared else self._mapped_bytes)
-        detail = f"{need} bytes needed ({locked} locked now, {self._mapped_bytes} of guest memory mapped)"
-        if limit is None:
-            return Check(name="memory-lock", ok=True, detail=f"no limit; {detail}")
-        if self._calls.may_lock_any_memory():
-            return Check(
-                name="memory-lock", ok=True, detail=f"RLIMIT_MEMLOCK {limit}, lifted by CAP_IPC_LOCK; {detail}"
-            )
-        ok = need <= limit
-        advice = "" if ok else f": raise it to {need} or above (ulimit -l, LimitMEMLOCK= of the service)"
-        return Check(name="memory-lock", ok=ok, detail=f"RLIMIT_MEMLOCK {limit}; {detail}{advice}")
 
-    def _open_files(self) -> Check:
-        limit, used = self._calls.open_file_limit(), self._calls.open_files()
-        ok = used + FDS_PER_DEVICE <= limit
-        advice = "" if ok else f": raise it, a device takes about {FDS_PER_DEVICE}, and one more per vector"
-        return Check(name="open-files", ok=ok, detail=f"RLIMIT_NOFILE {limit}, {used} used{advice}")
+class CdevDryRun(HostChecks):
+    """One dry run of a device of a cdev.
 
-    def _reset(self, device: HostDevice) -> Check:
-        methods = self._sysfs.reset_methods(device)
-        if methods is None:
-            return Check(name="reset", ok=True, detail="not known before the device is opened")
-        if not methods:
-            return Check(name="reset", ok=False, detail="the host knows no way to reset it; it is added all the same")
-        return Check(name="reset", ok=True, detail=f"by {methods}")
+    Args:
+        calls: the system calls.
+        attached: names of the host devices the machine has by their cdevs.
+        resumable: those that are still bound to an iommufd here and can be taken up again.
+        group_in_use: whether a group is held here through its group file.
+        ioases: names of the IOASes the machine has in the iommufd.
+        allow_open: whether cdevs may be opened here.
+        mapped_bytes: guest memory mapped at this moment.
+
+    """
+
+    def __init__(
+        self,
+        calls: Syscalls,
+        *,
+        attached: frozenset[str],
+        resumable: frozenset[str],
+        group_in_use: Callable[[int], bool],
+        ioases: tuple[str, ...],
+        allow_open: bool,
+        mapped_bytes: int,
+    ) -> None:
+        super().__init__(calls, attached=attached, mapped_bytes=mapped_bytes)
+        self._resumable = resumable
+        self._group_in_use = group_in_use
+        self._ioases = ioases
+        self._allow_open = allow_open
+
+    def checks(self, origin: CdevOrigin) -> tuple[Check, ...]:
+        """Make every check; those that need a failed one's result are left out. Lends the origin's fd."""
+        return tuple(self._run(origin))
+
+    def _run(self, origin: CdevOrigin) -> Iterator[Check]:
+        try:
+            device = find_cdev(self._calls, self._sysfs, origin)
+        except CommandError as error:
+            yield Check(name="host-device", ok=False, detail=str(error))
+            return
+        yield self._host_device(device)
+        yield self._open_files()
+        yield self._reset(device)
+        yield self._cdev(origin, device)
+        if device.group is not None:
+            yield self._group(device.group)
+        found = f"{self._ioases[0]} is tried first, then a new one" if self._ioases else "a new one"
+        yield Check(name="ioas", ok=True, detail=found)
+        yield self._interrupt_remapping()
+        yield self._memory_lock(shared=bool(self._ioases))
+
+    def _cdev(self, origin: CdevOrigin, device: HostDevice) -> Check:
+        with ExitStack() as opened:
+            fd = origin.fd
+            if fd is None:
+                try:
+                    fd = open_cdev(self._calls, self._sysfs, device, allowed=self._allow_open)
+                except CommandError as error:
+                    return Check(name="cdev", ok=False, detail=str(error))
+                opened.callback(fd.close)
+            if not is_bound(self._calls, fd):
+                return Check(name="cdev", ok=True, detail="it is not bound to an iommufd yet")
+        resumable = device.name in self._resumable
+        detail = "bound to an iommufd already" + (": here, it is taken up again" if resumable else ": open it anew")
+        return Check(name="cdev", ok=resumable, detail=detail)
+
+    def _group(self, number: int) -> Check:
+        if self._group_in_use(number):
+            detail = f"group {number} is held here through its group file: never both interfaces"
+            return Check(name="viable", ok=False, detail=detail)
+        members = ", ".join(map(str, self._sysfs.members(number))) or "members not known"
+        blocked = bool(self._sysfs.culprits(number))
+        advice = "; a host driver is in the way" if blocked else ""
+        return Check(name="viable", ok=not blocked, detail=f"group {number}: {members}{advice}")

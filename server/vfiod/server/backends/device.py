@@ -1,9 +1,9 @@
-"""A device fd of the kernel, as a backend. Groups hand them out today; cdevs will."""
+"""A device fd of the kernel, as a backend: handed out by a group, or a cdev that was bound to an iommufd."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from vfiod.protocol import vfio
@@ -36,6 +36,27 @@ _RESET_ADVICE: Final = {
     errno.EAGAIN: "another device of its bus is being reset: try again",
 }
 
+_HOT_RESET_INFO_ADVICE: Final = {
+    errno.ENODEV: "neither its bus nor its slot can be reset",
+    errno.EPERM: "one of the functions there is in no IOMMU group",
+    errno.ENOTTY: "its driver has no hot reset",
+}
+
+_HOT_RESET_ADVICE: Final = {
+    errno.EINVAL: "not every affected device is held here, or lies in a group whose fd was given",
+    errno.EBUSY: "an affected device is in use at this moment: try again",
+    errno.ENODEV: "neither its bus nor its slot can be reset",
+    errno.ENOTTY: "its driver has no hot reset",
+}
+
+_FIRST_FUNCTIONS: Final = 8
+"""Room for a slot full of functions: enough, mostly."""
+
+_MAX_ATTEMPTS: Final = 8
+
+_MAX_FUNCTIONS: Final = 1 << 16
+"""A PCI segment has 256 buses of 256 functions: an answer that wants more is broken."""
+
 
 class KernelDevice:
     """One opened device (:class:`~vfiod.server.backends.base.Backend`).
@@ -44,9 +65,9 @@ class KernelDevice:
         calls: the system calls.
         fd: the device's; the object owns it from here on. A failing constructor leaves it to the caller.
         name: host address.
-        kind: the origin: ``kernel-group``.
+        kind: the origin: ``kernel-group``, ``kernel-cdev``.
         address_space: what it can reach; None: noiommu.
-        group: where it came from.
+        group: where it came from; None: a cdev.
         left: called once when the fd is closed; says whether the kernel let the device go.
 
     Raises:
@@ -62,13 +83,13 @@ class KernelDevice:
         *,
         kind: str,
         address_space: AddressSpace | None,
-        group: GroupInfo,
+        group: GroupInfo | None,
         left: Callable[[KernelDevice], bool],
     ) -> None:
         self.name: Final = name
         self.kind: Final = kind
         self.address_space: Final = address_space
-        self.group: Final[GroupInfo] = group
+        self.group: Final[GroupInfo | None] = group
         self._calls = calls
         self._left = left
         self._given_out = False
@@ -128,14 +149,18 @@ class KernelDevice:
     # --- regions ---
     def region_read(self, index: int, offset: int, length: int) -> bytes:
         """``pread`` at the region's place in the fd; exactly ``length`` bytes or OperationFailed."""
-        what = self._region(index, offset, length)
-        try:
-            data = self._calls.pread(self.fd.number, length, self.region_info(index).offset + offset)
-        except OSError as error:
-            raise failed("pread", what, error, _ACCESS_ADVICE) from error
+        data = self.region_read_some(index, offset, length)
         if len(data) != length:
+            what = self._region(index, offset, length)
             raise OperationFailed("pread", what, errno="EIO", advice=f"the device gave {len(data)} bytes")
         return data
+
+    def region_read_some(self, index: int, offset: int, length: int) -> bytes:
+        """``pread`` at the region's place in the fd; what it gives, or OperationFailed."""
+        try:
+            return self._calls.pread(self.fd.number, length, self.region_info(index).offset + offset)
+        except OSError as error:
+            raise failed("pread", self._region(index, offset, length), error, _ACCESS_ADVICE) from error
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """``pwrite`` at the region's place in the fd; all of it or OperationFailed."""
@@ -167,6 +192,34 @@ class KernelDevice:
     def reset(self) -> None:
         """``VFIO_DEVICE_RESET``."""
         call(self._calls, self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_RESET, 0, self.name, _RESET_ADVICE)
+
+    def hot_reset_info(self) -> vfio.HotResetInfo:
+        """``VFIO_DEVICE_GET_PCI_HOT_RESET_INFO``, asked until there is room for every function."""
+        request = vfio.DeviceIoctl.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO
+        fixed, entry = vfio.HotResetInfo.LAYOUT.size, vfio.DependentDevice.LAYOUT.size
+        room = _FIRST_FUNCTIONS
+        for _ in range(_MAX_ATTEMPTS):
+            buffer = bytearray(fixed + room * entry)
+            vfio.HotResetInfo.LAYOUT.pack_into(buffer, 0, len(buffer), 0, 0)
+            try:
+                self._calls.ioctl(self.fd.number, request, buffer)
+            except OSError as error:
+                if error.errno == errno.EAGAIN:
+                    continue  # functions came or went between the kernel's count and its list
+                if error.errno != errno.ENOSPC:
+                    raise failed(request.name, self.name, error, _HOT_RESET_INFO_ADVICE) from error
+                room = vfio.HotResetInfo.count_in(bytes(buffer))
+                if room > _MAX_FUNCTIONS:
+                    break
+            else:
+                return self._parsed(vfio.HotResetInfo.unpack, bytes(buffer), request)
+        raise OperationFailed(request.name, self.name, errno="EAGAIN", advice="what is on its bus keeps changing")
+
+    def hot_reset(self, group_fds: Sequence[int]) -> None:
+        """``VFIO_DEVICE_PCI_HOT_RESET``: no fds for a cdev, all affected groups' for a device of a group."""
+        argument = bytearray(vfio.HotReset(tuple(group_fds)).pack())
+        request = vfio.DeviceIoctl.VFIO_DEVICE_PCI_HOT_RESET
+        call(self._calls, self.fd.number, request, argument, self.name, _HOT_RESET_ADVICE)
 
     # --- the end ---
     @property

@@ -17,6 +17,7 @@ import errno
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from msgspec import Struct
 
@@ -89,6 +90,7 @@ class KernelGroups:
         detach_space: forgets an address space. It need not unmap: what is left is unmapped here, after it.
         allow_open: open ``/dev/vfio/N`` here when no group fd is passed (``--allow-open``).
         mapped_bytes: how much guest memory is mapped at this moment (for the memory-lock check).
+        open_by_cdev: names of the devices of a group, by number, that are open here by their cdevs.
 
     """
 
@@ -100,8 +102,10 @@ class KernelGroups:
         *,
         allow_open: bool = False,
         mapped_bytes: Callable[[], int] = lambda: 0,
+        open_by_cdev: Callable[[int], tuple[str, ...]] = lambda _: (),
     ) -> None:
         self._calls = calls
+        self._open_by_cdev = open_by_cdev
         self._sysfs = Sysfs(calls)
         self._attach_space = attach_space
         self._detach_space = detach_space
@@ -148,6 +152,12 @@ class KernelGroups:
         number, noiommu = group_of(self._calls, self._sysfs, passed, device)
         if noiommu and not origin.noiommu:
             raise refuse_noiommu(number, device)
+        by_cdev = self._open_by_cdev(number)
+        if by_cdev:
+            raise Busy(
+                f"Group {number} of {device.name} is used here through cdevs ({', '.join(by_cdev)}), and a group is "
+                "never used through both interfaces: remove them, or add this device by its cdev (fd and iommufd)"
+            )
         known = self._groups.get(number)
         if known is not None:
             self._check_known(known, passed, device)
@@ -256,11 +266,23 @@ class KernelGroups:
         advice = {
             errno.ENODEV: f"it is not bound to a vfio driver (its driver: {device.driver or 'none'}): bind it first",
             errno.EBUSY: "the device is in use",
-            errno.EACCES: "a virtual function whose physical function is held by VFIO needs its token",
+            errno.EACCES: (
+                "it needs the VF token its physical function's user set: pass vf-token"
+                if origin.vf_token is None
+                else "the VF token is not the one in use"
+            ),
+            errno.EINVAL: (
+                "the device was opened as something else"
+                if origin.vf_token is None
+                else "it takes no VF token: it is neither a physical function of SR-IOV nor a virtual one whose "
+                "physical function is bound to vfio-pci; leave vf-token out"
+            ),
             errno.EPERM: "a noiommu device needs CAP_SYS_RAWIO",
             errno.EMFILE: "this process has no file descriptor left: raise RLIMIT_NOFILE",
         }
-        argument = bytearray(device.name.encode() + b"\0")
+        # "0000:04:10.0 vf_token=bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3" (drivers/vfio/pci/vfio_pci_core.c)
+        token = f" vf_token={origin.vf_token}" if origin.vf_token is not None else ""
+        argument = bytearray(f"{device.name}{token}".encode() + b"\0")
         what = f"group {group.id} (device {device.name})"
         fd = FileDescriptor(call(self._calls, group.fd.number, request, argument, what, advice))
         with ExitStack() as undo:
@@ -272,7 +294,7 @@ class KernelGroups:
                 kind="kernel-group",
                 address_space=container.space,
                 group=GroupInfo(id=group.id, container=container.id, noiommu=group.noiommu),
-                left=self._device_left,
+                left=partial(self._device_left, group),
             )
             check_class(origin.driver, device.name, backend.info())
             undo.pop_all()
@@ -283,9 +305,8 @@ class KernelGroups:
         return backend
 
     # --- leaving ---
-    def _device_left(self, device: KernelDevice) -> bool:
+    def _device_left(self, group: Group, device: KernelDevice) -> bool:
         """A device's fd was closed. Returns whether the kernel let the device go."""
-        group = self._groups[device.group.id]
         del self._attached[device.name]
         if group.container is not None:
             group.container.devices -= 1
@@ -408,6 +429,15 @@ class KernelGroups:
             with suppress(ValueError):  # closed at this moment, in the topology lane
                 found.append(HeldFd(owner, kind, fd.number))
         return tuple(found)
+
+    def group_fd(self, number: int) -> int | None:
+        """The fd of a group that is held here, lent; None: it is not. For a hot reset."""
+        group = self._groups.get(number)
+        return None if group is None or group.fd.closed else group.fd.number
+
+    def in_use(self, number: int) -> bool:
+        """Whether a group is held here."""
+        return number in self._groups
 
     def users_of(self, object_id: str) -> tuple[str, ...]:
         """``group:N`` for each group in the container that this ``vfio-container`` object passed."""

@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from vfiod.protocol import vfio
@@ -255,6 +255,19 @@ class MediatedBackend:
             known = self._irqs[index] = vfio.IrqInfo(index, flags, told.count)
         return known
 
+    def hot_reset_info(self) -> vfio.HotResetInfo:
+        """A mediated device is alone: there is no bus to reset. OperationFailed, EOPNOTSUPP."""
+        raise self._no_bus("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO")
+
+    def hot_reset(self, group_fds: Sequence[int]) -> None:
+        """See :meth:`hot_reset_info`."""
+        raise self._no_bus("VFIO_DEVICE_PCI_HOT_RESET")
+
+    def _no_bus(self, operation: str) -> OperationFailed:
+        return OperationFailed(
+            operation, self._instance.what, errno="EOPNOTSUPP", advice="a mediated device has no bus: use device-reset"
+        )
+
     def probe_feature(self, feature: int) -> bool:
         """None: a mediated device has no ``VFIO_DEVICE_FEATURE``."""
         del feature
@@ -272,6 +285,10 @@ class MediatedBackend:
         if not isinstance(data, bytes) or len(data) != length:
             raise _wrong("read", self._what(index), f"{length} bytes were asked for at offset 0x{offset:x}")
         return data
+
+    def region_read_some(self, index: int, offset: int, length: int) -> bytes:
+        """See :class:`Backend`. A mediated device has all the bytes it says it has."""
+        return self.region_read(index, offset, length)
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """See :class:`Backend`."""

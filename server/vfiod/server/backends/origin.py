@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from typing import Final
+from uuid import UUID
 
 from msgspec import Struct
 
@@ -23,6 +24,7 @@ __all__ = [
     "CONTAINER_PATH",
     "ContainerSource",
     "GroupOrigin",
+    "check_bus",
     "check_class",
     "check_status",
     "find_device",
@@ -79,6 +81,7 @@ class GroupOrigin(Struct, frozen=True):
         group_fd: a duplicate of the group's fd, for the first device of a group.
         container: the manager's own container.
         noiommu: ``x-noiommu``: a group without an IOMMU is accepted.
+        vf_token: the secret of a physical function and its virtual functions.
 
     """
 
@@ -88,6 +91,7 @@ class GroupOrigin(Struct, frozen=True):
     group_fd: FileDescriptor | None = None
     container: ContainerSource | None = None
     noiommu: bool = False
+    vf_token: UUID | None = None
 
     def fds(self) -> Iterator[FileDescriptor]:
         """Every fd that came with it."""
@@ -100,15 +104,21 @@ class GroupOrigin(Struct, frozen=True):
 # --- the device ---
 def find_device(sysfs: Sysfs, origin: GroupOrigin) -> HostDevice:
     """The host device, of the class the driver takes as far as sysfs knows. Raises InvalidArgument."""
-    wanted = _CLASSES.get(origin.driver)
-    if wanted is None:
-        raise InvalidArgument(f"'{origin.driver}' is not a valid device model name")
     device = sysfs.find(host=origin.host, sysfsdev=origin.sysfsdev)
-    if device.bus in ("", wanted.bus) or (device.bus == "mdev" and device.device_api == origin.driver):
-        return device
+    check_bus(origin.driver, device)
+    return device
+
+
+def check_bus(driver: str, device: HostDevice) -> None:
+    """Check that the driver takes devices of this bus, as far as sysfs knows. Raises InvalidArgument."""
+    wanted = _CLASSES.get(driver)
+    if wanted is None:
+        raise InvalidArgument(f"'{driver}' is not a valid device model name")
+    if device.bus in ("", wanted.bus) or (device.bus == "mdev" and device.device_api == driver):
+        return
     found = f"{device.bus} device" + (f" of type {device.device_api}" if device.device_api else "")
     raise InvalidArgument(
-        f"Host device {device.name} is a {found}: driver '{origin.driver}' takes {wanted.words}", errno="EINVAL"
+        f"Host device {device.name} is a {found}: driver '{driver}' takes {wanted.words}", errno="EINVAL"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from typing import Any, Final
+from uuid import UUID
 
 import msgspec
 
@@ -26,6 +27,7 @@ from vfiod.protocol.errors import DeviceNotFound, InvalidArgument
 from vfiod.protocol.fd import FdKind, FileDescriptor, close_all
 from vfiod.protocol.introspection import argument_properties
 from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
+from vfiod.server.backends.cdev import CdevOrigin, IommufdSource
 from vfiod.server.backends.checks import possible
 from vfiod.server.backends.group import ContainerSource, GroupOrigin
 from vfiod.server.commands.call import Call, Handler
@@ -36,8 +38,11 @@ __all__ = ["HANDLERS"]
 
 ORIGINS: Final = (
     "give one origin: 'host' or 'sysfsdev' (a device of a kernel group, with 'group-fd' for the first of its group), "
-    "or 'mdev' (a mediated device)"
+    "'fd' with 'iommufd' (a device of a cdev), or 'mdev' (a mediated device)"
 )
+
+FOR_GROUPS: Final = ("group_fd", "container_fd", "container", "x_noiommu")
+FOR_THE_KERNELS: Final = ("iommufd", "vf_token")
 
 NOT_PROPERTIES: Final = frozenset({"driver", "id", "x-dry-run"})
 
@@ -54,24 +59,34 @@ def device_add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
     options = _options(a)
     if a.mdev is not UNSET:
         return _add_mediated(call, a, options, a.mdev.lower())
+    if a.iommufd is not UNSET:
+        return _add_cdev(call, a, options, a.iommufd)
     return _add_from_group(call, a, options)
 
 
 def _check_origin(a: DeviceAdd) -> None:
     """Exactly one origin, and only what belongs to it. Raises InvalidArgument."""
-    named = [name for name in ("host", "sysfsdev", "mdev") if getattr(a, name) is not UNSET]
+    named = [name for name in ("host", "sysfsdev", "fd", "mdev") if getattr(a, name) is not UNSET]
     if not named:
         raise InvalidArgument(f"Parameter 'host' is missing: {ORIGINS}")
     if len(named) > 1:
         both = " and ".join(f"'{name}'" for name in named)
         raise InvalidArgument(f"Parameters {both} exclude each other: {ORIGINS}")
     if a.mdev is not UNSET:
-        for name in ("group_fd", "container_fd", "container", "x_noiommu"):
-            if getattr(a, name) not in (UNSET, False):
-                wire = name.replace("_", "-")
-                raise InvalidArgument(f"Parameter '{wire}' is for devices of a kernel group; 'mdev' takes none")
+        _refuse(a, FOR_GROUPS, "is for devices of a kernel group; 'mdev' takes none")
+        _refuse(a, FOR_THE_KERNELS, "is for devices of the kernel; 'mdev' takes none")
+    elif a.iommufd is not UNSET:
+        _refuse(a, FOR_GROUPS, "is for devices of a kernel group; 'iommufd' takes none")
+    elif a.fd is not UNSET:
+        raise InvalidArgument("Parameter 'iommufd' is missing: 'fd' is bound to the iommufd object it names")
     if a.container_fd is not UNSET and a.container is not UNSET:
         raise InvalidArgument("Parameters 'container-fd' and 'container' exclude each other: give one of them")
+
+
+def _refuse(a: DeviceAdd, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(a, name) not in (UNSET, False):
+            raise InvalidArgument(f"Parameter '{name.replace('_', '-')}' {why}")
 
 
 def _options(a: DeviceAdd) -> PciOptions:
@@ -107,6 +122,36 @@ def _add_mediated(call: Call, a: DeviceAdd, options: PciOptions, uuid: str) -> A
     return _added(machine.add_device(new))
 
 
+def _token(a: DeviceAdd) -> UUID | None:
+    return None if a.vf_token is UNSET else UUID(a.vf_token)
+
+
+def _add_cdev(call: Call, a: DeviceAdd, options: PciOptions, iommufd: str) -> Awaitable[DeviceAddResult]:
+    machine = call.machine
+    source = IommufdSource(iommufd, machine.objects.iommufd(iommufd))  # an unknown id is said before the fd is taken
+    origin = CdevOrigin(
+        driver=a.driver,
+        iommufd=source,
+        fd=None if a.fd is UNSET else call.fd("fd", a.fd, FdKind.VFIO_DEVICE),
+        host=None if a.host is UNSET else a.host,
+        sysfsdev=None if a.sysfsdev is UNSET else a.sysfsdev,
+        vf_token=_token(a),
+    )
+    if a.x_dry_run:
+        call.keep_names()
+        return _report(call, a, machine.check_cdev(origin))
+    new = NewDevice(
+        id="" if a.id is UNSET else a.id,
+        backend_kind="kernel-cdev",
+        host=origin.host or origin.sysfsdev,
+        options=options,
+        open=lambda _: machine.open_cdev(origin),
+        discard=lambda: close_all(origin.fds()),
+        on_request_timeout_ms=a.on_request_timeout_ms,
+    )
+    return _added(machine.add_device(new))
+
+
 def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[DeviceAddResult]:
     machine = call.machine
     container_object = None if a.container is UNSET else a.container
@@ -131,6 +176,7 @@ def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[
         group_fd=group_fd,
         container=container,
         noiommu=a.x_noiommu,
+        vf_token=_token(a),
     )
     if a.x_dry_run:
         call.keep_names()

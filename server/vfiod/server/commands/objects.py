@@ -26,6 +26,8 @@ def object_add(call: Call, arguments: ObjectAdd) -> Awaitable[Empty]:
     if a.size is not UNSET or a.readonly:
         unfit = "size" if a.size is not UNSET else "readonly"
         raise InvalidArgument(f"Property '{a.qom_type}.{unfit}' not found")
+    if a.qom_type is ObjectType.IOMMUFD:
+        return _done(call.machine.add_iommufd(a.id, call.fd("fd", a.fd, FdKind.IOMMUFD)))
     return _done(call.machine.add_container(a.id, call.fd("fd", a.fd, FdKind.VFIO_CONTAINER)))
 
 

@@ -40,12 +40,19 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
     if size is not UNSET:
         if length is not UNSET:
             raise InvalidArgument("Parameters 'size' and 'length' exclude each other: a register, or bytes")
+        if not region.ready:
+            device.regions.check_sized(region, offset, size, write=False)
+            return _read_sized(device, region, offset, size)
         return device.in_order("region-read", lambda: RegionReadResult(value=device.load(region, offset, size)))
     if length is UNSET:
         raise InvalidArgument("Parameter 'size' is missing: give 'size' for a register, or 'length' for bytes")
-    if length > INLINE_BYTES:
+    if length > INLINE_BYTES or not region.ready:
         return _read_long(device, region, offset, length)
     return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
+
+
+async def _read_sized(device: PciDevice, region: Region, offset: int, size: int) -> RegionReadResult:
+    return RegionReadResult(value=int.from_bytes(await device.read(region, offset, size), "little"))
 
 
 async def _read_long(device: PciDevice, region: Region, offset: int, length: int) -> RegionReadResult:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty
-from vfiod.protocol.catalogue.reset import DeviceReset, SystemReset
-from vfiod.protocol.errors import CommandError
+from vfiod.protocol.catalogue.reset import DeviceReset, HotReset, HotResetReport, QueryHotReset, SystemReset
+from vfiod.protocol.catalogue.words import UNSET
+from vfiod.protocol.fd import FdKind, FileDescriptor, close_all
 from vfiod.server.commands.call import Call, Handler
 
 __all__ = ["HANDLERS"]
@@ -19,25 +20,32 @@ async def device_reset(call: Call, arguments: DeviceReset) -> Empty:
     return Empty()
 
 
+def query_hot_reset(call: Call, arguments: QueryHotReset) -> Awaitable[HotResetReport]:
+    """Say what a hot reset would touch. Also out of band: it waits for no lane."""
+    return call.machine.resets.query(arguments.id)
+
+
+def hot_reset(call: Call, arguments: HotReset) -> Awaitable[HotResetReport]:
+    """Reset a bus or slot."""
+    lent: list[FileDescriptor] = []
+    try:
+        for position, name in enumerate(() if arguments.group_fds is UNSET else arguments.group_fds):
+            lent.append(call.fd(f"group-fds[{position}]", name, FdKind.VFIO_GROUP))
+        return call.machine.resets.hot_reset(arguments.id, lent)
+    except BaseException:
+        close_all(lent)
+        raise
+
+
 async def system_reset(call: Call, arguments: SystemReset) -> Empty:
     """Reset every device that can be reset; the rest of them also when one fails."""
-    async with call.machine.topology.turn("system_reset"):
-        devices = [device for device in call.machine.devices.all() if device.can_reset]
-        results = await asyncio.gather(*(device.reset() for device in devices), return_exceptions=True)
-    failed: list[str] = []
-    for device, result in zip(devices, results, strict=True):
-        if isinstance(result, CommandError):
-            failed.append(f"device '{device.name}': {result}")
-        elif isinstance(result, BaseException):
-            raise result
-    if failed:
-        raise CommandError(
-            f"{len(failed)} of {len(devices)} devices could not be reset, the others were: " + "; ".join(failed)
-        )
+    await call.machine.resets.system_reset()
     return Empty()
 
 
 HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {
     DeviceReset: device_reset,
+    QueryHotReset: query_hot_reset,
+    HotReset: hot_reset,
     SystemReset: system_reset,
 }

@@ -16,12 +16,13 @@ from vfiod.server.commands import (
     objects,
     regions,
     reset,
+    topology,
 )
 from vfiod.server.commands.call import Handler
 
 __all__ = ["TABLE"]
 
-_FAMILIES: Final = (monitor, human, fds, objects, devices, memory, regions, interrupts, reset, mediated)
+_FAMILIES: Final = (monitor, human, fds, objects, devices, memory, regions, interrupts, reset, mediated, topology)
 
 TABLE: Final[dict[str, Handler]] = {
     command_of(arguments).name: handler for family in _FAMILIES for arguments, handler in family.HANDLERS.items()

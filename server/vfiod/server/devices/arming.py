@@ -23,7 +23,7 @@ from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.messages import next_try, runs
 from vfiod.server.interrupts.modes import NOTHING, Do, Setup, Side, Step, plan
 
-__all__ = ["Arming", "Bound", "InterruptsLost"]
+__all__ = ["Arming", "Bound", "InterruptsLost", "NotEnough"]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Bound(Struct, frozen=True, eq=False):
         masked: messages that the user masked. (An INTx has its mask in its line.)
         line: of INTx.
         maskable: whether the index can be masked.
+        resizable: whether the block can grow while it is in use.
 
     """
 
@@ -49,6 +50,7 @@ class Bound(Struct, frozen=True, eq=False):
     masked: frozenset[int] = frozenset()
     line: IntxLine | None = None
     maskable: bool = False
+    resizable: bool = False
 
     def setup(self) -> Setup:
         """As the plan of a change sees it."""
@@ -58,11 +60,26 @@ class Bound(Struct, frozen=True, eq=False):
         if self.line is not None:
             masked = frozenset((0,)) if self.line.state.masked else frozenset()
         bindings = {number: vector.binding for number, vector in self.vectors.items()}
-        return Setup(self.kind, bindings, self.block, masked, self.maskable)
+        return Setup(self.kind, bindings, self.block, masked, self.maskable, self.resizable)
 
 
 class InterruptsLost(OperationFailed):
     """A change failed, and so did the way back: the device has no interrupt now."""
+
+
+class NotEnough(OperationFailed):
+    """The host has fewer vectors than were asked for; everything is as it was.
+
+    Attributes:
+        asked: how many vectors were asked for.
+        granted: how many the host has.
+
+    """
+
+    def __init__(self, operation: str, what: str, *, errno: str, advice: str, asked: int, granted: int) -> None:
+        super().__init__(operation, what, errno=errno, advice=advice)
+        self.asked = asked
+        self.granted = granted
 
 
 class Arming:
@@ -93,7 +110,7 @@ class Arming:
         except BaseException as error:
             self._go_back(way.back, old, new, error)
             if isinstance(error, FewerVectors):
-                raise self._fewer(error) from error
+                raise _fewer(error, new.kind) from error
             raise
 
     def _go_back(self, steps: tuple[Step, ...], old: Bound, new: Bound, cause: BaseException) -> None:
@@ -164,11 +181,19 @@ class Arming:
                 for number in step.vectors:
                     bound.vectors[number].consumer.signal(1)
 
-    def _fewer(self, error: FewerVectors) -> OperationFailed:
-        available = next_try(error.asked, error.granted)
-        advice = f"{error.asked} vectors were asked for, the host has {error.granted}: " + (
-            f"{available} are available (a power of two), start vectors 0 to {available - 1}"
-            if available
-            else "none are available"
-        )
-        return OperationFailed(error.operation, error.what, errno=error.errno or "ENOSPC", advice=advice)
+
+def _fewer(error: FewerVectors, kind: IrqKind) -> NotEnough:
+    # MSI comes in powers of two, MSI-X does not.
+    available = next_try(error.asked, error.granted) if kind is IrqKind.MSI else error.granted
+    power = " (a power of two)" if kind is IrqKind.MSI else ""
+    advice = f"{error.asked} vectors were asked for, the host has {error.granted}: " + (
+        f"{available} are available{power}, start vectors 0 to {available - 1}" if available else "none are available"
+    )
+    return NotEnough(
+        error.operation,
+        error.what,
+        errno=error.errno or "ENOSPC",
+        advice=advice,
+        asked=error.asked,
+        granted=error.granted,
+    )

@@ -87,8 +87,8 @@ class IrqIndex(Struct, frozen=True):
     def check_start(self, wanted: Sequence[Wanted]) -> None:
         """Refuse what could never be started. InvalidArgument."""
         self.check_free()
-        if self.kind not in (IrqKind.INTX, IrqKind.MSI):
-            raise InvalidArgument(f"{self} cannot be started: this version serves intx and msi")
+        if self.kind is IrqKind.NONE:
+            raise InvalidArgument(f"{self} cannot be started: a PCI device's interrupts are intx, msi and msix")
         if not self.info.count:
             none = "it has no interrupt pin" if self.index == INTX else "it has no such capability"
             raise InvalidArgument(f"Device '{self.device}' has no {self.name}: {none}")

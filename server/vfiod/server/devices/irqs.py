@@ -14,20 +14,21 @@ from msgspec.structs import replace
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import DeviceError
-from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, IrqModeChanged, VectorInfo
-from vfiod.protocol.catalogue.words import UNSET, IrqKind, IrqMode
+from vfiod.protocol.catalogue.interrupts import IrqInfo, IrqModeChanged
+from vfiod.protocol.catalogue.words import IrqKind, IrqMode
 from vfiod.protocol.errors import CommandError, InvalidArgument
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
-from vfiod.server.devices import eventfds
 from vfiod.server.devices.arming import Arming, Bound, InterruptsLost
+from vfiod.server.devices.binding import Binder
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import INTX, IrqIndex, Started, Wanted
+from vfiod.server.devices.irq_infos import irq_info
 from vfiod.server.devices.relay import Relay
-from vfiod.server.devices.vectors import Counts, Vector
+from vfiod.server.devices.vectors import Vector
 from vfiod.server.interrupts.intx import IntxLine
-from vfiod.server.interrupts.modes import NOTHING, choose_mode, plan
+from vfiod.server.interrupts.modes import NOTHING, plan
 
 __all__ = ["DeviceInterrupts"]
 
@@ -43,6 +44,7 @@ class DeviceInterrupts:
         mmap_timeout_ms: before the fast path returns; 0: never.
         by_access: whether an access to a BAR may complete an INTx now.
         on_trap: called with True when accesses must be seen from now on, with False when not any more.
+        on_kind: called with the active kind, and how many vectors it has allocated, when that may have changed.
 
     """
 
@@ -56,6 +58,7 @@ class DeviceInterrupts:
         mmap_timeout_ms: int,
         by_access: Callable[[], bool],
         on_trap: Callable[[bool], None],
+        on_kind: Callable[[IrqKind, int], None] = lambda kind, vectors: None,
     ) -> None:
         self.device = device
         self.indexes = tuple(indexes)
@@ -67,7 +70,8 @@ class DeviceInterrupts:
         self._arming = Arming(device, backend, self._relay)
         self._by_name = {one.name: one for one in self.indexes}
         self._bound = Bound()
-        self._counts: dict[tuple[int, int], Counts] = {}
+        self._on_kind = on_kind
+        self._binder = Binder(device)
         self._numbers: dict[tuple[int, int], int] = {}
         self._unrouted = False  # the INTx would be direct, but its route is disabled
 
@@ -77,6 +81,17 @@ class DeviceInterrupts:
     def kind(self) -> IrqKind:
         """The active kind."""
         return self._bound.kind
+
+    @property
+    def used(self) -> frozenset[int]:
+        """The bound vectors of the active kind."""
+        return frozenset(self._bound.vectors)
+
+    def knows(self, one: IrqIndex, vector: int) -> bool:
+        """Whether somebody holds the vector's eventfd already: it is bound, or parked."""
+        return (self._bound.index == one.index and vector in self._bound.vectors) or self._binder.knows(
+            one.index, vector
+        )
 
     def find(self, wanted: int | str) -> IrqIndex:
         """An index by number or name; InvalidArgument when the device has none such."""
@@ -93,56 +108,17 @@ class DeviceInterrupts:
 
     def infos(self) -> list[IrqInfo]:
         """For ``query-irqs``."""
-        return [self._info(one) for one in self.indexes]
-
-    def _info(self, one: IrqIndex) -> IrqInfo:
-        bound = self._bound
-        active = bound.index == one.index
-        counts = [c for (index, _), c in tuple(self._counts.items()) if index == one.index]
-        # A sum over some vectors only would look like the whole: vfiod does not see the direct ones.
-        blind = active and any(vector.mode is IrqMode.DIRECT for vector in bound.vectors.values())
-        info = one.info
-        return IrqInfo(
-            device=self.device,
-            index=one.index,
-            name=one.name,
-            count=info.count,
-            active=active,
-            flags=IrqFlags(
-                eventfd=bool(info.flags & vfio.IrqFlags.EVENTFD),
-                maskable=info.maskable,
-                automasked=info.automasked,
-                noresize=not info.resizable,
-            ),
-            reserved=one.reserved,
-            vectors=[self._vector_info(bound, one, vector) for vector in bound.vectors.values()] if active else [],
-            fired=None if blind else sum(c.fired for c in counts),
-            delivered=None if blind else sum(c.delivered for c in counts),
-            spurious=sum(c.spurious for c in counts),
-        )
-
-    def _vector_info(self, bound: Bound, one: IrqIndex, vector: Vector) -> VectorInfo:
-        if bound.line is not None:
-            line = bound.line.state
-            word = "masked" if line.masked else line.value
-        else:
-            word = "masked" if vector.number in bound.masked else "armed"
-        seen = vector.mode is IrqMode.RELAYED
-        return VectorInfo(
-            vector=vector.number,
-            mode=vector.mode,
-            state=word,
-            number=self._numbers.get((one.index, vector.number), UNSET),
-            fired=vector.counts.fired if seen else None,
-            delivered=vector.counts.delivered if seen else None,
-            spurious=vector.counts.spurious,
-        )
+        return [irq_info(one, self._bound, self._binder.counts, self._numbers) for one in self.indexes]
 
     def fds(self) -> list[tuple[str, FileDescriptor]]:
         """Every eventfd of a bound vector, with a name that tells what it does."""
         bound = self._bound
         name = self.indexes[bound.index].name if bound.index >= 0 else ""
-        return [(f"{name}{v.number} {role}", fd) for v in bound.vectors.values() for role, fd in v.fds()]
+        live = [(f"{name}{v.number} {role}", fd) for v in bound.vectors.values() for role, fd in v.fds()]
+        return live + [
+            (f"{self.indexes[index].name}{vector} parked {role}", fd)
+            for (index, vector), role, fd in self._binder.fds()
+        ]
 
     # --- starting and stopping ----------------------------------------------------------------------------
 
@@ -168,22 +144,56 @@ class DeviceInterrupts:
             InvalidArgument, OperationFailed: everything is as it was.
 
         """
+        return self._set(one, wanted, mode=mode, numbers=numbers or {})
+
+    def use(self, one: IrqIndex, vectors: Iterable[int], *, release: Iterable[int] = ()) -> None:
+        """What a guest does by its capabilities and its table: take vectors into use, and release others.
+
+        Vectors get the eventfds they had before the guest switched them off, else new ones. What is released, or
+        ends because another kind begins, keeps its eventfds for then. An MSI-X without vectors is enabled all the
+        same. Raises InvalidArgument, OperationFailed; then everything is as it was.
+        """
+        wanted = [Wanted(vector) for vector in sorted(vectors)]
+        self._set(one, wanted, release=frozenset(release) & self.used, guest=True)
+
+    def _set(
+        self,
+        one: IrqIndex,
+        wanted: Sequence[Wanted],
+        *,
+        mode: IrqMode | None = None,
+        numbers: Mapping[int, int] = MappingProxyType({}),
+        release: frozenset[int] = frozenset(),
+        guest: bool = False,
+    ) -> list[Started]:
         owned = [fd for want in wanted for fd in (want.trigger, want.resample) if fd is not None]
         fresh: dict[int, Vector] = {}
         started: list[Started] = []
         former = self._bound
+        same = former.index == one.index
+        leaving = release if same else frozenset(former.vectors if guest or former.index == INTX else ())
         try:
             one.check_start(wanted)
-            same = former.index == one.index
             for want in wanted:
-                vector = self._bind(one, want, former.vectors.get(want.vector) if same else None, mode, owned)
-                fresh[want.vector] = vector
-            for want in wanted:
-                started.append(self._started(one, want, fresh[want.vector], numbers or {}))
+                old = former.vectors.get(want.vector) if same else None
+                fresh[want.vector] = self._binder.bind(one, want, old, mode, owned)
+            for want in () if guest else wanted:
+                number = numbers.get(want.vector, self._numbers.get((one.index, want.vector)))
+                started.append(self._binder.started(one, want, fresh[want.vector], number))
+            # Parked before it goes: whoever has no fd left for that must not lose the hypervisor's. The guest's
+            # disabling of messages goes back to an INTx that irq-start ended, too.
+            self._binder.park(former.index, {number: former.vectors[number] for number in leaving})
             vectors = {**(former.vectors if same else {}), **fresh}
-            if not same or any(vector is not former.vectors.get(number) for number, vector in fresh.items()):
-                self._change(self._next(one, vectors, former if same else None))
+            for number in release:
+                del vectors[number]
+            if (
+                not same
+                or any(vector is not former.vectors.get(number) for number, vector in vectors.items())
+                or (len(vectors) != len(former.vectors))
+            ):
+                self._change(self._next(one, vectors, former if same else None, stay=guest))
         except BaseException:
+            self._binder.forget((former.index, number) for number in leaving)
             kept = set(map(id, former.vectors.values()))
             for vector in fresh.values():
                 if id(vector) not in kept:
@@ -191,57 +201,19 @@ class DeviceInterrupts:
             close_all(owned)
             close_all(fd for done in started for fd in (done.trigger, done.resample) if fd is not None)
             raise
-        for vector_number, number in (numbers or {}).items():
+        self._binder.forget((one.index, number) for number in fresh)
+        for vector_number, number in numbers.items():
             self._numbers[one.index, vector_number] = number
         if one.index == INTX:
             self._unrouted = False
         return started
 
-    def _bind(
-        self, one: IrqIndex, want: Wanted, old: Vector | None, mode: IrqMode | None, owned: list[FileDescriptor]
-    ) -> Vector:
-        """The vector as it will be; the old one itself when nothing changes. Adds what it opens to ``owned``."""
-        what = f"{one.name} vector {want.vector} of device '{self.device}'"
-        brought = want.trigger is not None
-        level = one.info.automasked
-        if old is not None and not brought and mode in (None, old.mode):
-            return old
-        trigger, resample = want.trigger, want.resample
-        if trigger is None and old is not None:
-            trigger = eventfds.duplicate(old.trigger, what)
-            owned.append(trigger)
-            if old.resample is not None:
-                resample = eventfds.duplicate(old.resample, what)
-                owned.append(resample)
-        if trigger is None:
-            trigger = eventfds.make(what)
-            owned.append(trigger)
-        chosen = choose_mode(level=level, wanted=mode, resample=resample is not None)
-        if chosen is IrqMode.DIRECT and level and resample is None and not brought:
-            resample = eventfds.make(what)
-            owned.append(resample)
-        own = None
-        if chosen is IrqMode.RELAYED:
-            own = eventfds.make(what)
-            owned.append(own)
-        return Vector(want.vector, chosen, trigger, resample, own, self._counts_of(one.index, want.vector))
+    def _next(self, one: IrqIndex, vectors: Mapping[int, Vector], former: Bound | None, *, stay: bool = False) -> Bound:
+        """The state with these vectors; the mask, and a block that is large enough, are kept.
 
-    def _started(self, one: IrqIndex, want: Wanted, vector: Vector, numbers: Mapping[int, int]) -> Started:
-        number = numbers.get(want.vector, self._numbers.get((one.index, want.vector)))
-        if want.trigger is not None:
-            return Started(one.index, want.vector, vector.mode, number)
-        what = f"the reply about {one.name} vector {want.vector} of device '{self.device}'"
-        trigger = eventfds.duplicate(vector.trigger, what)
-        try:
-            resample = None if vector.resample is None else eventfds.duplicate(vector.resample, what)
-        except CommandError:
-            trigger.close()
-            raise
-        return Started(one.index, want.vector, vector.mode, number, trigger, resample)
-
-    def _next(self, one: IrqIndex, vectors: Mapping[int, Vector], former: Bound | None) -> Bound:
-        """The state with these vectors; the mask, and a block that is large enough, are kept."""
-        if not vectors:
+        With ``stay`` an MSI-X without vectors is enabled nevertheless: the guest's is, and some devices look.
+        """
+        if not vectors and not (stay and one.kind is IrqKind.MSIX):
             return Bound()
         ordered = MappingProxyType(dict(sorted(vectors.items())))
         masked = frozenset() if former is None else former.masked & ordered.keys()
@@ -256,8 +228,9 @@ class DeviceInterrupts:
                 masked=former is not None and former.line is not None and former.line.state.masked,
             )
             masked = frozenset()
-        block = max(max(ordered) + 1, 0 if former is None else former.block)
-        return Bound(one.kind, one.index, ordered, block, masked, line, one.info.maskable)
+        block = max(max(ordered, default=0) + 1, 0 if former is None else former.block)
+        info = one.info
+        return Bound(one.kind, one.index, ordered, block, masked, line, info.maskable, info.resizable)
 
     def stop(self, one: IrqIndex | None = None, vectors: Iterable[int] | None = None, *, reason: str) -> None:
         """Stop vectors of an index, a whole index, or whatever runs. What does not run is no error.
@@ -269,11 +242,15 @@ class DeviceInterrupts:
             for vector in vectors or ():
                 one.check_vector(vector)
         former = self._bound
+        if one is None or vectors is None:
+            self._binder.forget_index(None if one is None else one.index)
+        else:
+            self._binder.forget((one.index, vector) for vector in vectors)
         if former.kind is IrqKind.NONE or (one is not None and former.index != one.index):
             return
         gone = set(former.vectors if vectors is None else vectors)
         left = {number: vector for number, vector in former.vectors.items() if number not in gone}
-        if len(left) == len(former.vectors):
+        if left and len(left) == len(former.vectors):
             return
         self._change(self._next(self.indexes[former.index], left, former))
         self._unrouted = self._unrouted and self._bound.kind is IrqKind.INTX
@@ -378,22 +355,11 @@ class DeviceInterrupts:
         """The same eventfds, set up anew."""
         former = self._bound
         one = self.indexes[INTX]
-        old = former.vectors[0]
-        owned: list[FileDescriptor] = []
-        what = f"intx of device '{self.device}'"
-        resample = own = None
+        again = self._binder.again(one, former.vectors[0], mode)
         try:
-            trigger = eventfds.duplicate(old.trigger, what)
-            owned.append(trigger)
-            if old.resample is not None:
-                resample = eventfds.duplicate(old.resample, what)
-                owned.append(resample)
-            if mode is IrqMode.RELAYED:
-                own = eventfds.make(what)
-                owned.append(own)
-            self._change(self._next(one, {0: Vector(0, mode, trigger, resample, own, old.counts)}, former))
+            self._change(self._next(one, {0: again}, former))
         except BaseException:
-            close_all(owned)
+            again.close()
             raise
 
     def _tell_mode(self, mode: IrqMode, reason: str) -> None:
@@ -461,6 +427,7 @@ class DeviceInterrupts:
             self._arming.disarm(bound)
         for vector in bound.vectors.values():
             vector.close()
+        self._binder.forget_index()
 
     # --- changing: all or nothing -----------------------------------------------------------------------
 
@@ -473,6 +440,7 @@ class DeviceInterrupts:
             self._lost(str(error))
             raise
         self._bound = new
+        self._on_kind(new.kind, new.block)
         self._trace(old, new)
         kept = set(map(id, new.vectors.values()))
         for number, vector in old.vectors.items():
@@ -483,6 +451,7 @@ class DeviceInterrupts:
     def _lost(self, reason: str) -> None:
         """Nothing is active in the kernel any more, and nobody asked for that: say so."""
         old, self._bound = self._bound, Bound()
+        self._on_kind(IrqKind.NONE, 0)
         self._unrouted = False
         for vector in old.vectors.values():
             vector.close()
@@ -506,6 +475,3 @@ class DeviceInterrupts:
             started = trace.direct_started_edge if new.line is None else trace.direct_started_level
             if vector.mode is IrqMode.DIRECT and started.on:
                 started(device=device, index=new.index, vector=number, fd=vector.trigger.number)
-
-    def _counts_of(self, index: int, vector: int) -> Counts:
-        return self._counts.setdefault((index, vector), Counts())

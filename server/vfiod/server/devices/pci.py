@@ -15,6 +15,7 @@ Its life, and who calls what (behaviour: sections 1, 3, 4 and 6 of the reference
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -40,13 +41,15 @@ from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
 from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.guest_view import AS_QEMU, Shown
 from vfiod.server.devices.irq_index import REQ, IrqIndex
 from vfiod.server.devices.irqs import DeviceInterrupts
+from vfiod.server.devices.pci_config import Saved
 from vfiod.server.devices.populate import Model, populate
 from vfiod.server.devices.regions import CONFIG, Region, Regions
 from vfiod.server.lanes import Lane, Turn
 
-__all__ = ["PciDevice", "PciOptions"]
+__all__ = ["PciDevice", "PciOptions", "Quiesced"]
 
 T = TypeVar("T")
 
@@ -59,6 +62,7 @@ class PciOptions(Struct, frozen=True):
         share_fd: whether ``region-map`` may give the device's fd away.
         no_mmap: never map regions (``x-no-mmap``).
         on_request: what a host's request for the device does.
+        shown: what the guest sees differently (``multifunction``, ``rombar``, ``romfile``).
 
     """
 
@@ -66,6 +70,7 @@ class PciOptions(Struct, frozen=True):
     share_fd: bool = True
     no_mmap: bool = False
     on_request: OnRequest = OnRequest.EVENT
+    shown: Shown = AS_QEMU
 
 
 class PciDevice:
@@ -151,6 +156,7 @@ class PciDevice:
                 self._environment,
                 no_mmap=self.options.no_mmap,
                 mmap_timeout_ms=self.options.mmap_timeout_ms,
+                shown=self.options.shown,
                 on_trap=self._trap,
             )
         except BaseException:
@@ -288,7 +294,12 @@ class PciDevice:
         regions = self._active().regions
         regions.check(region, offset, len(data), write=True)
         async with self.lane.turn("region-write") as turn:
-            await self._in_thread(turn, lambda: regions.write(region, offset, data))
+            for at, size, virtual in regions.pieces(region, offset, len(data)):
+                part = data[at - offset : at - offset + size]
+                if virtual:
+                    regions.write(region, at, part)
+                else:
+                    await self._in_thread(turn, functools.partial(regions.write, region, at, part))
             self._accessed(region, written=True)
 
     async def _in_thread(self, turn: Turn, work: Callable[[], T]) -> T:
@@ -397,7 +408,7 @@ class PciDevice:
         if not self._active().info.can_reset:
             raise CommandError(
                 f"Device '{self.name}' cannot be reset alone (no VFIO_DEVICE_FLAGS_RESET): only its whole bus can, "
-                "by a hot reset, which this version does not have yet"
+                "by hot-reset; query-hot-reset says what that would touch"
             )
         task = asyncio.get_running_loop().create_task(self._reset())
         self._tasks.add(task)
@@ -411,48 +422,100 @@ class PciDevice:
 
     async def _reset(self) -> None:
         async with self.lane.turn("device-reset") as turn:
-            model = self._active()
-            if trace.reset_begin.on:
-                trace.reset_begin(device=self.name, method="device")
+            quiesced = await self.quiesce(turn, "device")
             failure: Exception | None = None
-            model.interrupts.suspend()
             try:
-                await self._reset_in(turn, model)
-            except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
+                await self._in_thread(turn, quiesced.model.backend.reset)
+            except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
                 failure = error
-            if self._going:
-                raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
-            try:
-                model.interrupts.resume()
-            except CommandError as error:
-                failure = failure or error
-            self._tell_fast_path()
-            if trace.reset_end.on:
-                trace.reset_end(device=self.name, method="device", failed=failure)
-            if failure is not None:
-                raise failure
-            self._environment.emit(DeviceResetDone(device=self.name, method="device"))
+            await self.revive(turn, quiesced, failure)
 
-    async def _reset_in(self, turn: Turn, model: Model) -> None:
+    @property
+    def backend(self) -> Backend:
+        """Where it comes from. DeviceNotActive while it is not open."""
+        return self._active().backend
+
+    async def quiesce(self, turn: Turn, method: str) -> Quiesced:
+        """Make it ready for a reset: interrupts off, state kept, bus mastering off. :meth:`revive` must follow.
+
+        On failure it works on as before, and the failure is raised.
+
+        Args:
+            turn: of the device's own lane, which lasts until after :meth:`revive`.
+            method: what ``DEVICE_RESET`` will say: ``device``, ``hot``.
+
+        """
+        model = self._active()
+        if trace.reset_begin.on:
+            trace.reset_begin(device=self.name, method=method)
+        model.interrupts.suspend()
         try:
-            await self._in_thread(turn, lambda: _reset_device(model))
-        finally:
+            saved = await self._in_thread(turn, lambda: _stop_dma(model))
+        except Exception:
             if not self._going:
-                model.regions.decodes = await self._in_thread(turn, model.config.decodes)
-        if not await self._in_thread(turn, lambda: model.config.answers):
-            reason = "Its configuration space reads all ones after a reset: the device does not answer"
-            self._environment.emit(DeviceError(device=self.name, reason=reason))
-            raise OperationFailed("VFIO_DEVICE_RESET", f"device '{self.name}'", errno="EIO", advice=reason)
+                model.interrupts.resume()
+            raise
+        return Quiesced(model, saved, method)
+
+    async def revive(self, turn: Turn, quiesced: Quiesced, failure: Exception | None) -> None:
+        """After a reset, or after one that failed: state and interrupts as they were; then ``DEVICE_RESET``.
+
+        Raises ``failure``, when there is one, last; else what restoring failed with. OperationFailed, after a
+        ``DEVICE_ERROR``, for a device that comes back as all ones; DeviceNotActive for one that was forced away.
+        """
+        model = quiesced.model
+        try:
+            if not await self._in_thread(turn, lambda: _restore(model, quiesced.saved)):
+                failure = failure or self._silent(quiesced.method)
+        except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
+            failure = failure or error
+        if not self._going:
+            model.regions.decodes = await self._in_thread(turn, model.config.decodes)
+        if self._going:
+            raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
+        try:
+            model.interrupts.resume()
+        except CommandError as error:
+            failure = failure or error
+        self._tell_fast_path()
+        if trace.reset_end.on:
+            trace.reset_end(device=self.name, method=quiesced.method, failed=failure)
+        if failure is not None:
+            raise failure
+        self._environment.emit(DeviceResetDone(device=self.name, method=quiesced.method))
+
+    def _silent(self, method: str) -> OperationFailed:
+        reason = "Its configuration space reads all ones after a reset: the device does not answer"
+        self._environment.emit(DeviceError(device=self.name, reason=reason))
+        operation = "VFIO_DEVICE_PCI_HOT_RESET" if method == "hot" else "VFIO_DEVICE_RESET"
+        return OperationFailed(operation, f"device '{self.name}'", errno="EIO", advice=reason)
 
 
-def _reset_device(model: Model) -> None:
-    """The part that blocks: bus mastering off, reset, BARs and command register as they were."""
+class Quiesced(Struct, frozen=True):
+    """A device between :meth:`PciDevice.quiesce` and :meth:`PciDevice.revive`.
+
+    Attributes:
+        model: what it has.
+        saved: what a reset may lose.
+        method: how it is reset.
+
+    """
+
+    model: Model
+    saved: Saved
+    method: str
+
+
+def _stop_dma(model: Model) -> Saved:
+    """Bus mastering off; what a reset may lose is kept. Blocks."""
     saved = model.config.save()
     model.config.stop_bus_master(saved)
-    try:
-        model.backend.reset()
-    except CommandError:
-        model.config.restore_command(saved)
-        raise
-    if model.config.answers:
+    return saved
+
+
+def _restore(model: Model, saved: Saved) -> bool:
+    """BARs and command register as they were, if anybody is there. Blocks. Returns whether it answers."""
+    answers = model.config.answers
+    if answers:
         model.config.restore(saved)
+    return answers

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Final
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices.environment import Environment
-from vfiod.server.devices.irq_index import IRQ_NAMES, IrqIndex
+from vfiod.server.devices.guest_view import Shown, lay_over, place_rom, virtual_config
+from vfiod.server.devices.irq_index import INTX, IRQ_NAMES, IrqIndex
 from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.devices.notices import Notices
 from vfiod.server.devices.pci_config import HEADER_BYTES, ConfigSpace
@@ -33,9 +33,6 @@ _LEAST_REGIONS: Final = CONFIG + 1
 
 _LEAST_IRQS: Final = int(vfio.PciIrq.MSIX) + 1
 """INTx, MSI, MSI-X: ERR and REQ came later."""
-
-_ROM_PROBE: Final = 2
-"""Bytes read of a ROM to see that it can be read: its signature."""
 
 
 class Model(Struct, frozen=True):
@@ -69,6 +66,7 @@ def populate(
     no_mmap: bool,
     mmap_timeout_ms: int,
     on_trap: Callable[[bool], None],
+    shown: Shown,
 ) -> Model:
     """Read a device and arm its REQ and ERR. Blocks; in a worker. On failure nothing is armed; the backend stays open.
 
@@ -86,7 +84,8 @@ def populate(
     regions = tuple(_region(device, backend, index) for index in range(info.num_regions))
     indexes = tuple(_irq(device, backend, index) for index in range(info.num_irqs))
     config = _config(backend, regions[CONFIG])
-    _probe_rom(device, backend, regions[ROM])
+    place_rom(device, backend, regions[ROM], shown)
+    virtual = virtual_config(device, backend, regions, has_intx=indexes[INTX].info.count > 0, shown=shown)
     migratable = backend.probe_feature(int(vfio.Feature.MIGRATION))
     model_regions = Regions(device, backend, regions, no_mmap=no_mmap)
     model_regions.decodes = config.decodes()
@@ -98,7 +97,9 @@ def populate(
         mmap_timeout_ms=mmap_timeout_ms,
         by_access=lambda: not model_regions.shared,
         on_trap=on_trap,
+        on_kind=virtual.sync,
     )
+    lay_over(device, regions, virtual, interrupts, environment)
     notices = Notices(device, backend, tuple(one for one in indexes if one.reserved and one.info.count))
     notices.arm()
     return Model(backend, info, config, model_regions, interrupts, notices, migratable)
@@ -149,16 +150,3 @@ def _config(backend: Backend, region: Region) -> ConfigSpace:
             errno="EIO",
         )
     return config
-
-
-def _probe_rom(device: str, backend: Backend, region: Region) -> None:
-    """Drop a ROM that cannot be read: a warning, no failure."""
-    if not region.info.present:
-        return
-    try:
-        backend.region_read(ROM, 0, min(_ROM_PROBE, region.info.size))
-    except CommandError as error:
-        _log.warning("The ROM of device %s cannot be read and is left out: %s", device, error)
-        region.note = f"the device has a ROM of {region.info.size} bytes, which cannot be read: {error}"
-        region.info = replace(region.info, size=0)
-        region.areas = ()

@@ -23,6 +23,7 @@ from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.limits import MAX_REGION_TRANSFER
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
+from vfiod.server.devices.overlays import Overlay
 from vfiod.server.kernel.memory import ACCESS_SIZES, RegionWindow
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
@@ -53,6 +54,7 @@ class Region(Struct, eq=False):
         areas: what may be mapped, in whole pages: (offset, size) in bytes.
         note: why it is slow or absent, when that needs saying.
         windows: the mapped areas, once one was needed.
+        overlay: what the guest sees in place of the device's own bytes.
 
     """
 
@@ -62,6 +64,23 @@ class Region(Struct, eq=False):
     areas: tuple[tuple[int, int], ...] = ()
     note: str | None = None
     windows: tuple[tuple[int, int, RegionWindow], ...] | None = None
+    overlay: Overlay | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether few bytes of it can be read at once, on the loop."""
+        return self.overlay is None or self.overlay.ready
+
+    def leave_out(self, offset: int, size: int, why: str) -> None:
+        """Take the pages of a range out of what may be mapped, before anything is."""
+        first, end = offset // PAGE_SIZE * PAGE_SIZE, -(-(offset + size) // PAGE_SIZE) * PAGE_SIZE
+        kept: list[tuple[int, int]] = []
+        for start, length in self.areas:
+            stop = start + length
+            kept += [(a, b - a) for a, b in ((start, min(stop, first)), (max(start, end), stop)) if b > a]
+        if self.areas and not kept:
+            self.note = why
+        self.areas = tuple(kept)
 
     @property
     def is_bar(self) -> bool:
@@ -212,7 +231,7 @@ class Regions:
         if size not in ACCESS_SIZES:
             raise InvalidArgument(f"An access has 1, 2, 4 or 8 bytes, not {size}")
         self.check(region, offset, size, write=write)
-        if offset % size:
+        if offset % size and region.index != CONFIG:  # configuration space is read and written as bytes
             raise InvalidArgument(
                 f"Offset {offset} (0x{offset:x}) of region {region.name} of device '{self.device}' is not a multiple "
                 f"of {size}: no single access can do that; ask for smaller accesses, or for bytes "
@@ -222,8 +241,11 @@ class Regions:
     def load(self, region: Region, offset: int, size: int) -> int:
         """One access of ``size`` bytes, little-endian. Checked before any system call. OperationFailed."""
         self.check_sized(region, offset, size, write=False)
-        window = self._window(region, offset, size)
-        if window is not None:
+        overlay = region.overlay
+        window = None
+        if overlay is not None and overlay.covers(offset, size):
+            value = int.from_bytes(self._read_through(region, overlay, offset, size), "little")
+        elif (window := self._window(region, offset, size)) is not None:
             value = window[1].load(offset - window[0], size)
         else:
             value = int.from_bytes(self._read(region, offset, size), "little")
@@ -239,8 +261,11 @@ class Regions:
                 f"Value {value} does not fit {size} bytes at offset {offset} (0x{offset:x}) of region {region.name} "
                 f"of device '{self.device}': it must be 0 to {(1 << 8 * size) - 1}"
             )
-        window = self._window(region, offset, size)
-        if window is not None:
+        overlay = region.overlay
+        window = None
+        if overlay is not None and overlay.covers(offset, size):
+            self._write_through(region, overlay, offset, value.to_bytes(size, "little"))
+        elif (window := self._window(region, offset, size)) is not None:
             window[1].store(offset - window[0], size, value)
         else:
             self._write(region, offset, value.to_bytes(size, "little"))
@@ -253,8 +278,10 @@ class Regions:
         On the slow path the kernel splits the same way (``vfio_pci_core_do_io_rw``).
         """
         self.check(region, offset, length, write=False)
-        window = self._window(region, offset, length) if length <= INLINE_BYTES else None
-        if window is None:
+        overlay = region.overlay
+        if overlay is not None and overlay.covers(offset, length):
+            data, window = self._read_through(region, overlay, offset, length), None
+        elif (window := self._window(region, offset, length) if length <= INLINE_BYTES else None) is None:
             data = self._read(region, offset, length)
         else:
             begin, mapped = window
@@ -268,8 +295,11 @@ class Regions:
     def write(self, region: Region, offset: int, data: bytes) -> None:
         """Bytes, by the widest aligned accesses that fit. Blocks as long as the backend; may be called in a thread."""
         self.check(region, offset, len(data), write=True)
-        window = self._window(region, offset, len(data)) if len(data) <= INLINE_BYTES else None
-        if window is None:
+        overlay = region.overlay
+        if overlay is not None and overlay.covers(offset, len(data)):
+            self._write_through(region, overlay, offset, data)
+            window = None
+        elif (window := self._window(region, offset, len(data)) if len(data) <= INLINE_BYTES else None) is None:
             self._write(region, offset, data)
         else:
             begin, mapped = window
@@ -318,6 +348,18 @@ class Regions:
             _log.warning("Mapping region %s of device %s failed: %s", region.name, self.device, error)
         region.windows = tuple(windows)
         return region.windows
+
+    def _read_through(self, region: Region, overlay: Overlay, offset: int, length: int) -> bytes:
+        return overlay.read(offset, length, lambda at, size: self._read(region, at, size))
+
+    def _write_through(self, region: Region, overlay: Overlay, offset: int, data: bytes) -> None:
+        overlay.write(offset, data, lambda at, part: self._write(region, at, part))
+
+    def pieces(self, region: Region, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """A range in order, in pieces: (offset, bytes, whether a write there must be made on the loop)."""
+        if region.overlay is None or not region.overlay.covers(offset, length):
+            return [(offset, length, False)]
+        return region.overlay.pieces(offset, length)
 
     def _read(self, region: Region, offset: int, length: int) -> bytes:
         try:

@@ -1,6 +1,6 @@
 """Which interrupts a device has set up, and the steps from one such setup to another.
 
-One kind is active at a time: none, INTx, MSI (MSI-X has its room: it will be one more kind here). A
+One kind is active at a time: none, INTx, MSI, MSI-X. A
 :class:`Setup` says which, and how each vector is bound; :func:`plan` gives the steps from one setup to the next
 and the steps back, should one of them fail. Nothing here does anything: ``devices/irqs.py`` takes the steps.
 
@@ -18,6 +18,7 @@ from typing import Final
 from msgspec import Struct, field
 
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
+from vfiod.server.interrupts.msix import Growth, growth, to_signal
 
 __all__ = ["NOTHING", "Binding", "Do", "Plan", "Setup", "Side", "Step", "choose_mode", "plan"]
 
@@ -43,9 +44,10 @@ class Setup(Struct, frozen=True):
     Attributes:
         kind: the active kind.
         vectors: the bound vectors of it.
-        block: how many vectors the kernel has allocated, or is to allocate (MSI); 1 for INTx, 0 for none.
+        block: how many vectors the kernel has allocated, or is to allocate (MSI, MSI-X); 1 for INTx, 0 for none.
         masked: vectors that the user masked.
         maskable: whether the index can be masked (``VFIO_IRQ_INFO_MASKABLE``).
+        resizable: whether the kernel allocates more vectors while others are in use (no ``VFIO_IRQ_INFO_NORESIZE``).
 
     """
 
@@ -54,6 +56,7 @@ class Setup(Struct, frozen=True):
     block: int = 0
     masked: frozenset[int] = frozenset()
     maskable: bool = False
+    resizable: bool = False
 
     def relayed(self, among: Iterable[int] | None = None) -> tuple[int, ...]:
         """The relayed vectors, in order; only those of ``among`` when it is given."""
@@ -124,13 +127,21 @@ def plan(old: Setup, new: Setup) -> Plan:
         return Plan((), ())
     if old.kind is new.kind is IrqKind.INTX:
         return Plan(_replace_line(old, new), _restore_line(old, new))
-    if old.kind is new.kind and old.kind is not IrqKind.NONE and new.block == old.block:
+    if old.kind is not new.kind or old.kind is IrqKind.NONE:
+        lost: tuple[int, ...] = ()
+    elif old.kind is IrqKind.MSIX:
+        way = growth(old.block, new.block, resizable=new.resizable)
+        if way is not Growth.AGAIN:
+            return _within_block(old, new, signal=to_signal(way, old.vectors, new.vectors))
+        lost = to_signal(way, old.vectors, new.vectors)
+    elif new.block == old.block:
         return _within_block(old, new)
-    # Growing a block of messages disables the index: what fired meanwhile is lost, so every used vector is
-    # signalled once. The same holds for messages that come back after a change that failed.
-    survivors = tuple(v for v in sorted(old.vectors) if v in new.vectors) if old.kind is new.kind else ()
+    else:
+        # Growing a block of messages disables the index: what fired meanwhile is lost, so every used vector is
+        # signalled once. The same holds for messages that come back after a change that failed.
+        lost = tuple(v for v in sorted(old.vectors) if v in new.vectors)
     return Plan(
-        forward=_leave(Side.OLD, old) + _enter(Side.NEW, new) + _signal(Side.NEW, survivors),
+        forward=_leave(Side.OLD, old) + _enter(Side.NEW, new) + _signal(Side.NEW, lost),
         back=_return_to(old, new),
     )
 
@@ -213,9 +224,10 @@ def _set_line(side: Side, setup: Setup) -> tuple[Step, ...]:
     return (*_enter(side, setup), *unmask)
 
 
-def _within_block(old: Setup, new: Setup) -> Plan:
+def _within_block(old: Setup, new: Setup, *, signal: tuple[int, ...] = ()) -> Plan:
     """Change single vectors of a block of messages: the others do not notice."""
-    changed = tuple(v for v in range(old.block) if old.vectors.get(v) != new.vectors.get(v))
+    either = old.vectors.keys() | new.vectors.keys()
+    changed = tuple(sorted(v for v in either if old.vectors.get(v) != new.vectors.get(v)))
     masked = tuple(v for v in changed if v in new.masked)
     remask = (Step(Do.MASK, Side.NEW, masked),) if masked else ()
     arm_new = (Step(Do.ARM, Side.NEW, changed),) if changed else ()
@@ -226,6 +238,7 @@ def _within_block(old: Setup, new: Setup) -> Plan:
             *arm_new,
             *remask,
             *_listen(Do.LISTEN, Side.NEW, new, changed),
+            *_signal(Side.NEW, signal),
         ),
         back=(
             *_listen(Do.UNLISTEN, Side.NEW, new, changed),

@@ -12,19 +12,20 @@ import os
 import re
 import socket
 import stat
+from dataclasses import dataclass
 from typing import Final
 
 from vfiod.protocol.fd import FdKind
 from vfiod.protocol.vfio import VFIO_API_VERSION, ContainerIoctl
 from vfiod.server.kernel.syscalls import Syscalls
 
-__all__ = ["device_node", "group_of_fd", "kind_of"]
+__all__ = ["Cdev", "cdev_of_fd", "device_node", "group_of_fd", "kind_of"]
 
 _CONTAINER_DEVICE: Final = os.makedev(10, 196)
 """Misc device, ``VFIO_MINOR`` (``<linux/miscdevice.h>``): the one VFIO file whose number never changes."""
 
 _GROUP_NODE: Final = re.compile(r"vfio/(noiommu-)?([0-9]{1,9})")
-_CDEV_NODE: Final = re.compile(r"vfio/devices/vfio[0-9]{1,9}")
+_CDEV_NODE: Final = re.compile(r"vfio/devices/(vfio[0-9]{1,9})")
 _ANONYMOUS: Final = {"[eventfd]": FdKind.EVENTFD, "[vfio-device]": FdKind.VFIO_DEVICE}
 
 
@@ -109,3 +110,26 @@ def group_of_fd(fd: int, calls: Syscalls) -> tuple[int, bool] | None:
         return None
     found = _GROUP_NODE.fullmatch(device_node(calls, status.st_rdev, calls.link_of(fd)))
     return (int(found[2]), found[1] is not None) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cdev:
+    """A VFIO device's own file.
+
+    Attributes:
+        name: ``vfio3``.
+        number: its device number (``st_rdev``).
+
+    """
+
+    name: str
+    number: int
+
+
+def cdev_of_fd(fd: int, calls: Syscalls) -> Cdev | None:
+    """The cdev an fd opens; None when it is not one (a device fd that came out of a group is none)."""
+    status = calls.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode):
+        return None
+    found = _CDEV_NODE.fullmatch(device_node(calls, status.st_rdev, calls.link_of(fd)))
+    return Cdev(found[1], status.st_rdev) if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import posixpath
 import re
@@ -158,6 +159,23 @@ class Sysfs:
         if not path.startswith("/sys/") or not self._calls.exists(f"{path}/subsystem"):
             raise InvalidArgument(f"Parameter 'sysfsdev': {sysfsdev} is not a device in sysfs", errno="ENODEV")
         return self._describe(posixpath.basename(path), path)
+
+    def behind_cdev(self, cdev: str, number: int) -> HostDevice:
+        """The device behind a cdev, by its device number; known by the cdev's name when sysfs does not say."""
+        link = f"/sys/dev/char/{os.major(number)}:{os.minor(number)}/device"
+        try:
+            path = self._calls.real_path(link)
+        except (OSError, RuntimeError):
+            return HostDevice(cdev)
+        return self._describe(posixpath.basename(path), path)
+
+    def cdev_of(self, device: HostDevice) -> str | None:
+        """``vfio3``: the name of a device's cdev; None: it has none, or it is not known."""
+        try:
+            names = self._calls.list_directory(f"{device.path}/vfio-dev") if device.path else ()
+        except OSError:
+            return None
+        return names[0] if names else None
 
     def _describe(self, name: str, path: str) -> HostDevice:
         group = self._link_name(f"{path}/iommu_group")

@@ -18,7 +18,7 @@ from vfiod.protocol.limits import MAX_OBJECTS
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.kernel.memory import SharedMemory
 
-__all__ = ["ContainerObject", "MemoryObject", "Objects"]
+__all__ = ["ContainerObject", "IommufdObject", "MachineObject", "MemoryObject", "Objects"]
 
 
 class MemoryObject(Struct, frozen=True):
@@ -36,19 +36,42 @@ class ContainerObject(Struct, frozen=True):
     fd: FileDescriptor
 
 
+class IommufdObject(Struct, frozen=True):
+    """An ``iommufd``: a passed ``/dev/iommu``, for ``device_add iommufd=ID``."""
+
+    id: str
+    fd: FileDescriptor
+
+
+MachineObject = MemoryObject | ContainerObject | IommufdObject
+
+_TYPES: Final[dict[type[MachineObject], tuple[ObjectType, FdKind]]] = {
+    ContainerObject: (ObjectType.VFIO_CONTAINER, FdKind.VFIO_CONTAINER),
+    IommufdObject: (ObjectType.IOMMUFD, FdKind.IOMMUFD),
+}
+"""Objects that are an fd and no more."""
+
+
 class Objects:
     """The machine's objects, by id.
 
     Args:
         guest_memory: whose mappings refer to memory backends.
         groups_in: ``group:N`` of each group in the container that an object of this id passed.
+        devices_on: ``device:ID`` of each device bound to the iommufd that an object of this id passed.
 
     """
 
-    def __init__(self, guest_memory: GuestMemory, groups_in: Callable[[str], tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        guest_memory: GuestMemory,
+        groups_in: Callable[[str], tuple[str, ...]],
+        devices_on: Callable[[str], tuple[str, ...]] = lambda _: (),
+    ) -> None:
         self._guest_memory = guest_memory
         self._groups_in = groups_in
-        self._objects: dict[str, MemoryObject | ContainerObject] = {}
+        self._devices_on = devices_on
+        self._objects: dict[str, MachineObject] = {}
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -62,7 +85,7 @@ class Objects:
         if len(self._objects) >= MAX_OBJECTS:
             raise CommandError(f"This machine has {MAX_OBJECTS} objects, no more are allowed: object-del some first")
 
-    def add(self, one: MemoryObject | ContainerObject) -> None:
+    def add(self, one: MachineObject) -> None:
         """Take an object over. Raises CommandError for a duplicate id or too many; then its owner stays."""
         self.check_room(one.id)
         self._objects[one.id] = one
@@ -105,6 +128,13 @@ class Objects:
             raise _unfit("container", id, one, ObjectType.VFIO_CONTAINER)
         return one.fd
 
+    def iommufd(self, id: str) -> FileDescriptor:
+        """The fd of an ``iommufd``, lent. Raises InvalidArgument."""
+        one = self._objects.get(id)
+        if not isinstance(one, IommufdObject):
+            raise _unfit("iommufd", id, one, ObjectType.IOMMUFD)
+        return one.fd
+
     def infos(self) -> list[ObjectInfo]:
         """What ``query-objects`` says."""
         mappings: dict[str, list[str]] = {}
@@ -124,7 +154,7 @@ class Objects:
                     )
                 )
             else:
-                infos.append(ObjectInfo(id=one.id, qom_type=ObjectType.VFIO_CONTAINER, used_by=self._users(one)))
+                infos.append(ObjectInfo(id=one.id, qom_type=_TYPES[type(one)][0], used_by=self._users(one)))
         return infos
 
     def fd_infos(self) -> Iterator[FdInfo]:
@@ -133,11 +163,13 @@ class Objects:
             if isinstance(one, MemoryObject):
                 yield FdInfo(owner=f"object:{one.id}", kind=one.kind, number=one.memory.number)
             else:
-                yield FdInfo(owner=f"object:{one.id}", kind=FdKind.VFIO_CONTAINER, number=one.fd.number)
+                yield FdInfo(owner=f"object:{one.id}", kind=_TYPES[type(one)][1], number=one.fd.number)
 
-    def _users(self, one: MemoryObject | ContainerObject) -> list[str]:
+    def _users(self, one: MachineObject) -> list[str]:
         if isinstance(one, ContainerObject):
             return list(self._groups_in(one.id))
+        if isinstance(one, IommufdObject):
+            return list(self._devices_on(one.id))
         if not self._guest_memory.uses(one.id):
             return []
         return [f"mapping:{mapped.first:#x}" for mapped in self._guest_memory.ranges() if mapped.backend == one.id]
@@ -152,14 +184,14 @@ def _some(users: list[str]) -> str:
     return ", ".join(users[:NAMED_USERS]) + (f" and {more} more" if more > 0 else "")
 
 
-def _close(one: MemoryObject | ContainerObject) -> None:
+def _close(one: MachineObject) -> None:
     if isinstance(one, MemoryObject):
         one.memory.close()
     else:
         one.fd.close()
 
 
-def _unfit(argument: str, id: str, found: MemoryObject | ContainerObject | None, wanted: ObjectType) -> InvalidArgument:
+def _unfit(argument: str, id: str, found: MachineObject | None, wanted: ObjectType) -> InvalidArgument:
     if found is None:
         return InvalidArgument(f"Parameter '{argument}': object '{id}' not found; object-add of type {wanted} makes it")
     return InvalidArgument(f"Parameter '{argument}' expects the id of a {wanted}; object '{id}' is none")

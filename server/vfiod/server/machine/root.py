@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo
+from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.memory import DmaUnmapped
 from vfiod.protocol.catalogue.monitor import Stat, StatsResult, StatusInfo
@@ -21,6 +21,7 @@ from vfiod.protocol.errors import DeviceNotActive, OperationFailed
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.protocol.limits import CLOSE_TIMEOUT_MS, WORKER_THREADS
 from vfiod.server.backends.base import Backend
+from vfiod.server.backends.cdev import CdevOrigin, IommufdSource, KernelCdevs
 from vfiod.server.backends.group import ContainerSource, GroupOrigin, KernelGroups
 from vfiod.server.backends.mediated import MediatedDevices
 from vfiod.server.devices.pci import PciDevice
@@ -30,10 +31,14 @@ from vfiod.server.events import EventHub
 from vfiod.server.fds import FdSets
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.kernel.syscalls import Syscalls
+from vfiod.server.kernel.sysfs import Sysfs
 from vfiod.server.lanes import Lane
 from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.lifecycle import Devices, NewDevice
-from vfiod.server.machine.objects import ContainerObject, MemoryObject, Objects
+from vfiod.server.machine.objects import ContainerObject, IommufdObject, MemoryObject, Objects
+from vfiod.server.machine.resets import Resets
+from vfiod.server.machine.topology import Facts as TopologyFacts
+from vfiod.server.machine.topology import build as build_topology
 from vfiod.server.mdev.bus import MdevBus
 
 __all__ = ["Machine"]
@@ -67,7 +72,10 @@ class Machine:
         objects: what ``object-add`` made.
         fdsets: what ``add-fd`` made.
         groups: VFIO groups and containers.
+        cdevs: VFIO cdevs, and the IOASes of the iommufds they are bound to.
         mdevs: the mediated bus.
+        sysfs: what the host says of itself.
+        resets: hot resets, and the machine's own.
 
     """
 
@@ -88,18 +96,30 @@ class Machine:
         self.executor = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="vfiod-worker")
         self.topology = Lane("topology", self.executor)
         self.memory = GuestMemory(self._mapping_lost)
+        calls = syscalls or Syscalls()
+        self.sysfs = Sysfs(calls)
         self.groups = KernelGroups(
-            syscalls or Syscalls(),
+            calls,
             self.memory.attach,
             self.memory.detach,
             allow_open=allow_open,
             mapped_bytes=lambda: self.memory.mapped_bytes,
+            open_by_cdev=lambda number: self.cdevs.in_group(number),  # noqa: PLW0108 -- made below
         )
-        self.objects = Objects(self.memory, self.groups.users_of)
+        self.cdevs = KernelCdevs(
+            calls,
+            self.memory.attach,
+            self.memory.detach,
+            group_in_use=self.groups.in_use,
+            allow_open=allow_open,
+            mapped_bytes=lambda: self.memory.mapped_bytes,
+        )
+        self.objects = Objects(self.memory, self.groups.users_of, self._devices_on)
         self.fdsets = FdSets()
         self.mdevs = MdevBus(emit=hub.emit, executor=self.executor)
         self.mediated = MediatedDevices(self.mdevs, self.memory.attach, self.memory.detach)
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
+        self.resets = Resets(calls, self.executor, self.topology, self.devices, self.groups)
         self._started = self.loop.time()
         self._sweeper: asyncio.TimerHandle | None = None
         self._ended: asyncio.Task[list[str]] | None = None
@@ -133,6 +153,23 @@ class Machine:
             lambda: self.groups.check(self._with_container(origin, container_object)),
             *origin.fds(),
         )
+
+    def open_cdev(self, origin: CdevOrigin) -> Backend:
+        """Open a device of a cdev. Blocks: in the topology lane. Takes the origin's fd over on every path."""
+        return self.cdevs.open(self._with_iommufd(origin))
+
+    def check_cdev(self, origin: CdevOrigin) -> Awaitable[tuple[Check, ...]]:
+        """What a dry run says of a device of a cdev. Takes the origin's fd over on every path."""
+        return self._change("device_add (dry run)", lambda: self.cdevs.check(self._with_iommufd(origin)), *origin.fds())
+
+    def _with_iommufd(self, origin: CdevOrigin) -> CdevOrigin:
+        """The origin with the iommufd as it is now that the lane's turn has come: the object may have gone."""
+        try:
+            fd = self.objects.iommufd(origin.iommufd.object_id)
+        except BaseException:
+            close_all(origin.fds())
+            raise
+        return replace(origin, iommufd=IommufdSource(origin.iommufd.object_id, fd))
 
     def check_mediated(self, uuid: str) -> Awaitable[tuple[Check, ...]]:
         """What a dry run says of a mediated device."""
@@ -203,6 +240,10 @@ class Machine:
         """``object-add`` of a ``vfio-container``. The fd is taken over on every path."""
         return self._change(f"object-add {id}", lambda: self.objects.add(ContainerObject(id, fd)), fd)
 
+    def add_iommufd(self, id: str, fd: FileDescriptor) -> Awaitable[None]:
+        """``object-add`` of an ``iommufd``. The fd is taken over on every path."""
+        return self._change(f"object-add {id}", lambda: self.objects.add(IommufdObject(id, fd)), fd)
+
     def remove_object(self, id: str) -> Awaitable[None]:
         """``object-del``."""
         return self._change(f"object-del {id}", lambda: self.objects.remove(id))
@@ -228,6 +269,27 @@ class Machine:
             sessions=sessions,
         )
 
+    async def topology_graph(self) -> tuple[list[TopologyNode], list[TopologyEdge]]:
+        """Containers, address spaces, groups, devices and reset domains, for ``query-topology``. Waits for no lane."""
+        containers = self.groups.containers()
+        ioases = self.cdevs.ioases()
+        devices = [device.info() for device in self.devices.all()]
+        domains = await self.resets.domains()
+        groups = [number for container in containers for number in container.groups]
+        members = await self._look(lambda: {number: self.sysfs.members(number) for number in groups})
+        return build_topology(
+            TopologyFacts(
+                name=self.name,
+                mappings=len(self.memory),
+                mapped_bytes=self.memory.mapped_bytes,
+                containers=containers,
+                ioases=ioases,
+                devices=devices,
+                members=members,
+                domains=domains,
+            )
+        )
+
     def fd_infos(self) -> Iterator[FdInfo]:
         """The fds of fd sets, objects, mappings, groups, containers and devices, for ``query-fds``."""
         yield from self.fdsets.fd_infos()
@@ -238,7 +300,7 @@ class Machine:
                 yield FdInfo(owner=f"mapping:{mapped.first:#x}", kind=kind_of(memory.number), number=memory.number)
         devices = self.devices.all()
         names = {f"host:{device.info().host}": f"device:{device.name}" for device in devices}
-        for held in self.groups.fds():
+        for held in (*self.groups.fds(), *self.cdevs.fds()):
             yield FdInfo(owner=names.get(held.owner, held.owner), kind=held.kind, number=held.number)
         for device in devices:
             yield from device.fds()
@@ -253,6 +315,7 @@ class Machine:
             "mapped-bytes": self.memory.mapped_bytes,
             "address-spaces": len(self.memory.spaces),
             "containers": len(self.groups.containers()),
+            "ioases": len(self.cdevs.ioases()),
             "groups-lingering": len(self.groups.lingering),
             "mdevs": len(self.mdevs.uuids()),
             "events": self.hub.seq,
@@ -313,6 +376,7 @@ class Machine:
             ending.note(f"{self.topology.current} is still running; the devices are closed all the same")
         await self.devices.close(refusal, ending)
         await ending.step("Closing groups and containers", self._in_thread(self.groups.close))
+        await ending.step("Closing cdevs", self._in_thread(self.cdevs.close))
         await ending.step("Closing mediated devices", self.mdevs.close())
         await ending.step("Closing guest memory", self._in_thread(self.memory.close))
         for problem in self.objects.close():
@@ -342,7 +406,15 @@ class Machine:
             close_all(fds)
             raise
 
+    def _devices_on(self, iommufd: str) -> tuple[str, ...]:
+        """``device:ID`` of each device bound to an iommufd; ``host:ADDRESS`` of one that is just coming or going."""
+        names = {device.info().host: f"device:{device.name}" for device in self.devices.all()}
+        return tuple(names.get(host, f"host:{host}") for host in self.cdevs.users_of(iommufd))
+
     def _in_thread(self, work: Callable[[], None]) -> Awaitable[None]:
+        return self._look(work)
+
+    def _look(self, work: Callable[[], T]) -> Awaitable[T]:
         return self.loop.run_in_executor(self.executor, work)
 
     def _mapping_lost(self, iova: int, size: int, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Ask a C compiler what ``<linux/vfio.h>`` says: every constant, size and offset that vfiod.protocol.vfio claims.
+"""Ask a C compiler what ``<linux/vfio.h>`` and ``<linux/iommufd.h>`` say: each constant, size and offset we claim.
 
 ``python -m tests.unit.protocol.vfio.probe INCLUDE_DIRECTORY`` prints them as the table of ``kernel_numbers.py``.
 """
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vfiod.protocol.vfio import constants, ioctl
+from vfiod.protocol.vfio import constants, ioctl, iommufd
 
 # Enum of ours -> how the kernel spells its members.
 PREFIXES: dict[type[enum.IntEnum] | type[enum.IntFlag], str] = {
@@ -35,6 +35,12 @@ PREFIXES: dict[type[enum.IntEnum] | type[enum.IntFlag], str] = {
     constants.Type1InfoCap: "VFIO_IOMMU_TYPE1_INFO_{}",
     constants.DmaMapFlags: "VFIO_DMA_MAP_FLAG_{}",
     constants.DmaUnmapFlags: "VFIO_DMA_UNMAP_FLAG_{}",
+    iommufd.BindFlags: "VFIO_DEVICE_BIND_FLAG_{}",
+    iommufd.IoasMapFlags: "IOMMU_IOAS_MAP_{}",
+    iommufd.IommufdOption: "IOMMU_OPTION_{}",
+    iommufd.IommufdOptionOp: "IOMMU_OPTION_OP_{}",
+    iommufd.HwInfoType: "IOMMU_HW_INFO_TYPE_{}",
+    iommufd.HwCapabilities: "IOMMU_HW_CAP_{}",
 }
 
 SINGLE = (
@@ -49,6 +55,10 @@ SINGLE = (
 
 # Members that are enumerators in C, which #ifdef cannot see; they are as old as the header.
 ENUMERATORS = ("_REGION_INDEX", "_IRQ_INDEX", "VFIO_PCI_NUM_")
+
+# Enumerators of <linux/iommufd.h>, which is not everywhere: there once this macro is (Linux 6.13).
+IOMMUFD = ("IOMMU_IOAS_MAP_", "IOMMU_OPTION_", "IOMMU_HW_")
+IOMMUFD_MARK = "IOMMU_IOAS_MAP_FILE"
 
 # Structure -> its members in order. A flexible array counts as the size of the whole.
 STRUCTURES = {
@@ -72,11 +82,50 @@ STRUCTURES = {
     "vfio_iommu_type1_info_dma_avail": ("header", "avail"),
     "vfio_iommu_type1_dma_map": ("argsz", "flags", "vaddr", "iova", "size"),
     "vfio_iommu_type1_dma_unmap": ("argsz", "flags", "iova", "size", "data"),
+    "vfio_device_bind_iommufd": ("argsz", "flags", "iommufd", "out_devid", "token_uuid_ptr"),
+    "vfio_device_attach_iommufd_pt": ("argsz", "flags", "pt_id", "pasid"),
+    "vfio_device_detach_iommufd_pt": ("argsz", "flags", "pasid"),
+    "iommu_destroy": ("size", "id"),
+    "iommu_ioas_alloc": ("size", "flags", "out_ioas_id"),
+    "iommu_iova_range": ("start", "last"),
+    "iommu_ioas_iova_ranges": (
+        "size",
+        "ioas_id",
+        "num_iovas",
+        "__reserved",
+        "allowed_iovas",
+        "out_iova_alignment",
+    ),
+    "iommu_ioas_map": ("size", "flags", "ioas_id", "__reserved", "user_va", "length", "iova"),
+    "iommu_ioas_map_file": ("size", "flags", "ioas_id", "fd", "start", "length", "iova"),
+    "iommu_ioas_unmap": ("size", "ioas_id", "iova", "length"),
+    "iommu_option": ("size", "option_id", "op", "__reserved", "object_id", "val64"),
+    "iommu_hw_info": (
+        "size",
+        "flags",
+        "dev_id",
+        "data_len",
+        "data_uptr",
+        "out_data_type",
+        "out_max_pasid_log2",
+        "out_capabilities",
+    ),
 }
+
+# Structures an older header does not have, or has with fewer members, and the macro that came with all of them.
+GUARDS = {
+    "vfio_device_bind_iommufd": "VFIO_DEVICE_BIND_FLAG_TOKEN",
+    "vfio_device_attach_iommufd_pt": "VFIO_DEVICE_ATTACH_PASID",
+    "vfio_device_detach_iommufd_pt": "VFIO_DEVICE_DETACH_PASID",
+} | {name: IOMMUFD_MARK for name in STRUCTURES if name.startswith("iommu_")}
+GUARDS["iommu_hw_info"] = "VFIO_DEVICE_ATTACH_PASID"  # out_max_pasid_log2 came with it
 
 
 # TYPE1_NESTING became reserved in Linux 6.13, and was renamed so that nobody uses it.
 RENAMED = {"VFIO_TYPE1_NESTING_IOMMU": "__VFIO_RESERVED_TYPE1_NESTING_IOMMU"}
+
+
+REQUESTS = {member.name for member in iommufd.IommufdIoctl}
 
 
 def constants_of_ours() -> dict[str, int]:
@@ -88,15 +137,20 @@ def constants_of_ours() -> dict[str, int]:
 
 def ask(include: str | None) -> dict[str, int]:
     """Compile and run the questions; what the header does not define is left out."""
-    lines = ["#include <stddef.h>", "#include <stdio.h>", "#include <linux/vfio.h>", "int main(void) {"]
+    lines = ["#include <stddef.h>", "#include <stdio.h>", "#include <linux/vfio.h>"]
+    lines += ["#if __has_include(<linux/iommufd.h>)", "#include <linux/iommufd.h>", "#endif", "int main(void) {"]
     for name in constants_of_ours():
         for spelling in filter(None, (name, RENAMED.get(name))):
             say = f'printf("{name} %lld\\n", (long long)({spelling}));'
             visible = any(mark in name for mark in ENUMERATORS)
-            lines += [say] if visible else [f"#ifdef {spelling}", say, "#endif"]
+            enumerator = name.startswith(IOMMUFD) and name != IOMMUFD_MARK and name not in REQUESTS
+            macro = IOMMUFD_MARK if enumerator else spelling
+            lines += [say] if visible else [f"#ifdef {macro}", say, "#endif"]
     for structure, members in STRUCTURES.items():
+        lines += [f"#ifdef {GUARDS[structure]}"] if structure in GUARDS else []
         lines.append(f'printf("{structure} %zu\\n", sizeof(struct {structure}));')
         lines += [f'printf("{structure}.{m} %zu\\n", offsetof(struct {structure}, {m}));' for m in members]
+        lines += ["#endif"] if structure in GUARDS else []
     with tempfile.TemporaryDirectory() as directory:
         source, program = Path(directory, "probe.c"), Path(directory, "probe")
         source.write_text("\n".join([*lines, "return 0; }"]))

@@ -34,6 +34,22 @@ LAYOUTS: dict[str, struct.Struct] = {
     "vfio_iova_range": vfio.IovaRanges._RANGE,
     "vfio_iommu_type1_dma_map": vfio.DmaMap.LAYOUT,
     "vfio_iommu_type1_dma_unmap": vfio.DmaUnmap.LAYOUT,
+    "vfio_device_bind_iommufd": vfio.BindIommufd.LAYOUT,
+    "iommu_destroy": vfio.IommuDestroy.LAYOUT,
+    "iommu_ioas_alloc": vfio.IoasAlloc.LAYOUT,
+    "iommu_iova_range": vfio.IovaRange.LAYOUT,
+    "iommu_ioas_iova_ranges": vfio.IoasIovaRanges.LAYOUT,
+    "iommu_ioas_map": vfio.IoasMap.LAYOUT,
+    "iommu_ioas_map_file": vfio.IoasMapFile.LAYOUT,
+    "iommu_ioas_unmap": vfio.IoasUnmap.LAYOUT,
+    "iommu_option": vfio.IommuOption.LAYOUT,
+    "iommu_hw_info": vfio.HwInfo.LAYOUT,
+}
+
+# Packed without the members a flag would say are there.
+SHORT: dict[str, struct.Struct] = {
+    "vfio_device_attach_iommufd_pt": vfio.AttachPt.LAYOUT,
+    "vfio_device_detach_iommufd_pt": vfio.DetachPt.LAYOUT,
 }
 
 # Bodies of capabilities: what comes after the header.
@@ -57,6 +73,8 @@ def test_every_layout_has_the_kernels_size_and_offsets(name: str) -> None:
     if name in LAYOUTS:
         assert LAYOUTS[name].size == LINUX_7_2[name]
         layout, start = LAYOUTS[name], 0
+    elif name in SHORT:
+        layout, start = SHORT[name], 0
     else:
         header = capabilities.HEADER_SIZE
         # The kernel's sizeof rounds up to the structure's alignment; bodies need only reach their last member.

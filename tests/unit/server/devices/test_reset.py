@@ -142,7 +142,7 @@ def test_a_device_without_reset_says_so(play: Any) -> None:
     async def scenario(world: Any) -> None:
         rig = await world.add(prepare=lambda rig: setattr(rig, "info", DeviceInfo(9, 5, reset=False)))
         rig.say()
-        with pytest.raises(CommandError, match=r"Device 'n0' cannot be reset alone .*hot reset"):
+        with pytest.raises(CommandError, match=r"Device 'n0' cannot be reset alone .*by hot-reset"):
             await world.command("device-reset", id="n0")
         assert rig.say() == []
         with pytest.raises(DeviceNotFound):

@@ -18,7 +18,7 @@ from vfiod.protocol.catalogue.declare import COMMANDS
 from vfiod.protocol.catalogue.monitor import RunState, StatusInfo
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.wire.arguments import decode_arguments
-from vfiod.server.commands import devices, memory, objects
+from vfiod.server.commands import devices, interrupts, memory, objects, regions, reset, topology
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event, EventHub
 from vfiod.server.fds import FdNames
@@ -27,7 +27,15 @@ from vfiod.server.machine import Machine
 from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice
 from vfiod.server.mdev.samples.pci import Primer, PrimerDevice
 
-HANDLERS = {**devices.HANDLERS, **memory.HANDLERS, **objects.HANDLERS}
+HANDLERS = {
+    **devices.HANDLERS,
+    **interrupts.HANDLERS,
+    **memory.HANDLERS,
+    **objects.HANDLERS,
+    **regions.HANDLERS,
+    **reset.HANDLERS,
+    **topology.HANDLERS,
+}
 
 
 class Gate:
@@ -165,7 +173,8 @@ class World:
         except BaseException:
             call.fail()
             raise
-        call.succeed()
+        for fd in call.succeed() or ():
+            fd.close()
         return result
 
     def name_fd(self, name: str, number: int) -> None:
