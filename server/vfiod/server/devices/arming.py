@@ -166,9 +166,15 @@ class Arming:
 
     def _fewer(self, error: FewerVectors) -> OperationFailed:
         available = next_try(error.asked, error.granted)
-        advice = f"{error.asked} vectors were asked for, the host has {error.granted}: " + (
-            f"{available} are available (a power of two), start vectors 0 to {available - 1}"
-            if available
-            else "none are available"
-        )
+        if error.granted is None:
+            advice = (
+                f"{error.asked} vectors were asked for, the host has fewer and does not say how many: "
+                f"try {available} (a power of two), vectors 0 to {available - 1}"
+            )
+        else:
+            advice = f"{error.asked} vectors were asked for, the host has {error.granted}: " + (
+                f"{available} are available (a power of two), start vectors 0 to {available - 1}"
+                if available
+                else "none are available"
+            )
         return OperationFailed(error.operation, error.what, errno=error.errno or "ENOSPC", advice=advice)

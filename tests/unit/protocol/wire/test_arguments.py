@@ -198,3 +198,16 @@ def test_event_data() -> None:
     assert decode_event_data("STOP", UNSET) is None
     with pytest.raises(InvalidRequest, match="The data of DEVICE_ADDED"):
         decode_event_data("DEVICE_ADDED", UNSET)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("object-del", {"id": "ram0\n"}),
+        ("device_add", {"driver": "vfio-pci", "id": "n0\n", "host": "01:00.0"}),
+        ("mdev-destroy", {"uuid": "11111111-2222-3333-4444-555555555555\n"}),
+    ],
+)
+def test_a_final_newline_is_no_part_of_a_name(command: str, arguments: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgument, match="expects"):
+        decode_arguments(COMMANDS[command], json.dumps(arguments).encode())
