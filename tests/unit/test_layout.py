@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import vfiod
 from packaging.requirements import Requirement
+
+import vfiod
 
 ROOT = Path(__file__).parents[2]
 
