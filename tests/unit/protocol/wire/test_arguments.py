@@ -211,3 +211,14 @@ def test_event_data() -> None:
 def test_a_final_newline_is_no_part_of_a_name(command: str, arguments: dict[str, str]) -> None:
     with pytest.raises(InvalidArgument, match="expects"):
         decode_arguments(COMMANDS[command], json.dumps(arguments).encode())
+
+
+@pytest.mark.parametrize("number", [1 << 32, 1 << 70])
+def test_an_interrupt_number_has_32_bits(number: int) -> None:
+    arguments = {"device": "n0", "first-number": number}
+    with pytest.raises(InvalidArgument, match="'first-number' expects a value from 0 to 4294967295"):
+        decode_arguments(COMMANDS["irq-start"], json.dumps(arguments).encode())
+    with pytest.raises(InvalidArgument, match=r"'routes\[0\]\.number' expects a value from 0 to 4294967295"):
+        decode_arguments(
+            COMMANDS["irq-start"], json.dumps({"device": "n0", "routes": [{"index": 0, "number": number}]}).encode()
+        )
