@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta
 
@@ -10,8 +10,10 @@ from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family
 from vfiod.protocol.catalogue.words import UNSET, FdName, IrqKind, IrqMode, IrqName, UnsetType, Vector
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_VECTORS
 
+NUMBERS: Final = 1 << 32
+
 Number = Annotated[
-    int, Meta(ge=0, lt=1 << 32, description="An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd.")
+    int, Meta(ge=0, lt=NUMBERS, description="An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd.")
 ]
 
 

@@ -29,8 +29,9 @@ __all__ = [
     "ID_PATTERN",
 ]
 
-ID_PATTERN: Final = r"^[A-Za-z][A-Za-z0-9._-]*$"
-UUID_PATTERN: Final = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
+# Python's "$" also matches before a final newline; "(?!\n)" takes that back, and says nothing new elsewhere.
+ID_PATTERN: Final = r"^[A-Za-z][A-Za-z0-9._-]*$(?!\n)"
+UUID_PATTERN: Final = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$(?!\n)"
 
 Id = Annotated[
     str,

@@ -48,16 +48,18 @@ class FewerVectors(OperationFailed):
     """The host has fewer vectors than were asked for. Nothing was set up; ask again with ``granted`` or fewer.
 
     Attributes:
-        granted: how many the kernel could give (a positive return of ``VFIO_DEVICE_SET_IRQS``).
+        asked: how many were asked for.
+        granted: how many the kernel could give (a positive return of ``VFIO_DEVICE_SET_IRQS``); None when it only
+            said ENOSPC.
 
     """
 
-    def __init__(self, what: str, *, asked: int, granted: int) -> None:
+    def __init__(self, what: str, *, asked: int, granted: int | None) -> None:
         super().__init__(
             "VFIO_DEVICE_SET_IRQS",
             what,
             errno="ENOSPC",
-            advice=f"{asked} vectors were asked for, the host can give {granted}",
+            advice=f"{asked} vectors were asked for, the host can give {'fewer' if granted is None else granted}",
         )
         self.asked = asked
         self.granted = granted

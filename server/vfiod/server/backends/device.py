@@ -182,10 +182,17 @@ class KernelDevice:
 
     # --- interrupts, reset ---
     def set_irqs(self, request: vfio.SetIrqs) -> None:
-        """``VFIO_DEVICE_SET_IRQS``; a positive return is a smaller grant: FewerVectors."""
+        """``VFIO_DEVICE_SET_IRQS``; a positive return is a smaller grant, ENOSPC one not told: FewerVectors."""
         what = f"{self.name} interrupt index {request.index} ({request.describe()})"
         argument = bytearray(request.pack())
-        granted = call(self._calls, self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_SET_IRQS, argument, what, _IRQ_ADVICE)
+        try:
+            granted = call(
+                self._calls, self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_SET_IRQS, argument, what, _IRQ_ADVICE
+            )
+        except OperationFailed as error:
+            if error.errno == "ENOSPC" and request.count > 1:
+                raise FewerVectors(what, asked=request.count, granted=None) from error
+            raise
         if granted > 0:
             raise FewerVectors(what, asked=request.count, granted=granted)
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.interrupts import (
+    NUMBERS,
     IrqEoi,
     IrqInfo,
     IrqMask,
@@ -102,6 +103,11 @@ def _numbers(interrupts: DeviceInterrupts, one: IrqIndex, a: IrqStart, vectors: 
     if a.first_number is not UNSET:
         if a.routes is not UNSET:
             raise InvalidArgument("Parameters 'first-number' and 'routes' exclude each other: give one of them")
+        if a.first_number + len(vectors) > NUMBERS:
+            raise InvalidArgument(
+                f"Parameter 'first-number' expects at most {NUMBERS - len(vectors)} for {len(vectors)} vectors, "
+                f"not {a.first_number}: a number has 32 bits"
+            )
         return {vector: a.first_number + place for place, vector in enumerate(vectors)}
     numbers: dict[int, int] = {}
     for route in [] if a.routes is UNSET else a.routes:

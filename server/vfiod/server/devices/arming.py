@@ -72,11 +72,11 @@ class NotEnough(OperationFailed):
 
     Attributes:
         asked: how many vectors were asked for.
-        granted: how many the host has.
+        granted: how many the host has; None when it does not say.
 
     """
 
-    def __init__(self, operation: str, what: str, *, errno: str, advice: str, asked: int, granted: int) -> None:
+    def __init__(self, operation: str, what: str, *, errno: str, advice: str, asked: int, granted: int | None) -> None:
         super().__init__(operation, what, errno=errno, advice=advice)
         self.asked = asked
         self.granted = granted
@@ -183,12 +183,22 @@ class Arming:
 
 
 def _fewer(error: FewerVectors, kind: IrqKind) -> NotEnough:
-    # MSI comes in powers of two, MSI-X does not.
-    available = next_try(error.asked, error.granted) if kind is IrqKind.MSI else error.granted
-    power = " (a power of two)" if kind is IrqKind.MSI else ""
-    advice = f"{error.asked} vectors were asked for, the host has {error.granted}: " + (
-        f"{available} are available{power}, start vectors 0 to {available - 1}" if available else "none are available"
-    )
+    # MSI comes in powers of two, MSI-X does not; without the host's number halving is the best guess for both.
+    if kind is IrqKind.MSI or error.granted is None:
+        available, power = next_try(error.asked, error.granted), " (a power of two)"
+    else:
+        available, power = error.granted, ""
+    if error.granted is None:
+        advice = (
+            f"{error.asked} vectors were asked for, the host has fewer and does not say how many: "
+            f"try {available}{power}, vectors 0 to {available - 1}"
+        )
+    else:
+        advice = f"{error.asked} vectors were asked for, the host has {error.granted}: " + (
+            f"{available} are available{power}, start vectors 0 to {available - 1}"
+            if available
+            else "none are available"
+        )
     return NotEnough(
         error.operation,
         error.what,

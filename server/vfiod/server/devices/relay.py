@@ -21,7 +21,7 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.environment import Environment, Timer
 from vfiod.server.devices.irq_index import INTX
 from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import Action, IntxLine
+from vfiod.server.interrupts.intx import Action, IntxLine, LineState
 
 __all__ = ["Relay"]
 
@@ -159,6 +159,8 @@ class Relay:
         for action in actions:
             if action is Action.RAISE:
                 vector.deliver(1)
+                if before is LineState.LATCHED and trace.irq_pending_injected.on:
+                    trace.irq_pending_injected(device=self._device, index=INTX)
             elif action not in _KERNEL:
                 self._perform(line, action)
 

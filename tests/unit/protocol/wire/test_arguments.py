@@ -198,3 +198,27 @@ def test_event_data() -> None:
     assert decode_event_data("STOP", UNSET) is None
     with pytest.raises(InvalidRequest, match="The data of DEVICE_ADDED"):
         decode_event_data("DEVICE_ADDED", UNSET)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("object-del", {"id": "ram0\n"}),
+        ("device_add", {"driver": "vfio-pci", "id": "n0\n", "host": "01:00.0"}),
+        ("mdev-destroy", {"uuid": "11111111-2222-3333-4444-555555555555\n"}),
+    ],
+)
+def test_a_final_newline_is_no_part_of_a_name(command: str, arguments: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgument, match="expects"):
+        decode_arguments(COMMANDS[command], json.dumps(arguments).encode())
+
+
+@pytest.mark.parametrize("number", [1 << 32, 1 << 70])
+def test_an_interrupt_number_has_32_bits(number: int) -> None:
+    arguments = {"device": "n0", "first-number": number}
+    with pytest.raises(InvalidArgument, match="'first-number' expects a value from 0 to 4294967295"):
+        decode_arguments(COMMANDS["irq-start"], json.dumps(arguments).encode())
+    with pytest.raises(InvalidArgument, match=r"'routes\[0\]\.number' expects a value from 0 to 4294967295"):
+        decode_arguments(
+            COMMANDS["irq-start"], json.dumps({"device": "n0", "routes": [{"index": 0, "number": number}]}).encode()
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from typing import Any
@@ -11,7 +12,7 @@ from tests.unit.server.fake_kernel import FakeKernel
 
 from vfiod.protocol.catalogue.devices import DeviceDeleted, DeviceError, DeviceRequested
 from vfiod.protocol.errors import CommandError, OperationFailed
-from vfiod.protocol.vfio import PciRegion
+from vfiod.protocol.vfio import DeviceFlags, Feature, PciRegion
 from vfiod.server.mdev.parent import DeviceInfo, IrqInfo, RegionInfo
 
 EDU = "0000:01:00.0"
@@ -138,6 +139,38 @@ def test_more_indexes_than_pci_has_are_listed_by_number(play: Any) -> None:
 
 
 # --- the same on the kernel's interface ----------------------------------------------------------------
+
+
+def test_a_host_out_of_vectors_that_does_not_say_how_many_is_asked_for_the_next_lower_power(play: Any) -> None:
+    kernel = FakeKernel()
+    kernel.add_device(EDU, 7).msi_count = 8
+
+    async def scenario(world: Any) -> None:
+        await world.command("device_add", driver="vfio-pci", id="e0", host=EDU)
+        kernel.fail("VFIO_DEVICE_SET_IRQS", errno.ENOSPC)
+        with pytest.raises(
+            OperationFailed, match=r"5 vectors were asked for.* does not say how many: try 4 "
+        ) as caught:
+            await world.command("irq-start", device="e0", index="msi", vectors=[0, 1, 2, 3, 4])
+        assert caught.value.errno == "ENOSPC"
+        await world.command("irq-start", device="e0", index="msi", vectors=[0, 1, 2, 3])
+
+    play(scenario, syscalls=kernel)
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_a_device_says_whether_it_can_migrate_and_be_reset(play: Any, can: bool) -> None:
+    kernel = FakeKernel()
+    edu = kernel.add_device(EDU, 7)
+    edu.features = frozenset({int(Feature.MIGRATION)} if can else ())
+    edu.flags = DeviceFlags.PCI | (DeviceFlags.RESET if can else DeviceFlags(0))
+
+    async def scenario(world: Any) -> None:
+        await world.command("device_add", driver="vfio-pci", id="e0", host=EDU)
+        [info] = await world.command("query-devices")
+        assert (info.migratable, info.reset) == (can, can)
+
+    play(scenario, syscalls=kernel)
 
 
 def test_a_device_of_a_kernel_group(play: Any) -> None:

@@ -14,7 +14,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Holder
 from vfiod.protocol.catalogue.regions import RegionMmapChanged
 from vfiod.protocol.errors import DeviceNotFound, InvalidArgument, OperationFailed, PermissionRefused
-from vfiod.server.devices.regions import INLINE_BYTES, describe, widest
+from vfiod.server.devices.regions import INLINE_BYTES, Regions, describe, widest
 from vfiod.server.kernel.syscalls import PAGE_SIZE
 from vfiod.server.mdev.parent import Area, RegionInfo
 
@@ -378,6 +378,15 @@ def test_a_reply_that_carries_no_fds_is_no_place_for_one(play: Any) -> None:
 
 
 # --- listing ---------------------------------------------------------------------------------------------
+
+
+def test_the_capabilities_of_a_region_are_listed() -> None:
+    info = vfio.RegionInfo(
+        9, vfio.RegionFlags.READ, PAGE_SIZE, 0, (vfio.RegionTypeCap(0x8000_8086, 2), vfio.MsixMappable())
+    )
+    [listed] = Regions("n0", None, (describe(9, info),)).infos()  # type: ignore[arg-type]  # listing asks no backend
+    assert (listed.type, listed.subtype, listed.msix_mappable) == (0x8000_8086, 2, True)
+    assert (listed.readable, listed.writable, listed.mappable) == (True, False, False)
 
 
 def test_listing(play: Any) -> None:

@@ -207,6 +207,11 @@ def test_irq_stop_without_a_device_stops_all(play: Any) -> None:
         ("irq-start", {"first-number": 1, "routes": []}, "'first-number' and 'routes' exclude each other"),
         (
             "irq-start",
+            {"index": "msi", "vectors": [0, 1], "first-number": 2**32 - 1},
+            "'first-number' expects at most 4294967294 for 2 vectors, not 4294967295",
+        ),
+        (
+            "irq-start",
             {"routes": [{"index": "msi", "number": 1}]},
             "names vector 0 of index 'msi', which is not being started: this starts intx",
         ),

@@ -82,3 +82,22 @@ def test_a_whole_life_traced(play: Any, caplog: pytest.LogCaptureFixture) -> Non
     for line in lines:
         if line.split()[0] in HERE:
             assert " device=n0" in line, line
+
+
+def test_what_was_pending_behind_a_mask_is_traced_when_it_is_injected(
+    play: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(world: Any) -> None:
+        rig = await world.add()
+        await world.command("irq-start", device="n0")
+        rig.irqs.set_line(True)  # in the eventfd already, and not heard yet
+        await world.command("irq-mask", device="n0", index="intx", oob=True)
+        await world.settle()
+        assert (await world.irq()).delivered == 0
+        assert "irq_pending_injected" not in caplog.text
+        await world.command("irq-unmask", device="n0", index="intx")
+        assert (await world.irq()).delivered == 1
+        assert "irq_pending_injected device=n0 index=0" in caplog.text
+
+    with caplog.at_level(logging.INFO, "vfiod.trace"):
+        play(scenario)

@@ -21,7 +21,6 @@ STATUS: Final = 0x06
 BAR0: Final = 0x10
 CAPABILITIES: Final = 0x34
 INTERRUPT_LINE: Final = 0x3C
-INTERRUPT_PIN: Final = 0x3D
 MSI: Final = 0x40
 EXPRESS: Final = 0x60
 
