@@ -141,7 +141,7 @@ class VirtualConfig:
         flags = int.from_bytes(image[where + at.MSI_FLAGS : where + at.MSI_FLAGS + 2], "little")
         wide, maskable = flags & at.MSI_64, flags & at.MSI_MASKABLE
         data = where + (12 if wide else 8)
-        size = data + (8 if maskable else 2) - where
+        size = data + (12 if maskable else 2) - where
         if not self._fits("MSI", found, size, warnings):
             return None
         flags &= ~(at.MSI_ENABLE | at.MSI_COUNT)
