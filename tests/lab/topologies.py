@@ -125,7 +125,8 @@ IGB = Topology(
     devices=(
         INTEL_IOMMU,
         port("port1", 0x10, chassis=1),
-        device("igb", "igb0", "port1", 0, multifunction="on"),
+        # With ARI (the port forwards it) the kernel follows this pointer, and not the multifunction bit.
+        device("igb", "igb0", "port1", 0, multifunction="on", x_pcie_ari_nextfn_1="on"),
         device("igb", "igb1", "port1", 0, function=1),
     ),
 )
@@ -167,7 +168,6 @@ NVME = Topology(
 
 
 TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB, E1000E, NVME)}
-
 
 
 def find_topology(name: str) -> Topology:
