@@ -125,13 +125,49 @@ IGB = Topology(
     devices=(
         INTEL_IOMMU,
         port("port1", 0x10, chassis=1),
-        device("igb", "igb0", "port1", 0, multifunction="on"),
+        # With ARI (the port forwards it) the kernel follows this pointer, and not the multifunction bit.
+        device("igb", "igb0", "port1", 0, multifunction="on", x_pcie_ari_nextfn_1="on"),
         device("igb", "igb1", "port1", 0, function=1),
     ),
 )
 
 
-TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB)}
+# --- e1000e and nvme: MSI-X, a ROM, and queues in guest memory --------------------------------
+
+#: A network card behind a root port: MSI-X, MSI and INTx, an expansion ROM, reset.
+E1000E_PORT = "0000:01:00.0"
+E1000E_IDS: Mapping[str, str] = {E1000E_PORT: "e1000e-port"}
+#: The ROM it is given, by the name QEMU finds it under: no power of two, so that its end reads as padding.
+E1000E_ROM = "efi-e1000e.rom"
+
+E1000E = Topology(
+    name="e1000e",
+    about="an e1000e network card behind a root port: MSI-X with five vectors, and a ROM",
+    devices=(
+        INTEL_IOMMU,
+        port("port1", 0x11, chassis=1),
+        device("e1000e", "e1000e-port", "port1", 0, romfile=E1000E_ROM),
+    ),
+)
+
+#: A disk behind a root port: its admin queue is in guest memory, its interrupts are MSI-X.
+NVME_PORT = "0000:01:00.0"
+NVME_IDS: Mapping[str, str] = {NVME_PORT: "nvme-port"}
+NVME_SERIAL = "vfiod-lab-1"
+
+NVME = Topology(
+    name="nvme",
+    about="an NVMe disk behind a root port: queues in guest memory, doorbells, MSI-X",
+    devices=(
+        INTEL_IOMMU,
+        port("port1", 0x11, chassis=1),
+        device("nvme", "nvme-port", "port1", 0, serial=NVME_SERIAL, drive="disk0"),
+    ),
+    arguments=("-drive", "if=none,id=disk0,driver=null-co,size=1M"),
+)
+
+
+TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB, E1000E, NVME)}
 
 
 def find_topology(name: str) -> Topology:

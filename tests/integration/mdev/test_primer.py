@@ -47,7 +47,14 @@ def refused(words: str, function: Any, **arguments: Any) -> RemoteError:
 def test_what_can_be_made_is_listed(manager: Manager) -> None:
     [told] = manager.client.query_mdev_types()
     assert (told.parent, told.type, told.device_api, told.devices) == ("primer", "primer-pci", "vfio-pci", [])
-    assert set(told.parameters) == {"memory", "vectors", "granted-vectors", "hot-unplug"}
+    assert set(told.parameters) == {
+        "memory",
+        "vectors",
+        "msix-vectors",
+        "msix-resizable",
+        "granted-vectors",
+        "hot-unplug",
+    }
     primer = Primer(manager)
     [told] = manager.client.query_mdev_types(oob=True)
     [device] = told.devices

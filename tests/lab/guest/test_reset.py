@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from tests.lab.guest import pci
-from tests.lab.guest.resets import add_cdev, add_iommufd, held, resets, told_resets
+from tests.lab.guest.resets import add_cdev, add_iommufd, held, resets, running_vms, told_resets
 from tests.lab.guest.test_vfiod import IOVA, copy_through, fired
-from tests.lab.guest.vm import Vm, opened_group, running_vm, trigger_of
+from tests.lab.guest.vm import Vm, opened_group, trigger_of
 from tests.lab.topologies import EDU_FUNCTIONS, EDU_PAIR, EDU_PORT, EDU_ROOT
 
 from vfiod.protocol.errors import RemoteError
@@ -23,10 +22,17 @@ from vfiod.protocol.errors import RemoteError
 MACHINE = "edu"
 
 
+@pytest.fixture(scope="module")
+def vms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Vm]]:
+    running = running_vms(tmp_path_factory)
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def vm(tmp_path: Path) -> Iterator[Vm]:
-    with running_vm(tmp_path) as running:
-        yield running
+def vm(vms: Iterator[Vm]) -> Vm:
+    """A vfiod with nothing in it: each test removes what it added, or ends it."""
+    return next(vms)
 
 
 def command_register(vm: Vm, name: str) -> int:

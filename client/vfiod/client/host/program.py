@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from vfiod.client.host import binding
 from vfiod.client.host.sysfs import HostDevice, HostError, HostGroup, Sysfs
+from vfiod.client.host.topology import host_topology
+from vfiod.protocol.drawing import Graph, draw_dot, draw_svg, draw_tree
 
 __all__ = ["main"]
 
@@ -25,7 +27,13 @@ def parser() -> argparse.ArgumentParser:
     listing = verbs.add_parser("list", parents=[common], help="PCI devices: driver, group, reset, IOMMU")
     listing.add_argument("--driver", help="only devices bound to this driver")
     listing.add_argument("--all", action="store_true", help="bridges too")
-    verbs.add_parser("groups", parents=[common], help="IOMMU groups: their devices, and whether VFIO can have them")
+    groups = verbs.add_parser(
+        "groups", parents=[common], help="IOMMU groups: their devices, and whether VFIO can have them; reset domains"
+    )
+    drawn = groups.add_mutually_exclusive_group()
+    drawn.add_argument("--tree", action="store_true", help="a tree, with the reset domains")
+    drawn.add_argument("--dot", action="store_true", help="a graph for Graphviz, with the reset domains")
+    drawn.add_argument("--svg", action="store_true", help="a picture, with the reset domains")
     for verb, about in (("bind", "give devices to VFIO"), ("unbind", "give devices back to the kernel's own drivers")):
         change = verbs.add_parser(verb, parents=[common], help=about)
         change.add_argument("addresses", metavar="ADDRESS", nargs="+", help="[[DDDD:]BB:]DD.F")
@@ -72,6 +80,8 @@ def _list(sysfs: Sysfs, options: argparse.Namespace) -> int:
 
 
 def _groups(sysfs: Sysfs, options: argparse.Namespace) -> int:
+    if options.tree or options.dot or options.svg:
+        return _draw(sysfs, options)
     groups = list(sysfs.groups())
     if options.json:
         return _json([_group_json(group) for group in groups])
@@ -86,6 +96,15 @@ def _groups(sysfs: Sysfs, options: argparse.Namespace) -> int:
     ]
     empty = "no IOMMU groups: the host has no IOMMU, or it is off (intel_iommu=on, or the firmware's setting)"
     return _table(["Group", "Type", "Devices", "For VFIO"], rows, empty)
+
+
+def _draw(sysfs: Sysfs, options: argparse.Namespace) -> int:
+    if options.json:
+        raise HostError("--json and a drawing exclude each other: give one of --json, --tree, --dot, --svg")
+    graph, title = Graph(*host_topology(sysfs)), "IOMMU groups and reset domains of this host"
+    text = draw_tree(graph) if options.tree else draw_dot(graph, title) if options.dot else draw_svg(graph, title)
+    sys.stdout.write(text)
+    return 0
 
 
 def _bind(sysfs: Sysfs, options: argparse.Namespace) -> int:

@@ -178,6 +178,11 @@ class Sysfs:
             used_by=tuple(self._users(path)),
         )
 
+    def bridge_above(self, address: str) -> str | None:
+        """The bridge that leads to a function, by its address; None: it stands on a root bus. Raises HostError."""
+        above = self.path(address).resolve().parent.name
+        return above if ADDRESS.match(above) else None
+
     def groups(self) -> Iterator[HostGroup]:
         """Every IOMMU group, by number."""
         for number in sorted(int(name) for name in _names(self.root / "kernel/iommu_groups") if name.isdigit()):

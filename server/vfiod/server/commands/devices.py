@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any, Final
 from uuid import UUID
 
@@ -31,6 +32,8 @@ from vfiod.server.backends.cdev import CdevOrigin, IommufdSource
 from vfiod.server.backends.checks import possible
 from vfiod.server.backends.group import ContainerSource, GroupOrigin
 from vfiod.server.commands.call import Call, Handler
+from vfiod.server.commands.romfile import open_romfile
+from vfiod.server.devices.guest_view import Shown
 from vfiod.server.devices.pci import PciDevice, PciOptions
 from vfiod.server.machine import NewDevice
 
@@ -56,12 +59,22 @@ def device_add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
     if a.driver not in set(Driver):
         raise InvalidArgument(f"'{a.driver}' is not a valid device model name")
     _check_origin(a)
-    options = _options(a)
-    if a.mdev is not UNSET:
-        return _add_mediated(call, a, options, a.mdev.lower())
-    if a.iommufd is not UNSET:
-        return _add_cdev(call, a, options, a.iommufd)
-    return _add_from_group(call, a, options)
+    options = _options(call, a)
+    romfile = options.shown.romfile
+    try:
+        if a.mdev is not UNSET:
+            work = _add_mediated(call, a, options, a.mdev.lower())
+        elif a.iommufd is not UNSET:
+            work = _add_cdev(call, a, options, a.iommufd)
+        else:
+            work = _add_from_group(call, a, options)
+    except BaseException:
+        if romfile is not None:
+            romfile.close()
+        raise
+    if a.x_dry_run and romfile is not None:
+        romfile.close()
+    return work
 
 
 def _check_origin(a: DeviceAdd) -> None:
@@ -89,7 +102,7 @@ def _refuse(a: DeviceAdd, names: tuple[str, ...], why: str) -> None:
             raise InvalidArgument(f"Parameter '{name.replace('_', '-')}' {why}")
 
 
-def _options(a: DeviceAdd) -> PciOptions:
+def _options(call: Call, a: DeviceAdd) -> PciOptions:
     timeout = a.mmap_timeout_ms
     if timeout is UNSET:
         timeout = a.x_intx_mmap_timeout_ms
@@ -103,6 +116,11 @@ def _options(a: DeviceAdd) -> PciOptions:
         share_fd=a.share_fd,
         no_mmap=a.x_no_mmap,
         on_request=a.on_request,
+        shown=Shown(
+            multifunction=a.multifunction is True,
+            rombar=a.rombar and a.romfile != "",
+            romfile=None if not a.romfile else open_romfile(call, a.romfile),
+        ),
     )
 
 
@@ -119,7 +137,7 @@ def _add_mediated(call: Call, a: DeviceAdd, options: PciOptions, uuid: str) -> A
         discard=lambda: None,
         on_request_timeout_ms=a.on_request_timeout_ms,
     )
-    return _added(machine.add_device(new))
+    return _added(machine.add_device(_with_romfile(new)))
 
 
 def _token(a: DeviceAdd) -> UUID | None:
@@ -149,7 +167,7 @@ def _add_cdev(call: Call, a: DeviceAdd, options: PciOptions, iommufd: str) -> Aw
         discard=lambda: close_all(origin.fds()),
         on_request_timeout_ms=a.on_request_timeout_ms,
     )
-    return _added(machine.add_device(new))
+    return _added(machine.add_device(_with_romfile(new)))
 
 
 def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[DeviceAddResult]:
@@ -191,7 +209,19 @@ def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[
         discard=lambda: close_all(origin.fds()),
         on_request_timeout_ms=a.on_request_timeout_ms,
     )
-    return _added(machine.add_device(new))
+    return _added(machine.add_device(_with_romfile(new)))
+
+
+def _with_romfile(new: NewDevice) -> NewDevice:
+    romfile = new.options.shown.romfile
+    if romfile is None:
+        return new
+
+    def discard() -> None:
+        romfile.close()
+        new.discard()
+
+    return replace(new, open=romfile.before(new.open, new.discard), discard=discard)
 
 
 async def _added(work: Awaitable[PciDevice]) -> DeviceAddResult:

@@ -23,6 +23,7 @@ from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.devices.overlays import ConfigOverlay, MsixOverlay, RomOverlay
 from vfiod.server.devices.regions import BAR_COUNT, CONFIG, ROM, Region
 from vfiod.server.devices.rom import Rom, read_rom
+from vfiod.server.devices.romfile import RomFile
 
 __all__ = ["AS_QEMU", "Shown", "lay_over", "place_rom", "virtual_config"]
 
@@ -39,13 +40,13 @@ class Shown:
     Attributes:
         multifunction: the multifunction bit.
         rombar: whether it sees a ROM.
-        rom: what it sees as the ROM; empty: none; None: the device's own.
+        romfile: a file that it sees as the ROM, read already; None: the device's own.
 
     """
 
     multifunction: bool = False
     rombar: bool = True
-    rom: bytes | None = None
+    romfile: RomFile | None = None
 
 
 AS_QEMU: Final = Shown()
@@ -55,9 +56,9 @@ AS_QEMU: Final = Shown()
 def place_rom(device: str, backend: Backend, region: Region, shown: Shown) -> None:
     """Decide what the ROM region is. One that cannot be read is dropped with a warning, no failure. Blocks."""
     if not shown.rombar:
-        _drop_rom(region, "rombar=false: the guest sees no ROM")
-    elif shown.rom is not None:
-        _stand_in(region, shown.rom)
+        _drop_rom(region, "rombar=false, or an empty romfile: the guest sees no ROM")
+    elif shown.romfile is not None:
+        _stand_in(region, shown.romfile)
     elif region.info.present:
         try:
             backend.region_read(ROM, 0, min(_ROM_PROBE, region.info.size))
@@ -76,13 +77,11 @@ def _drop_rom(region: Region, why: str) -> None:
     region.areas = ()
 
 
-def _stand_in(region: Region, image: bytes) -> None:
-    if not image:
-        _drop_rom(region, "romfile is empty: the guest sees no ROM")
-        return
+def _stand_in(region: Region, romfile: RomFile) -> None:
+    image = romfile.image
     size = max(1 << (len(image) - 1).bit_length(), ROM_LEAST)
     region.info = vfio.RegionInfo(ROM, vfio.RegionFlags.READ, size)
-    region.note = f"romfile: {len(image)} bytes, in place of the device's own"
+    region.note = f"romfile '{romfile.name}': {len(image)} bytes, in place of the device's own"
     region.areas = ()
     region.overlay = RomOverlay(Rom(size, lambda: image))
 

@@ -9,7 +9,9 @@ The rules that are easily missed:
 * one kind is active at a time; another one is EINVAL until the first is disabled (TRIGGER, no data, count 0);
 * INTx masks itself when it fires; UNMASK fires it again at once while the line is still up;
 * the loopback trigger of INTx (no data, or BOOL) does not mask;
-* MSI is enabled with as many vectors as the first request reaches, and does not grow;
+* MSI is enabled with as many vectors as the first request reaches, and does not grow; MSI-X too, unless it is made
+  ``resizable`` (then no NORESIZE): vectors beyond come one by one;
+* an MSI-X message to a vector without an eventfd stays pending, and is sent when it gets one; with MSI it is lost;
 * MASK and UNMASK of anything but INTx is ENOTTY, MASK by eventfd as well;
 * a second eventfd for UNMASK is EBUSY until -1 took the first away.
 """
@@ -35,19 +37,30 @@ class PciIrqs:
         intx: whether the device has an interrupt pin.
         msi: vectors of its MSI capability: 0, or a power of two to 32.
         err: whether it reports errors (a PCI Express device).
-        granted: MSI vectors that can really be had, to be asked for again when more are wanted.
+        granted: vectors that can really be had, to be asked for again when more are wanted; None: all.
+        msix: vectors of its MSI-X capability: 0 to 2048.
+        resizable: whether MSI-X vectors can be added while others are in use.
 
     """
 
     def __init__(
-        self, host: Host, *, intx: bool = True, msi: int = 0, err: bool = False, granted: int | None = None
+        self,
+        host: Host,
+        *,
+        intx: bool = True,
+        msi: int = 0,
+        err: bool = False,
+        granted: int | None = None,
+        msix: int = 0,
+        resizable: bool = False,
     ) -> None:
         self._host = host
-        self._granted = msi if granted is None else granted
+        self._granted = max(msi, msix) if granted is None else granted
+        self._resizable = resizable
         self._counts: Mapping[int, int] = {
             PciIrq.INTX: int(intx),
             PciIrq.MSI: msi,
-            PciIrq.MSIX: 0,
+            PciIrq.MSIX: msix,
             PciIrq.ERR: int(err),
             PciIrq.REQ: 1,
         }
@@ -59,8 +72,9 @@ class PciIrqs:
         self._masked = False
         self._line = False
         self._intx_disable = False
-        # MSI: one entry per enabled vector
+        # MSI, MSI-X: one entry per enabled vector
         self._vectors: list[EventFd | None] = []
+        self._pending: set[int] = set()  # MSI-X
         # ERR and REQ
         self._single: dict[int, EventFd] = {}
         self._handlers: Mapping[tuple[int, IrqAction], Callable[[SetIrqs], int]] = {
@@ -68,6 +82,7 @@ class PciIrqs:
             (PciIrq.INTX, IrqAction.UNMASK): self._intx_unmask,
             (PciIrq.INTX, IrqAction.TRIGGER): self._intx_trigger,
             (PciIrq.MSI, IrqAction.TRIGGER): self._msi_trigger,
+            (PciIrq.MSIX, IrqAction.TRIGGER): self._msi_trigger,
             (PciIrq.ERR, IrqAction.TRIGGER): self._single_trigger,
             (PciIrq.REQ, IrqAction.TRIGGER): self._single_trigger,
         }
@@ -80,7 +95,8 @@ class PciIrqs:
         if count is None or (index == PciIrq.ERR and not count):
             raise OSError(errno.EINVAL, f"there is no interrupt index {index}")
         intx = index == PciIrq.INTX
-        return IrqInfo(count=count, maskable=intx, automasked=intx, noresize=not intx)
+        noresize = not intx and not (index == PciIrq.MSIX and self._resizable)
+        return IrqInfo(count=count, maskable=intx, automasked=intx, noresize=noresize)
 
     def set_irqs(self, request: SetIrqs) -> int:
         """``VFIO_DEVICE_SET_IRQS``. Returns 0, or how many vectors can be had. Raises OSError as vfio-pci does."""
@@ -100,13 +116,23 @@ class PciIrqs:
 
     @property
     def kind(self) -> PciIrq | None:
-        """What is enabled: INTX, MSI, or None."""
+        """What is enabled: INTX, MSI, MSIX, or None."""
         return self._kind
 
     @property
     def vectors(self) -> int:
-        """How many MSI vectors are enabled."""
+        """How many MSI or MSI-X vectors are enabled."""
         return len(self._vectors)
+
+    @property
+    def pending(self) -> frozenset[int]:
+        """MSI-X vectors with a message that could not be sent (the bits of the PBA)."""
+        return frozenset(self._pending)
+
+    def forget_pending(self) -> None:
+        """The device was reset: what it had to say is void."""
+        with self._lock:
+            self._pending.clear()
 
     def set_line(self, level: bool) -> None:
         """The device raises or lowers its INTx. A line that is up fires as soon as it is enabled and not masked."""
@@ -121,11 +147,13 @@ class PciIrqs:
             self._settle_intx()
 
     def message(self, vector: int) -> bool:
-        """The device sends an MSI message; whether somebody listens to that vector."""
+        """The device sends an MSI or MSI-X message; whether somebody listens to that vector."""
         with self._lock:
             trigger = self._vectors[vector] if vector < len(self._vectors) else None
             if trigger is not None:
                 trigger.signal()
+            elif self._kind is PciIrq.MSIX:
+                self._pending.add(vector)
             return trigger is not None
 
     def error(self) -> bool:
@@ -229,31 +257,35 @@ class PciIrqs:
     # --- MSI ---------------------------------------------------------------------------------------
 
     def _msi_trigger(self, request: SetIrqs) -> int:
-        if self._kind is PciIrq.MSI and request.is_disable:
+        kind = PciIrq(request.index)
+        if self._kind is kind and request.is_disable:
             self._disable_msi()
             return 0
-        if self._kind not in (PciIrq.MSI, None):
+        if self._kind not in (kind, None):
             raise OSError(errno.EINVAL, _not_now(self._kind, request))
         start, count = request.start, request.count
         if request.data is IrqData.EVENTFD:
-            return self._msi_eventfds(start, request.fds)
+            return self._msi_eventfds(kind, start, request.fds)
         if self._kind is None:
-            raise OSError(errno.EINVAL, "MSI is not enabled: give it eventfds first")
+            raise OSError(errno.EINVAL, f"{kind.name} is not enabled: give it eventfds first")
         for vector in range(start, min(start + count, len(self._vectors))):
-            if _applies(request, vector - start):
-                self.message(vector)
+            trigger = self._vectors[vector]
+            if trigger is not None and _applies(request, vector - start):
+                trigger.signal()
         return 0
 
-    def _msi_eventfds(self, start: int, fds: tuple[int, ...]) -> int:
-        if self._kind is None:
-            if not fds:
-                raise OSError(errno.EINVAL, "MSI is enabled with at least one vector")
-            if start + len(fds) > self._granted:
-                return self._granted
-        elif start + len(fds) > len(self._vectors):
+    def _msi_eventfds(self, kind: PciIrq, start: int, fds: tuple[int, ...]) -> int:
+        end = start + len(fds)
+        grows = kind is PciIrq.MSIX and self._resizable
+        if self._kind is None and not fds:
+            raise OSError(errno.EINVAL, f"{kind.name} is enabled with at least one vector")
+        if self._kind is not None and end > len(self._vectors) and not grows:
             raise OSError(
-                errno.EINVAL, f"MSI is enabled with {len(self._vectors)} vectors and cannot grow: disable it first"
+                errno.EINVAL,
+                f"{kind.name} is enabled with {len(self._vectors)} vectors and cannot grow: disable it first",
             )
+        if end > self._granted:
+            return self._granted
         fresh: list[EventFd | None] = []
         try:
             for number in fds:
@@ -264,11 +296,10 @@ class PciIrqs:
                     trigger.close()
             # vfio_msi_set_block takes the eventfds of the whole block away when one is bad.
             if self._kind is not None:
-                self._replace(start, [None] * len(fds))
+                self._replace(start, [None] * min(len(fds), len(self._vectors) - start))
             raise
-        if self._kind is None:
-            self._kind = PciIrq.MSI
-            self._vectors = [None] * (start + len(fds))
+        self._kind = kind
+        self._vectors += [None] * (end - len(self._vectors))
         self._replace(start, fresh)
         return 0
 
@@ -277,9 +308,12 @@ class PciIrqs:
             old, self._vectors[vector] = self._vectors[vector], trigger
             if old is not None:
                 old.close()
+            if trigger is not None and vector in self._pending:
+                self._pending.discard(vector)
+                trigger.signal()
 
     def _disable_msi(self) -> None:
-        if self._kind is not PciIrq.MSI:
+        if self._kind not in (PciIrq.MSI, PciIrq.MSIX):
             return
         self._replace(0, [None] * len(self._vectors))
         self._vectors, self._kind = [], None

@@ -131,12 +131,16 @@ class Rigs(Primer):
         super().__init__()
         self.made: list[Rig] = []
         self.prepare: Callable[[Rig], None] = lambda rig: None
-        self.granted = 4
+        self.granted: int | None = None
+        self.msix = 0
+        self.resizable = False
 
     def create(self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any]) -> PrimerDevice:
         rig = Rig.__new__(Rig)
         rig.prepare()
-        Rig.__init__(rig, host, memory=1 << 16, vectors=4, granted=self.granted)
+        Rig.__init__(
+            rig, host, memory=1 << 16, vectors=4, granted=self.granted, msix=self.msix, resizable=self.resizable
+        )
         self.prepare(rig)
         self.made.append(rig)
         return rig

@@ -94,7 +94,9 @@ def test_unnamed_registers_read_zero_and_ignore_writes(user: User) -> None:
         user.set(at, 0xFFFF_FFFF)
     for at in (pci.ID, pci.DMA_STATUS, pci.DMA_MOVED, pci.DMA_FAULT):
         user.set(at, 0xFFFF_FFFF)
-    assert user.device.read(PciRegion.BAR0, 0x48, PAGE - 0x48) == bytes(PAGE - 0x48)
+    table = range(pci.MSIX_TABLE, pci.MSIX_TABLE + 8 * 16)
+    unnamed = bytes(0xFF if at in table else 0 for at in range(0x48, PAGE))
+    assert user.device.read(PciRegion.BAR0, 0x48, PAGE - 0x48) == unnamed
     assert user.get(pci.ID) == 0xF10D_0001
     assert user.get(pci.DMA_STATUS) == user.get(pci.DMA_MOVED) == user.get(pci.DMA_FAULT, size=8) == 0
 
@@ -252,7 +254,8 @@ def test_config_space_reads_as_a_pci_express_endpoint(user: User) -> None:
     while at:
         found[config[at]] = at
         at = config[at + 1]
-    assert set(found) == {0x05, 0x10}
+    assert set(found) == {0x05, 0x10, 0x11}
+    assert struct.unpack_from("<HII", config, found[0x11] + 2) == (8 - 1, pci.MSIX_TABLE, pci.MSIX_PBA)
     assert struct.unpack_from("<H", config, found[0x05] + 2)[0] == 0x80 | 2 << 1, "64 bits, 4 vectors, off"
     assert struct.unpack_from("<I", config, found[0x10] + 4)[0] & 1 << 28, "function level reset"
     assert config[0x3D] == 1
@@ -362,7 +365,11 @@ def test_parameters(ground: Ground) -> None:
         {"vectors": 64},
         {"vectors": []},
         {"granted-vectors": 0},
-        {"granted-vectors": 5},
+        {"granted-vectors": 9},
+        {"msix-vectors": 65},
+        {"msix-vectors": -1},
+        {"msix-vectors": False},
+        {"msix-resizable": 1},
         {"hot-unplug": 1},
     ],
 )

@@ -87,7 +87,7 @@ class VirtualConfig:
     def __init__(
         self, image: bytes, *, bars: Mapping[int, int], rom: int = 0, intx: bool = True, multifunction: bool = False
     ) -> None:
-        self._size = len(image)
+        self._kind = IrqKind.NONE
         self._emulated = bytearray(len(image))
         self._values = bytearray(len(image))
         self._writable = bytearray(len(image))
@@ -141,7 +141,7 @@ class VirtualConfig:
         flags = int.from_bytes(image[where + at.MSI_FLAGS : where + at.MSI_FLAGS + 2], "little")
         wide, maskable = flags & at.MSI_64, flags & at.MSI_MASKABLE
         data = where + (12 if wide else 8)
-        size = data + (8 if maskable else 2) - where
+        size = data + (12 if maskable else 2) - where
         if not self._fits("MSI", found, size, warnings):
             return None
         flags &= ~(at.MSI_ENABLE | at.MSI_COUNT)
@@ -223,7 +223,7 @@ class VirtualConfig:
             where = self._msi.offset + at.MSI_FLAGS
             control = self._values[where]
             # Before it is enabled, the guest may have written how many it will want: that stays.
-            if kind is IrqKind.MSI or control & at.MSI_ENABLE:
+            if IrqKind.MSI in (kind, self._kind):
                 control &= ~(at.MSI_ENABLE | at.MSI_COUNT)
             if kind is IrqKind.MSI:
                 control |= at.MSI_ENABLE | max(vectors - 1, 0).bit_length() << at.MSI_COUNT_SHIFT
@@ -232,6 +232,7 @@ class VirtualConfig:
             where = self._msix.offset + at.MSIX_FLAGS + 1
             flags = self._values[where] & ~(at.MSIX_ENABLE >> 8)
             self._values[where] = flags | (at.MSIX_ENABLE >> 8 if kind is IrqKind.MSIX else 0)
+        self._kind = kind
 
     def _limit_msi(self) -> None:
         """More MSI vectors than the device has are cut to what it has."""

@@ -23,6 +23,7 @@ CAPABILITIES: Final = 0x34
 INTERRUPT_LINE: Final = 0x3C
 MSI: Final = 0x40
 EXPRESS: Final = 0x60
+MSIX: Final = 0xA0
 
 COMMAND_MEMORY: Final = 1 << 1
 COMMAND_MASTER: Final = 1 << 2
@@ -34,6 +35,7 @@ STATUS_CAPABILITIES: Final = 1 << 4
 BAR_64: Final = 0b100
 BAR_PREFETCH: Final = 0b1000
 MSI_ENABLE: Final = 1 << 0
+MSIX_ENABLE: Final = 1 << 15
 MSI_QSIZE: Final = 0b111 << 4
 MSI_64: Final = 1 << 7
 EXPRESS_DEVICE_CONTROL: Final = EXPRESS + 8
@@ -48,16 +50,28 @@ class ConfigSpace:
         device: device id.
         bars: per BAR its size in bytes (a power of two), and whether it is 64-bit prefetchable (takes two slots).
         msi_vectors: of the MSI capability; a power of two.
+        msix: vectors of the MSI-X capability, and where its table and its pending bits are in BAR0, bytes; None: it
+            has no such capability.
 
     Attributes:
         msi_on: whether ``SET_IRQS`` has MSI enabled.
+        msix_on: whether ``SET_IRQS`` has MSI-X enabled.
 
     """
 
     size: Final = SIZE
 
-    def __init__(self, *, vendor: int, device: int, bars: Mapping[int, tuple[int, bool]], msi_vectors: int) -> None:
+    def __init__(
+        self,
+        *,
+        vendor: int,
+        device: int,
+        bars: Mapping[int, tuple[int, bool]],
+        msi_vectors: int,
+        msix: tuple[int, int, int] | None = None,
+    ) -> None:
         self.msi_on = False
+        self.msix_on = False
         self._power_on = bytearray(SIZE)
         self._writable = bytearray(SIZE)
         self._set(0x00, "HH", vendor, device)
@@ -77,13 +91,19 @@ class ConfigSpace:
                 self._allow(at, "Q", -size & 0xFFFF_FFFF_FFFF_FFF0)
             else:
                 self._allow(at, "I", -size & 0xFFFF_FFF0)
+        self._has_msix = msix is not None
         self._msi_most = msi_vectors.bit_length() - 1
         self._set(MSI, "BBH", 0x05, EXPRESS, MSI_64 | self._msi_most << 1)
         self._allow(MSI + 2, "H", MSI_ENABLE | MSI_QSIZE)
         self._allow(MSI + 4, "IIH", 0xFFFF_FFFC, 0xFFFF_FFFF, 0xFFFF)
         # Express capability, version 2, endpoint; function level reset; a link of one lane at 2.5 GT/s.
-        self._set(EXPRESS, "BBHIHHIHH", 0x10, 0, 0x0002, 1 << 28 | 1 << 15, 0x2810, 0, 0x11, 0, 0x11)
+        self._set(
+            EXPRESS, "BBHIHHIHH", 0x10, 0 if msix is None else MSIX, 0x0002, 1 << 28 | 1 << 15, 0x2810, 0, 0x11, 0, 0x11
+        )
         self._allow(EXPRESS_DEVICE_CONTROL, "H", 0x7FFF)
+        if msix is not None:
+            # Both in BAR0. Neither bit of the control can be written: the kernel's users cannot either.
+            self._set(MSIX, "BBHII", 0x11, 0, msix[0] - 1, msix[1], msix[2])
         self._bytes = bytearray(self._power_on)
 
     def reset(self) -> None:
@@ -106,6 +126,8 @@ class ConfigSpace:
         data[STATUS] = data[STATUS] & ~STATUS_INTERRUPT | STATUS_INTERRUPT * intx
         if not self.msi_on:
             data[MSI + 2] &= ~MSI_ENABLE
+        if self._has_msix:
+            data[MSIX + 3] = data[MSIX + 3] & ~(MSIX_ENABLE >> 8) | (MSIX_ENABLE >> 8) * self.msix_on
         return bytes(data[offset : offset + length])
 
     def write(self, offset: int, data: bytes) -> bool:

@@ -1,8 +1,8 @@
 """``primer``: a small PCI device in Python, to try vfiod with, to read, and to copy.
 
 It is a PCI Express endpoint, 1234:f10d (0x1234 is the vendor id that QEMU's own teaching devices use; nobody owns it),
-class 0xff0000, with an INTx pin, MSI, function level reset, a block of registers and some memory of its own that a
-DMA engine copies to and from guest memory.
+class 0xff0000, with an INTx pin, MSI, MSI-X, function level reset, a block of registers and some memory of its own
+that a DMA engine copies to and from guest memory.
 
 Regions (the kernel's indexes)::
 
@@ -29,13 +29,16 @@ bytes are taken (8: the lower register first), others are ignored. What is not n
     0x34  DMA_STATUS    RO  bit 0: done; bit 1: fault; bits 8 to 15: why (the faults below)
     0x38  DMA_MOVED     RO  bytes moved by the last transfer, also when it faulted
     0x40  DMA_FAULT     RO  64 bits: the guest address that faulted
+    0x800 MSI-X table   --  16 bytes for each vector. As with vfio-pci it reads as ones and takes nothing
+    0xc00 MSI-X PBA     RO  one bit for each vector with a message that could not be sent
 
     faults: 1 bus mastering is off    2 the address is not mapped    3 it is read-only    4 DMA_LOCAL and DMA_COUNT
             leave BAR2's memory, or DMA_COUNT is 0    5 DMA_ADDRESS and DMA_COUNT leave the 64 bits
 
 Interrupts. While IRQ_STATUS is not zero the INTx line is up. With MSI enabled, writing IRQ_RAISE sends one message
-for each bit written: source n uses vector n modulo the number of enabled vectors. A message, like DMA, is a write to
-memory: without bus mastering (bit 2 of the command register, off after reset) it goes nowhere.
+for each bit written: source n uses vector n modulo the number of enabled vectors; with MSI-X, vector n modulo the
+number of vectors it has, and one that nobody listens to is pending until somebody does. A message, like DMA, is a
+write to memory: without bus mastering (bit 2 of the command register, off after reset) it goes nowhere.
 
 A transfer ends before the write to DMA_COMMAND does. It moves 4 KiB pages in order; one that faults stops it there.
 """
@@ -103,6 +106,9 @@ FAULT_LOCAL: Final = 4
 FAULT_ADDRESS: Final = 5
 
 BAR0_SIZE: Final = 4096
+MSIX_TABLE: Final = 0x800
+MSIX_PBA: Final = 0xC00
+MSIX_MOST: Final = (MSIX_PBA - MSIX_TABLE) // 16
 PAGE: Final = 4096
 MEMORY_MIN: Final = max(PAGE, mmap.PAGESIZE)
 MEMORY_MAX: Final = 256 << 20
@@ -118,17 +124,33 @@ class PrimerDevice(MediatedDevice):
         host: the world.
         memory: bytes of BAR2; a power of two.
         vectors: MSI vectors of the capability.
-        granted: MSI vectors that can really be had.
+        granted: vectors that can really be had; None: all.
+        msix: MSI-X vectors of the capability; 0: it has none.
+        resizable: whether MSI-X vectors can be added while others are in use.
 
     """
 
-    def __init__(self, host: Host, *, memory: int, vectors: int, granted: int) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        memory: int,
+        vectors: int,
+        granted: int | None = None,
+        msix: int = 0,
+        resizable: bool = False,
+    ) -> None:
         self._host = host
         self._size = memory
         self._memory: FileDescriptor | None = None
-        self._irqs = PciIrqs(host, intx=True, msi=vectors, err=True, granted=granted)
+        self._msix = msix
+        self._irqs = PciIrqs(host, intx=True, msi=vectors, err=True, granted=granted, msix=msix, resizable=resizable)
         self._config = ConfigSpace(
-            vendor=VENDOR_ID, device=DEVICE_ID, bars={0: (BAR0_SIZE, False), 2: (memory, True)}, msi_vectors=vectors
+            vendor=VENDOR_ID,
+            device=DEVICE_ID,
+            bars={0: (BAR0_SIZE, False), 2: (memory, True)},
+            msi_vectors=vectors,
+            msix=(msix, MSIX_TABLE, MSIX_PBA) if msix else None,
         )
         self._power_on()
 
@@ -159,6 +181,7 @@ class PrimerDevice(MediatedDevice):
     def reset(self) -> None:
         """Function level reset. BAR2's memory and the eventfds stay, as on real cards."""
         self._power_on()
+        self._irqs.forget_pending()
         self._irqs.set_intx_disable(False)
         self._irqs.set_line(False)
 
@@ -197,6 +220,7 @@ class PrimerDevice(MediatedDevice):
         """As vfio-pci; turning MSI on or off shows in config space."""
         granted = self._irqs.set_irqs(request)
         self._config.msi_on = self._irqs.kind is PciIrq.MSI
+        self._config.msix_on = self._irqs.kind is PciIrq.MSIX
         return granted
 
     def attributes(self) -> Mapping[str, str]:
@@ -242,6 +266,11 @@ class PrimerDevice(MediatedDevice):
     # --- registers --------------------------------------------------------------------------------------
 
     def _register(self, at: int) -> int:
+        if self._msix and MSIX_TABLE <= at < MSIX_TABLE + 16 * self._msix:
+            return 0xFFFF_FFFF  # vfio_pci_bar_rw: the table is the host's
+        if self._msix and MSIX_PBA <= at < MSIX_PBA + 8 * -(-self._msix // 64):
+            pending = sum(1 << vector for vector in self._irqs.pending)
+            return pending >> 8 * (at - MSIX_PBA) & 0xFFFF_FFFF
         if at == ACCESSES:
             return self._accesses & 0xFFFF_FFFF
         self._accesses += 1
@@ -257,6 +286,8 @@ class PrimerDevice(MediatedDevice):
         return self._registers.get(at, 0)
 
     def _set_register(self, at: int, value: int) -> None:
+        if at >= MSIX_TABLE:
+            return
         if at != ACCESSES:
             self._accesses += 1
         match at:
@@ -278,7 +309,7 @@ class PrimerDevice(MediatedDevice):
     def _raise(self, sources: int) -> None:
         self._status |= sources
         self._irqs.set_line(self._status != 0)
-        vectors = self._irqs.vectors
+        vectors = self._msix if self._irqs.kind is PciIrq.MSIX else self._irqs.vectors
         if vectors and self._config.bus_master:
             for source in range(32):
                 if sources >> source & 1:
@@ -325,7 +356,9 @@ class Primer(Parent):
         parameters={
             "memory": f"bytes of BAR2's memory, a power of two, {MEMORY_MIN} to {MEMORY_MAX}; default 1048576",
             "vectors": "MSI vectors: 1, 2, 4, 8, 16 or 32; default 4",
-            "granted-vectors": "MSI vectors that can really be had, to try what a short host does; default: vectors",
+            "msix-vectors": f"MSI-X vectors: 0 to {MSIX_MOST}, 0: no such capability; default 8",
+            "msix-resizable": "whether MSI-X vectors can be added while others are in use; default false",
+            "granted-vectors": "MSI and MSI-X vectors that can really be had, to try a short host; default: all",
             "hot-unplug": "false: refuses to be destroyed between mdev-start and mdev-shutdown; default true",
         },
     )
@@ -341,15 +374,14 @@ class Primer(Parent):
         """Make one; EINVAL names the parameter that cannot be."""
         memory = _power_of_two("memory", parameters.get("memory", 1 << 20), MEMORY_MIN, MEMORY_MAX)
         vectors = _power_of_two("vectors", parameters.get("vectors", 4), 1, 32)
-        granted = parameters.get("granted-vectors", vectors)
-        if type(granted) is not int or not 1 <= granted <= vectors:
-            raise OSError(errno.EINVAL, f"'granted-vectors' is a number from 1 to {vectors}, got {granted!r}")
-        hot_unplug = parameters.get("hot-unplug", True)
-        if type(hot_unplug) is not bool:
-            raise OSError(errno.EINVAL, f"'hot-unplug' is true or false, got {hot_unplug!r}")
+        msix = _number("msix-vectors", parameters.get("msix-vectors", 8), 0, MSIX_MOST)
+        most = max(vectors, msix)
+        granted = _number("granted-vectors", parameters.get("granted-vectors", most), 1, most)
+        resizable = _flag("msix-resizable", parameters.get("msix-resizable", False))
+        hot_unplug = _flag("hot-unplug", parameters.get("hot-unplug", True))
         if not hot_unplug:
             self._stays.add(uuid)
-        return PrimerDevice(host, memory=memory, vectors=vectors, granted=granted)
+        return PrimerDevice(host, memory=memory, vectors=vectors, granted=granted, msix=msix, resizable=resizable)
 
     def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
         """Refused while the VM runs, for a device made so."""
@@ -365,6 +397,19 @@ class Primer(Parent):
     def shutdown(self, vm: str, uuids: Sequence[str]) -> None:
         """Forget who ran."""
         self._running.difference_update(uuids)
+
+
+def _number(name: str, value: object, least: int, most: int) -> int:
+    # bool is an int to Python, and not to whoever wrote "msix-vectors": true.
+    if type(value) is not int or not least <= value <= most:
+        raise OSError(errno.EINVAL, f"'{name}' is a number from {least} to {most}, got {value!r}")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if type(value) is not bool:
+        raise OSError(errno.EINVAL, f"'{name}' is true or false, got {value!r}")
+    return value
 
 
 def _power_of_two(name: str, value: object, least: int, most: int) -> int:
