@@ -133,8 +133,6 @@ class Client(Methods):
         except BaseException:
             self._connection.abandon(ticket)
             raise
-        if self._connection.data_to_send():  # after a failure: the names of lent fds are closed at the server
-            self._turn(0)
         return ticket.result()
 
     def send_fds(self, fds: Sequence[OpenFd]) -> None:

@@ -73,6 +73,30 @@ class TestCall:
         assert vfiod(*arguments, "--run", "exit 5").returncode == 5
 
 
+class TestServe:
+    def test_from_start_to_sigterm(self, tmp_path: Path) -> None:
+        path = tmp_path / "sock"
+        child = subprocess.Popen([*PROGRAM, "serve", "--name", "vm9", "--qmp", f"unix:{path}"])
+        try:
+            while not path.exists():
+                assert child.poll() is None
+            while vfiod("call", path, "query-name", "--compact").stdout != '{"name": "vm9"}\n':
+                assert child.poll() is None
+            command = Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0")
+            assert b"vfiod.server" in command, "it became the server: nothing of the client is left in memory"
+            child.terminate()
+            assert child.wait(60) == 0
+        finally:
+            child.kill()
+            child.wait()
+        assert not path.exists()
+
+    def test_a_bad_option(self, tmp_path: Path) -> None:
+        done = vfiod("serve", "--name", "vm9")
+        assert done.returncode == 2
+        assert "--qmp" in done.stderr
+
+
 class TestFilter:
     def test_lines(self, server: OwnServer) -> None:
         lines = 'query-name\n\n# a comment\n{"execute": "query-uuid"}\n{"exec-oob": "query-name"}'

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vfiod.client.connection import MAX_UNCLAIMED, Connection, Dialect, State, Ticket
 from vfiod.client.errors import ConnectionLost, ProtocolError
@@ -23,6 +25,19 @@ from vfiod.protocol.fd import FileDescriptor
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"major": 1, "minor": 2, "micro": 3}, "package": ""}, "capabilities": ["oob"]}}\r\n'
 )
+
+PIECES = [
+    GREETING,
+    b'{"return": {}, "id": 1}\r\n',
+    b'{"return": {"map-fd": 0, "offset": 0, "size": 1, "areas": []}, "id": 2}\r\n',
+    b'{"return": {"map-fd": 1, "offset": 0, "size": 1, "areas": []}, "id": 4}\r\n',
+    b'{"jsonrpc": "2.0", "result": {"map-fd": 0, "offset": 0, "size": 1, "areas": []}, "id": 1}\r\n',
+    b'{"jsonrpc": "2.0", "result": {"kind": "file"}, "id": 2}\r\n',
+    b'{"error": {"class": "GenericError", "desc": "no"}, "id": 3}\r\n',
+    b'{"return": {"a-fd": 0, "b": [{"c-fd": 0}]}, "id": 99}\r\n',
+    b'{"event": "SHUTDOWN", "data": {}, "timestamp": {"seconds": 1, "microseconds": 1}}\r\n',
+    b'{"return": ',
+]
 
 
 def sent(connection: Connection) -> list[tuple[list[Any], int]]:
@@ -506,3 +521,30 @@ class TestReceivingFds:
         connection.receive_data(b'{"return": ', fds)
         assert isinstance(connection.error, ProtocolError)
         assert all(fd.closed for fd in fds)
+
+
+class TestNonsense:
+    """A server that is broken, or hostile: no exception comes out of the connection, and no fd stays open."""
+
+    @given(
+        st.lists(st.tuples(st.one_of(st.binary(max_size=60), st.sampled_from(PIECES)), st.integers(0, 2)), max_size=12),
+        st.sampled_from(Dialect),
+    )
+    def test_any_bytes_and_fds(self, reads: list[tuple[bytes, int]], dialect: Dialect) -> None:
+        connection = Connection(dialect)
+        tickets: list[Ticket] = []
+        given: list[FileDescriptor] = []
+        for data, count in reads:
+            if connection.state is State.READY:
+                tickets.append(connection.start(RegionMap(device="d", region=0)))
+                tickets.append(connection.start("x", fds={"a": 0}))
+            fds = [FileDescriptor.duplicate_of(0) for _ in range(count)]
+            given += fds
+            connection.receive_data(data, fds)
+            connection.events_received()
+            sent(connection)
+        connection.receive_eof()
+        assert all(ticket.done for ticket in tickets)
+        for ticket in tickets:
+            connection.abandon(ticket)  # closes what it got, if it got something
+        assert all(fd.closed for fd in given)

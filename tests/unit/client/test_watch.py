@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_origin
 
 import msgspec
 import pytest
@@ -12,7 +12,7 @@ from vfiod.client.events import Event
 from vfiod.client.watch import Picture, render
 from vfiod.protocol.catalogue.devices import DeviceAdded, MachineInfo
 
-LISTS = ("devices", "objects", "containers", "mappings", "fdsets", "mdevs", "sessions")
+LISTS = [field.encode_name for field in msgspec.structs.fields(MachineInfo) if get_origin(field.type) is list]
 
 
 def machine(delivered: int | None, **more: Any) -> MachineInfo:

@@ -26,33 +26,38 @@ _CONTAINER_DEVICE: Final = os.makedev(10, 196)
 
 _GROUP_NODE: Final = re.compile(r"vfio/(noiommu-)?([0-9]{1,9})")
 _CDEV_NODE: Final = re.compile(r"vfio/devices/(vfio[0-9]{1,9})")
-_ANONYMOUS: Final = {"[eventfd]": FdKind.EVENTFD, "[vfio-device]": FdKind.VFIO_DEVICE}
+
+_FIRST_DYNAMIC_MAJOR: Final = 234
+_MISC_MAJOR: Final = 10
+"""Majors below 234 are assigned for ever (``Documentation/admin-guide/devices.txt``; ``CHRDEV_MAJOR_DYN_END`` of
+``<linux/fs.h>``). VFIO's groups and cdevs have dynamic ones (``alloc_chrdev_region``), and /dev/iommu a dynamic minor
+of the misc devices. So of any other assigned major nothing need be asked. What a dynamic number means is asked each
+time and never kept: once the last file is closed, the kernel gives the number to something else."""
+
+_ANONYMOUS: Final = "anon_inode:"
+_ANONYMOUS_KINDS: Final = {"anon_inode:[eventfd]": FdKind.EVENTFD, "anon_inode:[vfio-device]": FdKind.VFIO_DEVICE}
+_KINDS: Final = {stat.S_IFIFO: FdKind.PIPE, stat.S_IFDIR: FdKind.DIRECTORY, stat.S_IFBLK: FdKind.BLOCK_DEVICE}
+
+_real: Final = Syscalls()
 
 
-def kind_of(fd: int, calls: Syscalls | None = None) -> FdKind:
+def kind_of(fd: int, calls: Syscalls = _real) -> FdKind:
     """Look at an open fd. Raises OSError (EBADF) when it is not open."""
-    calls = calls or Syscalls()
-    status = calls.fstat(fd)
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
         return FdKind.UNKNOWN  # the name of a file, not an open one: nothing can be done with it (open(2))
+    # Eventfds first, because most fds are: all anonymous inodes look the same to fstat, and it need not be asked.
     link = calls.link_of(fd)
-    if link.startswith("anon_inode:"):
-        return _ANONYMOUS.get(link.removeprefix("anon_inode:"), FdKind.UNKNOWN)
-    match stat.S_IFMT(status.st_mode):
-        case stat.S_IFREG:
-            return FdKind.MEMFD if link.startswith("/memfd:") and status.st_nlink == 0 else FdKind.FILE
-        case stat.S_IFSOCK:
-            return _kind_of_socket(fd)
-        case stat.S_IFIFO:
-            return FdKind.PIPE
-        case stat.S_IFDIR:
-            return FdKind.DIRECTORY
-        case stat.S_IFBLK:
-            return FdKind.BLOCK_DEVICE
-        case stat.S_IFCHR:
-            return _kind_of_device(calls, fd, status.st_rdev, link)
-        case _:
-            return FdKind.UNKNOWN
+    if link.startswith(_ANONYMOUS):
+        return _ANONYMOUS_KINDS.get(link, FdKind.UNKNOWN)
+    status = calls.fstat(fd)
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFREG:
+        return FdKind.MEMFD if link.startswith("/memfd:") and status.st_nlink == 0 else FdKind.FILE
+    if kind == stat.S_IFSOCK:
+        return _kind_of_socket(fd)
+    if kind == stat.S_IFCHR:
+        return _kind_of_device(calls, fd, status.st_rdev, link)
+    return _KINDS.get(kind, FdKind.UNKNOWN)
 
 
 def _kind_of_socket(fd: int) -> FdKind:
@@ -69,6 +74,9 @@ def _kind_of_device(calls: Syscalls, fd: int, device: int, link: str) -> FdKind:
     if device == _CONTAINER_DEVICE:
         # iommufd may stand in for it behind the same number (CONFIG_IOMMUFD_VFIO_CONTAINER); it answers alike.
         return FdKind.VFIO_CONTAINER if _is_container(calls, fd) else FdKind.CHARACTER_DEVICE
+    major = os.major(device)
+    if major < _FIRST_DYNAMIC_MAJOR and major != _MISC_MAJOR:
+        return FdKind.CHARACTER_DEVICE
     node = device_node(calls, device, link)
     if _GROUP_NODE.fullmatch(node):
         return FdKind.VFIO_GROUP

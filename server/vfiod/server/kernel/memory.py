@@ -216,14 +216,15 @@ class RegionWindow:
         Raises KeyError for another size, IndexError out of range; ValueError misaligned, or once closed.
         """
         view = self._views[size]
-        if offset & (size - 1) or offset < 0:  # a negative index would count from the end
+        # A negative index would count from the end. (The remainder is one step of the interpreter, a mask two.)
+        if offset % size or offset < 0:
             raise ValueError(f"An access of {size} bytes at offset 0x{offset:x} is not aligned")
         return view[offset // size] if _LITTLE else _swapped(view[offset // size], size)
 
     def store(self, offset: int, size: int, value: int) -> None:
         """One store of ``size`` (1, 2, 4, 8) bytes at a multiple of it, little-endian. Raises as :meth:`load`."""
         view = self._views[size]
-        if offset & (size - 1) or offset < 0:
+        if offset % size or offset < 0:
             raise ValueError(f"An access of {size} bytes at offset 0x{offset:x} is not aligned")
         view[offset // size] = value if _LITTLE else _swapped(value, size)
 

@@ -139,8 +139,16 @@ class Syscalls:
 
     # --- sysfs and procfs ---
     def read_text(self, path: str) -> str:
-        """A small text file."""
-        return Path(path).read_text(errors="replace")
+        """A small text file, of sysfs or procfs."""
+        # By hand: four system calls instead of the ten of an io object.
+        data = b""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while more := os.read(fd, PAGE_SIZE):  # a file of procfs may give less than it has
+                data += more
+        finally:
+            os.close(fd)
+        return data.decode(errors="replace")
 
     def read_link(self, path: str) -> str:
         """Where a symbolic link points."""
