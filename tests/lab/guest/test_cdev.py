@@ -483,13 +483,6 @@ def add_iommufd(vm: Vm, name: str = "iommufd0") -> None:
         vm.client.execute("object-add", {"qom-type": "iommufd", "id": name, "fd": "iommu"}, fds={"iommu": fd})
 
 
-def forget(vm: Vm) -> None:
-    """Close what refused commands left under its names: an open cdev, bound or not, keeps the host from unbinding."""
-    for info in vm.client.query_fds():
-        if isinstance(info.name, str):
-            vm.client.closefd(fdname=info.name)
-
-
 def vm_dma(vm: Vm, name: str, ram: int) -> bytes:
     vm.let_it_work(name)
     os.pwrite(ram, TEXT, 0)
@@ -534,7 +527,10 @@ def test_vfiod_serves_both_interfaces_at_once(vm: Vm) -> None:
 
 
 def test_vfiod_refuses_what_does_not_fit_and_stays_as_it_was(vm: Vm, tmp_path: Path) -> None:
-    """Issue 3's bad input: an iommufd that is a file, a cdev already bound, a device of a group."""
+    """Issue 3's bad input: an iommufd that is a file, a cdev already bound, a device of a group.
+
+    The client closes the names of a call that failed: an open cdev, bound or not, keeps the host from unbinding.
+    """
     before = vm.fds()
     (tmp_path / "file").write_bytes(b"x")
     with vm.bound(EDU_ROOT):
@@ -553,16 +549,13 @@ def test_vfiod_refuses_what_does_not_fit_and_stays_as_it_was(vm: Vm, tmp_path: P
             with pytest.raises(RemoteError, match="bound to an iommufd already"):
                 vm.client.execute("device_add", {"driver": "vfio-pci", "fd": "f", "iommufd": "iommufd0"}, fds={"f": fd})
             own.close()
-        forget(vm)
         with opened_group(EDU_ROOT), pytest.raises(RemoteError, match="both interfaces"):
             add_cdev(vm, EDU_ROOT, "edu")
-        forget(vm)
         dry = add_cdev(vm, EDU_ROOT, "edu", dry_run=True)
         assert isinstance(dry, dict)
         assert dry["possible"], dry
         assert vm.client.query_devices() == []
         vm.client.object_del(id="iommufd0")
-        forget(vm)
     assert vm.fds() == before
 
 
