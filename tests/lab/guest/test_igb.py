@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab.guest import pci
-from tests.lab.guest.resets import add_cdev, add_iommufd, held, resets, running_vms, told_resets
+from tests.lab.guest.resets import add_cdev, add_iommufd, forget_names, held, resets, running_vms, told_resets
 from tests.lab.guest.vm import Vm, opened, opened_group
 from tests.lab.topologies import IGB_FUNCTIONS, IGB_VIRTUAL
 
@@ -114,7 +114,7 @@ def test_a_lent_group_in_a_container_is_somebody_elses(vm: Vm) -> None:
             fcntl.ioctl(group.number, 0x3B68, container.number.to_bytes(4, "little"))  # VFIO_GROUP_SET_CONTAINER
             with pytest.raises(RemoteError, match="attached to a container: somebody uses it"):
                 vm.client.hot_reset(id="n0", group_fds=[group])
-            vm.forget_names()
+            forget_names(vm)
         assert not was_reset(vm, "n0")
         vm.remove("n0")
 
@@ -223,7 +223,7 @@ def test_a_vf_whose_pf_is_vfios_needs_its_token(vm: Vm) -> None:
                     with pytest.raises(RemoteError, match="token") as refused:
                         vm.client.device_add(driver="vfio-pci", id="vf", host=one, group_fd=group, vf_token=wrong)
                     assert refused.value.errno == "EACCES"
-                    vm.forget_names()
+                    forget_names(vm)
                 vm.client.device_add(driver="vfio-pci", id="vf", host=one, group_fd=group, vf_token=TOKEN)
             report = vm.client.query_hot_reset(id="pf")
             assert one in [function.address for function in report.affected]
