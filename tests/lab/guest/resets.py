@@ -23,6 +23,18 @@ def running_vms(directories: pytest.TempPathFactory) -> Generator[Vm, None, None
             yield vm
 
 
+def add_member(vm: Vm, address: str, name: str) -> None:
+    """Add another device of a group that vfiod has. Nobody can open that group again meanwhile: EBUSY."""
+    vm.client.device_add(driver="vfio-pci", id=name, host=address)
+
+
+def forget_names(vm: Vm) -> None:
+    """Close what a refused command may have left under its names: a group that it holds cannot be opened again."""
+    for info in vm.client.query_fds():
+        if isinstance(info.name, str) and info.name.startswith("client-"):
+            vm.client.closefd(fdname=info.name)
+
+
 def add_iommufd(vm: Vm, name: str = "i0") -> None:
     with opened("/dev/iommu") as fd:
         vm.client.object_add(qom_type="iommufd", id=name, fd=fd)

@@ -483,13 +483,6 @@ def add_iommufd(vm: Vm, name: str = "iommufd0") -> None:
         vm.client.execute("object-add", {"qom-type": "iommufd", "id": name, "fd": "iommu"}, fds={"iommu": fd})
 
 
-def forget(vm: Vm) -> None:
-    """Close what refused commands left under its names: an open cdev, bound or not, keeps the host from unbinding."""
-    for info in vm.client.query_fds():
-        if isinstance(info.name, str):
-            vm.client.closefd(fdname=info.name)
-
-
 def vm_dma(vm: Vm, name: str, ram: int) -> bytes:
     vm.let_it_work(name)
     os.pwrite(ram, TEXT, 0)
@@ -534,7 +527,10 @@ def test_vfiod_serves_both_interfaces_at_once(vm: Vm) -> None:
 
 
 def test_vfiod_refuses_what_does_not_fit_and_stays_as_it_was(vm: Vm, tmp_path: Path) -> None:
-    """Issue 3's bad input: an iommufd that is a file, a cdev already bound, a device of a group."""
+    """Issue 3's bad input: an iommufd that is a file, a cdev already bound, a device of a group.
+
+    The client closes the names of a call that failed: an open cdev, bound or not, keeps the host from unbinding.
+    """
     before = vm.fds()
     (tmp_path / "file").write_bytes(b"x")
     with vm.bound(EDU_ROOT):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from tests.lab.guest import nics, pci
 from tests.lab.guest.nics import WAYS, added, config, fired, quiet, set_config, set_entry, triggers
-from tests.lab.guest.vm import Vm
+from tests.lab.guest.vm import Vm, told
 from tests.lab.topologies import E1000E_PORT, E1000E_ROM
 
+from vfiod.protocol.catalogue.interrupts import IrqModeChanged
 from vfiod.protocol.errors import RemoteError
 
 MACHINE = "e1000e"
@@ -107,14 +108,15 @@ def test_the_guests_table_and_enable_bit_drive_the_vectors(vm: Vm, way: str) -> 
     with added(vm, E1000E_PORT, way), vm.client.events("IRQ_MODE_CHANGED") as events:
         control = nics.find(vm, "dev", nics.MSIX_ID) + 2
         set_config(vm, "dev", control, 2, nics.MSIX_ENABLE | nics.MSIX_MASK_ALL)
-        assert (events.get(timeout=20).data.kind, vm.client.query_devices()[0].irq_kind) == ("msix", "msix")
+        assert told(events.get(timeout=20), IrqModeChanged).kind == "msix"
+        assert vm.client.query_devices()[0].irq_kind == "msix"
         set_entry(vm, "dev", 2, masked=False)
         bar, table = nics.msix_bar(vm, "dev")
         read = vm.client.region_read(device="dev", region=bar, offset=table + 32, length=16)
         assert read.data == b"\x00\x00\xe0\xfe\0\0\0\0\x02\x40\0\0\0\0\0\0", "the guest's own message, not the host's"
         set_config(vm, "dev", control, 2, nics.MSIX_ENABLE)
-        told = events.get(timeout=20).data
-        assert (told.kind, told.vector) == ("msix", 2)
+        used = told(events.get(timeout=20), IrqModeChanged)
+        assert (used.kind, used.vector) == ("msix", 2)
         with vm.client.irq_start(device="dev", index="msix", vectors=[2]) as started:
             eventfd = triggers(started)[2]
             drained({2: eventfd})

@@ -12,7 +12,16 @@ from xml.etree import ElementTree
 
 import pytest
 from tests.lab.guest import pci
-from tests.lab.guest.resets import add_cdev, add_iommufd, held, resets, running_vms, told_resets
+from tests.lab.guest.resets import (
+    add_cdev,
+    add_iommufd,
+    add_member,
+    forget_names,
+    held,
+    resets,
+    running_vms,
+    told_resets,
+)
 from tests.lab.guest.test_vfiod import IOVA, copy_through, fired
 from tests.lab.guest.vm import Vm, opened_group, trigger_of
 from tests.lab.topologies import EDU_FUNCTIONS, EDU_PAIR, EDU_PORT, EDU_ROOT
@@ -47,7 +56,7 @@ def test_both_are_reset_together_and_work_afterwards(vm: Vm, pair: tuple[str, st
     first, second = pair
     with vm.bound(first, second):
         vm.add(first, "n0")
-        vm.add(second, "n1", group=False)
+        add_member(vm, second, "n1")
         triggers = {}
         for name in ("n0", "n1"):
             vm.let_it_work(name)
@@ -118,6 +127,7 @@ def test_cdevs_own_their_bus_by_one_iommufd(vm: Vm) -> None:
         vm.let_it_work("c1")
         with opened_group(EDU_PORT) as group, pytest.raises(RemoteError, match="do not mix"):
             vm.client.hot_reset(id="c0", group_fds=[group])
+        forget_names(vm)
         with told_resets(vm) as events:
             assert held(vm.client.hot_reset(id="c0")) == {first: "c0", second: "c1"}
             assert resets(events) == [("c0", "hot"), ("c1", "hot")]
@@ -157,7 +167,7 @@ def test_system_reset_hot_resets_what_cannot_be_reset_alone(vm: Vm) -> None:
     first, second = EDU_PAIR
     with vm.bound(first, second, EDU_PORT):
         vm.add(first, "n0")
-        vm.add(second, "n1", group=False)
+        add_member(vm, second, "n1")
         vm.add(EDU_PORT, "alone")
         can_reset = {device.id: device.reset for device in vm.client.query_devices()}
         assert not can_reset["n1"]

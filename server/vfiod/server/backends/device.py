@@ -46,7 +46,7 @@ _HOT_RESET_ADVICE: Final = {
     errno.EINVAL: "not every affected device is held here, or lies in a group whose fd was given",
     errno.EBUSY: "an affected device is in use at this moment: try again",
     errno.ENODEV: "neither its bus nor its slot can be reset",
-    errno.ENOTTY: "its driver has no hot reset",
+    errno.ENOTTY: "its driver has no hot reset; or its bus was reset and did not come back (the host's log says)",
 }
 
 _FIRST_FUNCTIONS: Final = 8

@@ -175,7 +175,8 @@ def test_both_chains_in_order_and_bounded() -> None:
         (1, 0x100, 0x48, 2),
         (3, 0x148, 0x1000 - 0x148, 1),
     ]
-    assert chains.cuts == chains.warnings == ()
+    assert not chains.cuts
+    assert not chains.warnings
 
 
 def test_the_order_is_the_devices_not_that_of_the_places() -> None:

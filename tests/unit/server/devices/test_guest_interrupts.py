@@ -257,9 +257,9 @@ def test_disabling_goes_back_to_the_intx_of_before(play: Any) -> None:
         (bell,) = (await start(world, 0, index="intx")).values()
         for capability, on, off in ((MSI, 1, 0), (MSIX, ENABLE, 0)):
             await config(world, capability + 2, 2, on)
-            assert rig.irqs.kind is (PciIrq.MSI if capability == MSI else PciIrq.MSIX)
+            assert rig.irqs.kind == (PciIrq.MSI if capability == MSI else PciIrq.MSIX)
             await config(world, capability + 2, 2, off)
-            assert rig.irqs.kind is PciIrq.INTX
+            assert rig.irqs.kind == PciIrq.INTX
             rig.irqs.set_line(True)
             await world.settle()
             assert bell.rung() == 1

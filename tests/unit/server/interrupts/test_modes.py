@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -97,6 +97,7 @@ class Kernel:
     resample: int | None = None
     masked: set[int] = field(default_factory=set)
     listening: set[tuple[int, int]] = field(default_factory=set)  # (vector, token)
+    allocated: int = 0
 
     def take(self, step: Step, setup: Setup) -> None:
         bindings = {v: setup.vectors.get(v) for v in step.vectors}
@@ -115,7 +116,10 @@ class Kernel:
                 if self.kind is IrqKind.NONE:
                     self.kind = setup.kind
                     self.masked.clear()
+                    self.allocated = max(step.vectors) + 1
                 self._only(setup)
+                if max(step.vectors) >= self.allocated and not setup.resizable:
+                    raise OSError("EINVAL")
                 for vector, binding in bindings.items():
                     self.triggers.pop(vector, None)
                     if binding:
@@ -163,12 +167,23 @@ def setups() -> st.SearchStrategy[Setup]:
         lambda vectors: Setup(IrqKind.MSI, vectors, max(vectors) + 1),
         st.dictionaries(st.integers(0, 7), bindings(), min_size=1),
     )
-    return st.just(NOTHING) | line | messages
+    msix = st.builds(
+        lambda vectors, more: Setup(IrqKind.MSIX, vectors, max(vectors, default=0) + 1 + more),
+        st.dictionaries(st.integers(0, 7), bindings()),
+        st.integers(0, 2),
+    )
+    return st.just(NOTHING) | line | messages | msix
 
 
-@given(setups(), setups())
+def able(setup: Setup, resizable: bool) -> Setup:
+    """The same device cannot be both."""
+    return replace(setup, resizable=resizable and setup.kind is IrqKind.MSIX)
+
+
+@given(setups(), setups(), st.booleans())
 @settings(deadline=None)
-def test_every_change_arrives(old: Setup, new: Setup) -> None:
+def test_every_change_arrives(old: Setup, new: Setup, resizable: bool) -> None:
+    old, new = able(old, resizable), able(new, resizable)
     kernel, expected = Kernel(), Kernel()
     kernel.become(old)
     expected.become(new)
@@ -177,9 +192,12 @@ def test_every_change_arrives(old: Setup, new: Setup) -> None:
     assert kernel.state == expected.state
 
 
-@given(setups(), setups(), st.data())
+@given(setups(), setups(), st.booleans(), st.data())
 @settings(max_examples=200, deadline=None)
-def test_every_change_that_fails_anywhere_ends_where_it_began(old: Setup, new: Setup, data: st.DataObject) -> None:
+def test_every_change_that_fails_anywhere_ends_where_it_began(
+    old: Setup, new: Setup, resizable: bool, data: st.DataObject
+) -> None:
+    old, new = able(old, resizable), able(new, resizable)
     way = plan(old, new)
     if not way.forward:
         return
