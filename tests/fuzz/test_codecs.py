@@ -50,6 +50,60 @@ def test_jsonrpc_answers_anything(data: bytes) -> None:
             json.loads(line)
 
 
+def told(message: Any) -> Any:
+    """All that a decoded message says, to be compared."""
+    if isinstance(message, msgspec.Struct):
+        return type(message), [told(getattr(message, name)) for name in message.__struct_fields__]
+    if isinstance(message, tuple):
+        return [told(item) for item in message]
+    return bytes(message) if isinstance(message, Raw) else repr(message)
+
+
+PLAIN = [
+    b'{"execute":"query-name"}',
+    b'{"execute":"query-name","id":7}\n',
+    b' {"execute":"a","arguments":{"b":[1,"c"]},"id":"x"}\r\n',
+    b'{"execute":"a","arguments":{"b":{"c":1,"c":2}}}',
+    b'{"execute":"a","execute":"b"}',
+    b'{"execute":"a:b"}',
+    b'{"exec-oob":"a","id":0}',
+    b'{"jsonrpc":"2.0","method":"query-name","id":1}',
+    b'{"jsonrpc":"2.0","method":"a","params":{"b":1},"id":null}\n',
+    b'{"jsonrpc":"2.0","method":"a","params":[],"id":[]}',
+    b'{"jsonrpc":"2.0","method":"a"}',
+]
+
+
+@given(
+    st.one_of(
+        st.lists(st.sampled_from(PLAIN) | soup() | json_texts(), max_size=4).map(b"".join),
+        st.tuples(st.sampled_from(PLAIN), st.integers(0, 40), soup()).map(
+            lambda mutation: mutation[0][: mutation[1]] + mutation[2][:4] + mutation[0][mutation[1] :]
+        ),
+    ),
+    st.booleans(),
+)
+def test_a_first_look_changes_nothing(data: bytes, oob_enabled: bool) -> None:
+    for decode_plain, decode_request, decoded in (
+        (qmp.decode_plain, lambda item: qmp.decode_request(item, oob_enabled=oob_enabled), qmp.Request),
+        (jsonrpc.decode_plain, jsonrpc.decode_request, jsonrpc.Single),
+    ):
+        quick, slow = JsonStream(), JsonStream()
+        for part in (data, b"\xff", data):
+            items: list[Any] = quick.receive(part, decode_plain)
+            messages = [told(item if isinstance(item, decoded) else decode_request(item)) for item in items]
+            assert messages == [told(decode_request(item)) for item in slow.receive_data(part)]
+            assert quick.between == slow.between
+
+
+def test_a_first_look_takes_what_is_plain() -> None:
+    assert [told(qmp.decode_plain(text)) for text in PLAIN[:2]] == [
+        told(qmp.decode_request(text, oob_enabled=False)) for text in PLAIN[:2]
+    ]
+    assert not any(qmp.decode_plain(text) for text in PLAIN[2:])
+    assert sum(jsonrpc.decode_plain(text) is not None for text in PLAIN) == 3
+
+
 @given(soup() | json_texts())
 def test_the_clients_raise_wire_errors_only(data: bytes) -> None:
     for item in JsonStream().receive_data(data + b"\xff"):

@@ -311,6 +311,14 @@ def run(path: Path, case: Case) -> list[dict[str, Any]]:
         return session.until_sentinel(resync=case.resync)
 
 
+CONTROL: Final = re.compile(r"[\x01-\x1f\x7f]")
+"""QEMU repeats what it could not read as it came; ours escapes what would drive a terminal. Else the same words."""
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
 def essence(replies: list[dict[str, Any]], *, values: bool) -> list[Any]:
     """What has to agree: success or error, error class and words, id; the value where it is asked for."""
     found: list[Any] = []
@@ -318,7 +326,7 @@ def essence(replies: list[dict[str, Any]], *, values: bool) -> list[Any]:
         rest = {name: value for name, value in reply.items() if name not in ("return", "error")}
         if "error" in reply:
             error = reply["error"]
-            found.append(("error", error["class"], error["desc"], rest))
+            found.append(("error", error["class"], CONTROL.sub(_escaped, error["desc"]), rest))
         else:
             value = reply["return"]
             found.append(("return", value if values else type(value).__name__, rest))

@@ -15,7 +15,7 @@ from vfiod.client.errors import ClientError
 from vfiod.client.serve import server_command
 from vfiod.client.sockets import new_socket
 
-__all__ = ["OwnServer", "own_server"]
+__all__ = ["OwnServer", "accepts", "own_server"]
 
 START_SECONDS: Final = 60.0
 """How long a server may take to accept: it takes a tenth of a second, and a busy machine is no failure."""
@@ -51,20 +51,12 @@ class OwnServer:
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it accepts. Raises ClientError with what it said when it ended instead."""
         deadline = time.monotonic() + seconds
-        while not self._accepts():
+        while not accepts(self.path):
             if (status := self.process.poll()) is not None:
                 raise ClientError(f"The server ended with status {status}:\n{self.messages()}".rstrip())
             if time.monotonic() > deadline:
                 raise ClientError(f"The server does not accept on {self.path} after {seconds:g} s:\n{self.messages()}")
             time.sleep(0.01)
-
-    def _accepts(self) -> bool:
-        with new_socket() as probe:
-            try:
-                probe.connect(os.fspath(self.path))
-            except OSError:
-                return False
-        return True
 
     def wait(self, seconds: float = STOP_SECONDS) -> int:
         """Wait until it has ended. Its exit status. Raises ClientError when it does not end."""
@@ -82,6 +74,16 @@ class OwnServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         return self.process.wait()
+
+
+def accepts(path: Path) -> bool:
+    """Whether somebody accepts connections there at this moment."""
+    with new_socket() as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+    return True
 
 
 @contextlib.contextmanager

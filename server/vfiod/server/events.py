@@ -9,6 +9,7 @@ Nothing here waits or opens anything: the clock and the timer are given. All of 
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -67,6 +68,16 @@ class _Period(Struct):
     waiting: tuple[EventSpec, EventData, int] | None = None
 
 
+_KeyOf = Callable[[EventData], Any]
+"""Takes the members of an event's data that make the key of its rate limit."""
+
+
+def _key_of(members: tuple[str, ...] | None) -> _KeyOf | None:
+    if members is None:
+        return None
+    return operator.attrgetter(*members) if members else lambda _data: ()
+
+
 class EventHub:
     """Numbers events and gives them to every subscriber.
 
@@ -85,7 +96,8 @@ class EventHub:
         self._now_ns = now_ns
         self._subscribers: dict[int, Subscriber] = {}
         self._next_key = 0
-        self._periods: dict[tuple[Any, ...], _Period] = {}
+        self._periods: dict[tuple[str, Any], _Period] = {}
+        self._sorts: dict[type[EventData], tuple[EventSpec, _KeyOf | None]] = {}
         self.seq = 0
         self.suppressed = 0
 
@@ -93,12 +105,13 @@ class EventHub:
 
     def emit(self, data: EventData) -> None:
         """Send an event to every subscriber, now or at the end of its period. Never raises, never waits."""
-        spec = event_of(data)
+        # On the way of every relayed interrupt: what a sort of event is was found out once.
+        spec, key_of = self._sorts.get(type(data)) or self._sort(data)
         now = self._now_ns()
-        if spec.rate_key is None:
+        if key_of is None:
             self._send(spec, data, now)
             return
-        key = (spec.name, *(getattr(data, member) for member in spec.rate_key))
+        key = (spec.name, key_of(data))
         period = self._periods.get(key)
         if period is None:
             self._open_period(key)
@@ -107,6 +120,11 @@ class EventHub:
             if period.waiting is not None:
                 self.suppressed += 1
             period.waiting = (spec, data, now)
+
+    def _sort(self, data: EventData) -> tuple[EventSpec, _KeyOf | None]:
+        spec = event_of(data)
+        sort = self._sorts[type(data)] = (spec, _key_of(spec.rate_key))
+        return sort
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Give every later event to ``subscriber``; the function that is returned ends that."""
@@ -127,10 +145,10 @@ class EventHub:
             if period.waiting is not None:
                 self._send(*period.waiting)
 
-    def _open_period(self, key: tuple[Any, ...]) -> None:
+    def _open_period(self, key: tuple[str, Any]) -> None:
         self._periods[key] = _Period(self._later(EVENT_RATE_PERIOD_MS / 1000, lambda: self._end_period(key)))
 
-    def _end_period(self, key: tuple[Any, ...]) -> None:
+    def _end_period(self, key: tuple[str, Any]) -> None:
         period = self._periods.pop(key, None)
         if period is not None and period.waiting is not None:
             self._open_period(key)

@@ -101,8 +101,13 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        """Whether something runs now. A fast command may run at once on the loop only while this is false."""
+        """Whether something runs now."""
         return self._current is not None
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing runs now, and it is not closed: a fast command may run at once on the loop."""
+        return self._current is None and self._refusal is None
 
     @property
     def waiting(self) -> int:

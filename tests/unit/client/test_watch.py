@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from vfiod.client.events import Event
+from vfiod.client.line import members, plain_type
 from vfiod.client.watch import Picture, render
 from vfiod.protocol.catalogue.devices import DeviceAdded, MachineInfo
 
-LISTS = [field.encode_name for field in msgspec.structs.fields(MachineInfo) if get_origin(field.type) is list]
+LISTS = [name for name, hint in members(MachineInfo).items() if get_origin(plain_type(hint)) is list]
 
 
 def machine(delivered: int | None, **more: Any) -> MachineInfo:

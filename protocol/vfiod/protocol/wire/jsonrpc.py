@@ -32,6 +32,7 @@ __all__ = [
     "Error",
     "Event",
     "Message",
+    "decode_plain",
     "decode_request",
     "encode_result",
     "encode_error",
@@ -108,6 +109,29 @@ _decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
 
 
 # --- the server's side ------------------------------------------------------------------------------------
+def decode_plain(text: bytes) -> Single | None:
+    """A text that nobody has looked at yet, when it is one plain request, as nearly all are.
+
+    None says nothing about it but that :class:`JsonStream` and :func:`decode_request` have to look; for what this
+    takes they come to the same. Blanks before a text are the stream's to skip.
+    """
+    try:
+        request = _decode_single(text)
+        names = 2
+        if request.id is not UNSET:
+            if not _may_be_id(request.id):
+                return None
+            names = 3
+        if request.arguments is not UNSET:
+            names += 1 + len(_decode_members(request.arguments))
+    except (ValueError, RecursionError):
+        return None
+    # As many colons as names: no name is there twice, and no colon stands in a string or deeper inside.
+    if text.count(b":") == names and b"\\" not in text and text.isascii() and text[0] == _BRACE:
+        return Single(request)
+    return None
+
+
 def decode_request(text: bytes | WireError) -> Single | Batch:
     """Turn one item of :meth:`JsonStream.receive_data` into requests.
 

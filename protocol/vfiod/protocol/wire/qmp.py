@@ -11,7 +11,15 @@ from msgspec import UNSET, Raw, UnsetType
 from vfiod.protocol.catalogue.declare import EventData, event_of
 from vfiod.protocol.catalogue.monitor import VersionInfo
 from vfiod.protocol.errors import CommandError, InvalidRequest, JsonSyntaxError, VfiodError, WireError
-from vfiod.protocol.wire.text import encode_json, encode_line, is_unambiguous, one_line
+from vfiod.protocol.wire.text import (
+    encode_json,
+    encode_line,
+    encode_plain,
+    escaped,
+    is_unambiguous,
+    members_of,
+    one_line,
+)
 from vfiod.protocol.wire.text import members as read_members
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "Error",
     "Event",
     "Message",
+    "decode_plain",
     "decode_request",
     "encode_greeting",
     "encode_return",
@@ -98,6 +107,25 @@ _OPENING_BRACE: Final = ord("{")
 
 
 # --- the server's side ------------------------------------------------------------------------------------
+def decode_plain(text: bytes) -> Request | None:
+    """A text that nobody has looked at yet, when it is one plain in-band request, as nearly all are.
+
+    None says nothing about it but that :class:`JsonStream` and :func:`decode_request` have to look; for what this
+    takes they come to the same. Blanks before a text are the stream's to skip.
+    """
+    try:
+        request = _decode_in_band(text)
+        names = 1 if request.id is UNSET else 2
+        if request.arguments is not UNSET:
+            names += 1 + len(members_of(request.arguments))
+    except (ValueError, RecursionError):
+        return None
+    # As many colons as names: no name is there twice, and no colon stands in a string or deeper inside.
+    if text.count(b":") == names and b"\\" not in text and text.isascii() and text[0] == _OPENING_BRACE:
+        return request
+    return None
+
+
 def decode_request(text: bytes | WireError, *, oob_enabled: bool) -> Request | Rejected:
     """Turn one item of :meth:`JsonStream.receive_data` into a request.
 
@@ -153,9 +181,13 @@ def encode_greeting(version: VersionInfo, capabilities: Sequence[str] = ("oob",)
 
 def encode_return(value: Any, id: Raw | UnsetType = UNSET) -> bytes:
     """``{"return": value, "id"?}``, one line; ``value`` is a :class:`Result`, or anything msgspec encodes."""
-    if isinstance(id, Raw):
-        return encode_line(b'{"return":%b,"id":%b}' % (encode_json(value), one_line(id)))
-    return encode_line(b'{"return":%b}' % encode_json(value))
+    # encode_json and encode_line without their calls: this is on every command's way.
+    try:
+        body = encode_plain(value)
+    except UnicodeEncodeError:
+        body = encode_json(value)
+    line = b'{"return":%b}\r\n' % body if id is UNSET else b'{"return":%b,"id":%b}\r\n' % (body, one_line(id))
+    return line if line.isascii() else escaped(line)
 
 
 def encode_error(error: VfiodError, id: Raw | UnsetType = UNSET) -> bytes:

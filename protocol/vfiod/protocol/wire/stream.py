@@ -7,7 +7,8 @@ part of the protocol: a client that lost its place sends 0xFF or a control chara
 
 Three speeds, the same result:
 
-1. a read that is one whole text, or whole lines: checked by msgspec's skipper, about 0.2 us each;
+1. a read that is one whole text, or whole lines: taken by the caller's own decoder, so that nothing is read twice,
+   or else checked by msgspec's skipper, about 0.2 us each;
 2. texts one after the other without line ends: one regular expression per text;
 3. anything else, and everything that is split over reads: the lexer's table, with long runs (string
    bodies, digits, blanks) skipped by regular expressions. No byte is ever looked at twice.
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -143,6 +145,8 @@ def _patterns() -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
 
+T = TypeVar("T")
+
 _OPENING: Final = frozenset((b"{", b"["))
 _SHOWN: Final = 64
 """Bytes of a stray token that an error shows. QEMU shows all of it, which may be 64 MiB."""
@@ -154,6 +158,10 @@ class JsonStream:
     Args:
         max_message_bytes: of one text, from its first byte to its last.
         max_nesting: levels of ``[`` and ``{`` together; at least 2.
+
+    Attributes:
+        between: nothing of a text, or of bad input, is half read.
+        sure_bytes: a text that is no longer keeps both limits, whatever is in it.
 
     """
 
@@ -167,6 +175,8 @@ class JsonStream:
         "_size",
         "_state",
         "_token",
+        "between",
+        "sure_bytes",
     )
 
     def __init__(self, *, max_message_bytes: int = MAX_MESSAGE_BYTES, max_nesting: int = MAX_NESTING) -> None:
@@ -174,6 +184,8 @@ class JsonStream:
             raise ValueError(f"A request nests two levels, so max_nesting is at least 2, not {max_nesting}")
         self._max_bytes = max_message_bytes
         self._max_nesting = max_nesting
+        self.sure_bytes = min(max_message_bytes, max_nesting)
+        self.between = True
         self._state = START
         self._braces = 0
         self._brackets = 0
@@ -200,42 +212,63 @@ class JsonStream:
         (0xFF, a control character), so that what follows it is understood.
 
         """
+        return self.receive(data, _undecided)
+
+    def receive(self, data: bytes, decode: Callable[[bytes], T | None]) -> list[bytes | WireError | T]:
+        """As :meth:`receive_data`, for a caller that decodes plain texts anyway.
+
+        Args:
+            data: what one read gave.
+            decode: tried on what may be one whole text: what it gives takes the text's place, None leaves it to the
+                stream. It must take nothing but one JSON object, in ASCII.
+
+        """
+        items: list[bytes | WireError | T] = []
         position = 0
-        items: list[bytes | WireError] = []
-        if self._state == START and not self._size and data[:1] in _OPENING and data.isascii():
-            if self._is_whole(data):
-                return [data]
-            position = self._take_lines(data, items)
+        if self.between:
+            if (len(data) <= self.sure_bytes or self._is_within(data)) and (item := decode(data)) is not None:
+                return [item]
+            if data[:1] in _OPENING and data.isascii():
+                if self._is_whole(data):
+                    return [data]
+                position = self._take_lines(data, items, decode)
         if position < len(data):
             self._lex(data, position, items)
         return items
 
-    def _take_lines(self, data: bytes, items: list[bytes | WireError]) -> int:
+    def _take_lines(self, data: bytes, items: list[bytes | WireError | T], decode: Callable[[bytes], T | None]) -> int:
         """Pipelined texts, one per line. Returns how far it came."""
         position = 0
+        sure_bytes = self.sure_bytes
         while end := data.find(b"\n", position) + 1:
             line = data[position:end]
+            if (len(line) <= sure_bytes or self._is_within(line)) and (item := decode(line)) is not None:
+                items.append(item)
             # Scalars go the long way: "5" is not complete before the byte that follows it.
-            if line[:1] not in _OPENING or not self._is_whole(line):
+            elif line[:1] in _OPENING and self._is_whole(line):
+                items.append(line)
+            else:
                 break
-            items.append(line)
             position = end
         return position
 
     def _is_whole(self, text: bytes) -> bool:
         """Whether this is exactly one text, by the fast reader."""
-        length = len(text)
-        if length > self._max_bytes:
+        if not self._is_within(text):
             return False
-        if length > self._max_nesting and text.count(b"[") + text.count(b"{") > self._max_nesting:
-            return False  # perhaps nested too deeply: the lexer counts
         try:
             _skip(text)
         except (msgspec.DecodeError, RecursionError):
             return False  # several texts, a part of one, lenient JSON, or no JSON at all
         return True
 
-    def _lex(self, data: bytes, position: int, items: list[bytes | WireError]) -> None:
+    def _is_within(self, text: bytes) -> bool:
+        """Whether a text surely keeps the limits. With many brackets the lexer counts how deep they are."""
+        return len(text) <= self._max_bytes and (
+            len(text) <= self._max_nesting or text.count(b"[") + text.count(b"{") <= self._max_nesting
+        )
+
+    def _lex(self, data: bytes, position: int, items: list[bytes | WireError | T]) -> None:
         """The other two speeds: run the lexer over ``data`` from ``position``."""
         state, braces, brackets, length = self._state, self._braces, self._brackets, len(data)
         pairs_run, whole_object = _patterns()
@@ -300,6 +333,7 @@ class JsonStream:
         self._state, self._braces, self._brackets = state, braces, brackets
         if braces or brackets or state not in (START, RECOVERY):
             self._keep(data, begin, token, items)
+        self.between = state == START and not self._size
 
     def _complete(self, last: bytes) -> bytes | WireError:
         """The text that ends with ``last``."""
@@ -307,7 +341,7 @@ class JsonStream:
             return self._too_long()
         return bytes(self._kept + last) if self._kept else last
 
-    def _keep(self, data: bytes, begin: int, token: int, items: list[bytes | WireError]) -> None:
+    def _keep(self, data: bytes, begin: int, token: int, items: list[bytes | WireError | T]) -> None:
         """Put aside what this read gave of a text that is not complete."""
         if self._state != START and len(self._token) < _SHOWN:
             self._token += data[token : token + _SHOWN]
@@ -329,3 +363,7 @@ class JsonStream:
         token = self._token + last
         text = token[:_SHOWN].decode(errors="replace") + ("..." if len(token) > _SHOWN else "")
         return JsonSyntaxError(f"JSON parse error, stray '{text}'")
+
+
+def _undecided(_text: bytes) -> None:
+    """The decoder of a caller who wants texts."""

@@ -17,7 +17,18 @@ import msgspec
 
 from vfiod.protocol.errors import JsonSyntaxError
 
-__all__ = ["EOL", "encode_json", "encode_line", "one_line", "has_unique_keys", "is_unambiguous", "members"]
+__all__ = [
+    "EOL",
+    "encode_json",
+    "encode_line",
+    "encode_plain",
+    "escaped",
+    "one_line",
+    "has_unique_keys",
+    "is_unambiguous",
+    "members",
+    "members_of",
+]
 
 EOL: Final = b"\r\n"
 """Ends every message that goes out (QMP specification, "General Definitions")."""
@@ -31,7 +42,8 @@ _LONG_STRING: Final = 1024
 
 
 # --- out --------------------------------------------------------------------------------------------------
-_encode = msgspec.json.Encoder().encode
+encode_plain: Final = msgspec.json.Encoder().encode
+"""Any value msgspec encodes, as UTF-8 JSON. Raises UnicodeEncodeError for text that is no Unicode."""
 _FIRST_BRACKET: Final = ord("[")  # and "{" is beyond it
 _BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]")
 
@@ -50,9 +62,9 @@ def encode_json(value: Any) -> bytes:
     Text that is no Unicode, as a file name may be, is shown with its bytes in hexadecimal.
     """
     try:
-        return _encode(value)
+        return encode_plain(value)
     except UnicodeEncodeError:
-        return _encode(_presentable(msgspec.to_builtins(value)))
+        return encode_plain(_presentable(msgspec.to_builtins(value)))
 
 
 def _presentable(value: Any) -> Any:
@@ -78,9 +90,12 @@ def one_line(raw: msgspec.Raw) -> bytes:
 
 def encode_line(text: bytes) -> bytes:
     """End a message. Only ASCII goes out (QMP specification): other characters, all in strings, are escaped."""
-    if not text.isascii():
-        text = _BEYOND_ASCII.sub(_escaped, text.decode()).encode("ascii")
-    return text + EOL
+    return (text if text.isascii() else escaped(text)) + EOL
+
+
+def escaped(text: bytes) -> bytes:
+    """JSON in ASCII alone."""
+    return _BEYOND_ASCII.sub(_escaped, text.decode()).encode("ascii")
 
 
 # --- in ---------------------------------------------------------------------------------------------------
@@ -93,7 +108,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
         raise _DuplicateKeyError
 
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+members_of: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+"""The members of an object, by the fast reader: of two with one name the last."""
 
 
 def is_unambiguous(text: bytes, members: int, inner: msgspec.Raw | msgspec.UnsetType) -> bool:
@@ -106,7 +122,7 @@ def is_unambiguous(text: bytes, members: int, inner: msgspec.Raw | msgspec.Unset
 
     """
     if inner is not msgspec.UNSET:
-        members += len(_decode_members(inner))
+        members += len(members_of(inner))
     # As many colons as names: no name is there twice, and no colon stands in a string or deeper inside.
     return (text.count(b":") == members and b"\\" not in text and text.isascii()) or has_unique_keys(text)
 

@@ -77,11 +77,12 @@ class Call:
         session: where it came from; None for a door that carries no fds.
         oob: executed out of band: it must answer at once.
         carries_fds: whether fds can go with the reply; not with that to a batch or a notification.
+        used_fds: whether it took or gave any fd: else success has nothing to do.
         arguments: the command's; handlers are given them besides.
 
     """
 
-    __slots__ = ("_attached", "_used", "arguments", "carries_fds", "machine", "oob", "server", "session")
+    __slots__ = ("_attached", "_used", "arguments", "carries_fds", "machine", "oob", "server", "session", "used_fds")
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class Call:
         self.oob = oob
         self.carries_fds = carries_fds and session is not None
         self.arguments: Any = None
+        self.used_fds = False
         self._used: list[tuple[str, HeldFd]] | None = None
         self._attached: list[FileDescriptor] | None = None
 
@@ -131,6 +133,7 @@ class Call:
         _check_kind(argument, name, held.kind, expected)
         if self._used is None:
             self._used = []
+        self.used_fds = True
         self._used.append((name, held))
         return _duplicate(held, argument, name)
 
@@ -151,6 +154,7 @@ class Call:
             )
         if self._attached is None:
             self._attached = []
+            self.used_fds = True
         if len(self._attached) >= MAX_FDS_PER_MESSAGE:
             fd.close()
             raise InvalidArgument(f"A reply carries at most {MAX_FDS_PER_MESSAGE} fds: ask for fewer at once")
@@ -158,11 +162,6 @@ class Call:
         return len(self._attached) - 1
 
     # --- for the dispatcher --------------------------------------------------------------------
-
-    @property
-    def used_fds(self) -> bool:
-        """Whether it took or gave any fd: else success has nothing to do."""
-        return self._used is not None or self._attached is not None
 
     def succeed(self) -> list[FileDescriptor] | None:
         """The command succeeded: consume the names it used; returns the fds that go with the reply."""

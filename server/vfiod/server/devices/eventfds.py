@@ -65,18 +65,19 @@ class Consumer:
 
     """
 
-    __slots__ = ("_poll", "fd")
+    __slots__ = ("_writable", "fd")
 
     def __init__(self, fd: FileDescriptor) -> None:
         self.fd = fd
-        self._poll = select.poll()
-        self._poll.register(fd.number, select.POLLOUT)
+        asked = select.poll()
+        asked.register(fd.number, select.POLLOUT)
+        self._writable = asked.poll
 
     def signal(self, count: int) -> None:
         """Add to its counter. Never waits: a counter that is full already says all there is to say."""
         # A blocking write that does not fit (eventfd(2)) would stop vfiod for as long as its owner likes. The poll
         # promises room for one.
-        if not self._poll.poll(0):
+        if not self._writable(0):
             return
         if count > 1:
             count = min(count, self._room())

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from msgspec import Struct
 
@@ -86,6 +86,7 @@ class PciDevice:
         on_requested: called on the loop each time the host asks for the device, after ``DEVICE_REQUESTED`` went out.
 
     Attributes:
+        lane: the order of its commands.
         state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
 
     """
@@ -105,6 +106,7 @@ class PciDevice:
         self.path = path
         self.state = DeviceState.REALIZING
         self.options = options
+        self.lane: Final[Lane] = environment.lane
         self._backend_kind = backend_kind
         self._host = host
         self._environment = environment
@@ -126,19 +128,12 @@ class PciDevice:
         """Whether it is open: it has regions and interrupts."""
         return self._model is not None
 
-    @property
-    def lane(self) -> Lane:
-        """The order of its commands."""
-        return self._environment.lane
-
     def in_order(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
         """Do something quick on the loop, in the device's order: at once when nothing else is at work on it.
 
         Else an awaitable is returned, which does it in its turn. Raises what the lane says once the device goes.
         """
-        if self.lane.busy or self.lane.closed:
-            return self._in_turn(what, action)
-        return action()
+        return action() if self.lane.free else self._in_turn(what, action)
 
     async def _in_turn(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what):

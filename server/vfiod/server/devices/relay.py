@@ -97,10 +97,13 @@ class Relay:
     # --- what is heard ------------------------------------------------------------------------------------
 
     def _message_fired(self, index: int, vector: Vector) -> None:
+        # The consumer first, and by few steps: everything else can wait until it has its interrupt.
         if vector.own is None or not (count := eventfds.take(vector.own)):
             return
-        vector.counts.fired += count
-        vector.deliver(count)
+        vector.consumer.signal(count)
+        counts = vector.counts
+        counts.fired += count
+        counts.delivered += count
         self._delivered(index, vector)
         self._counted(index, vector, count)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.server.devices.environment import Timer
@@ -21,23 +22,25 @@ class LoopEnvironment:
         hub: the machine's events.
         lane: the device's lane.
 
+    Attributes:
+        emit: sends an event.
+        now: monotonic time, in seconds.
+
     """
 
-    __slots__ = ("_hub", "_lane", "_loop")
+    __slots__ = ("_lane", "_loop", "emit", "now")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, lane: Lane) -> None:
         self._loop = loop
-        self._hub = hub
         self._lane = lane
+        # Not methods that call these: a relayed interrupt would pay for them each time.
+        self.emit: Final[Callable[[EventData], None]] = hub.emit
+        self.now: Final[Callable[[], float]] = loop.time
 
     @property
     def lane(self) -> Lane:
         """The device's own lane."""
         return self._lane
-
-    def emit(self, event: EventData) -> None:
-        """Send an event."""
-        self._hub.emit(event)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back on the loop whenever ``fd`` is readable."""
@@ -50,7 +53,3 @@ class LoopEnvironment:
     def after(self, milliseconds: int, callback: Callable[[], None]) -> Timer:
         """Call back once, after so many milliseconds."""
         return self._loop.call_later(milliseconds / 1000, callback)
-
-    def now(self) -> float:
-        """Monotonic time, in seconds."""
-        return self._loop.time()

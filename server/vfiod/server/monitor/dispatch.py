@@ -144,11 +144,12 @@ def _without(spec: CommandSpec) -> Arguments[Any] | None:
 
 
 def _guarded(name: str, handler: Handler) -> Callable[[Call], Any]:
-    right, success = lean.Right, lean.SuccessResult
+    right, success, new = lean.Right, lean.SuccessResult, tuple.__new__
 
     def invoke(call: Call) -> Any:
         try:
-            return right(success(handler(call, call.arguments)))
+            # SuccessResult(...) is this, after a step in Python: it is a NamedTuple.
+            return right(new(success, (handler(call, call.arguments),)))
         except Exception as error:  # noqa: BLE001 - the boundary: see the module's text
             return _refused(name, error)
 

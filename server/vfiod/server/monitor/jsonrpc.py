@@ -96,15 +96,17 @@ class JsonRpcSession(Session):
         """One line that tells an error which answers no request: its id is null."""
         return jsonrpc.encode_error(error)
 
-    def _take(self, text: bytes | WireError) -> None:
-        message = jsonrpc.decode_request(text)
+    _decode = staticmethod(jsonrpc.decode_plain)
+
+    def _take(self, item: jsonrpc.Single | bytes | WireError) -> None:
+        message = item if isinstance(item, jsonrpc.Single) else jsonrpc.decode_request(item)
         if isinstance(message, jsonrpc.Single):
             self._begin(message.item, self._answer_single, True)
             return
         items = message.items
         batch = _Batch(len(items), self._put_batch)
-        for index, item in enumerate(items):
-            self._begin(item, batch.slot(index), False)
+        for index, request in enumerate(items):
+            self._begin(request, batch.slot(index), False)
 
     def _abandon(self) -> None:
         for waiting in self._devices.values():

@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from typing import Any, ClassVar, Final
 
-from msgspec import Raw, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from vfiod.protocol.catalogue.monitor import QmpCapability
 from vfiod.protocol.errors import CommandError, CommandNotFound, InternalError, VfiodError, WireError
@@ -25,6 +25,8 @@ __all__ = ["QmpSession"]
 _log: Final = logging.getLogger(__name__)
 
 NEGOTIATION: Final = "qmp_capabilities"
+
+_DECODED: Final = (qmp.Request, qmp.Rejected)
 
 GREETING: Final = qmp.encode_greeting(VERSION)
 
@@ -65,21 +67,20 @@ class QmpSession(Session):
         """One line that tells an error which answers no request."""
         return qmp.encode_error(error)
 
-    def _take(self, text: bytes | WireError) -> None:
-        request = qmp.decode_request(text, oob_enabled=self._oob_enabled)
-        if self._running and type(request) is not qmp.OobRequest:
-            # Errors wait for their turn too: replies to in-band input come in its order.
-            self._queue.append(request)
-        else:
-            self._begin(request)
+    _decode = staticmethod(qmp.decode_plain)
 
     def _abandon(self) -> None:
         self._queue.clear()
 
     # --- commands -------------------------------------------------------------------------------
 
-    def _begin(self, request: qmp.Request | qmp.Rejected) -> None:
+    def _take(self, item: qmp.Request | qmp.Rejected | bytes | WireError) -> None:
         """Begin one request, and answer it unless it goes on."""
+        request = item if isinstance(item, _DECODED) else qmp.decode_request(item, oob_enabled=self._oob_enabled)
+        if self._running and type(request) is not qmp.OobRequest:
+            # Errors wait for their turn too: replies to in-band input come in its order.
+            self._queue.append(request)
+            return
         self.commands += 1
         if isinstance(request, qmp.Rejected):
             self._refuse(request.error, request.id)
@@ -89,7 +90,10 @@ class QmpSession(Session):
         try:
             if method is None or (oob and not method.allow_oob):
                 method = self._unusual(request.command, oob)
-            arguments = dispatch.prepare(method, request.arguments)
+            raw = request.arguments
+            arguments = method.no_arguments if raw is UNSET else None
+            if arguments is None:
+                arguments = dispatch.prepare(method, raw)
         except CommandError as error:
             self._refuse(error, request.id)
             return
@@ -97,12 +101,18 @@ class QmpSession(Session):
         value = dispatch.execute(method, call, arguments)
         if type(value) is not dispatch.Pending:
             self._answer(value, call, request.id)
-            return
-        if oob:
-            self._later(method, call, value, lambda value, call: self._answer(value, call, request.id))
+        else:
+            self._go_on(method, call, value, request.id)
+
+    def _go_on(
+        self, method: dispatch.Method, call: Call, pending: dispatch.Pending, request_id: Raw | UnsetType
+    ) -> None:
+        """A command has begun and is not finished."""
+        if call.oob:
+            self._later(method, call, pending, lambda value, call: self._answer(value, call, request_id))
             return
         self._running = True
-        self._later(method, call, value, lambda value, call: self._next(value, call, request.id))
+        self._later(method, call, pending, lambda value, call: self._next(value, call, request_id))
 
     def _unusual(self, name: str, oob: bool) -> dispatch.Method:
         """The method in negotiation; or the error that says why there is none."""
@@ -118,7 +128,7 @@ class QmpSession(Session):
         self._answer(value, call, request_id)
         self._running = False
         while self._queue and not self._running:
-            self._begin(self._queue.popleft())
+            self._take(self._queue.popleft())
 
     def _answer(self, value: Any, call: Call, request_id: Raw | UnsetType) -> None:
         if type(value) is dispatch.Failure:
@@ -131,7 +141,10 @@ class QmpSession(Session):
             call.fail()
             self._refuse(InternalError("The result cannot be encoded: a defect of vfiod; see its log"), request_id)
             return
-        self._put(line, call.succeed() if call.used_fds else None)
+        if self._alone and not call.used_fds:
+            self._writer.write(line)
+        else:
+            self._put(line, call.succeed())
 
     def _refuse(self, error: VfiodError, request_id: Raw | UnsetType) -> None:
         self.errors += 1

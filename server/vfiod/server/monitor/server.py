@@ -52,6 +52,7 @@ class MonitorServer:
 
     Attributes:
         methods: the method table.
+        status: running, or shutting down.
 
     """
 
@@ -69,6 +70,7 @@ class MonitorServer:
         self.hub: Final = hub
         self.kind_of: Final = kind_of
         self.methods: Final = build_methods(table)
+        self.status = RUNNING
         self.closing: Final[asyncio.Future[ShutdownCause]] = loop.create_future()
         self._access: Final = access
         self._sessions: Final[dict[int, Session]] = {}
@@ -119,11 +121,6 @@ class MonitorServer:
 
     # --- for commands ---------------------------------------------------------------------------
 
-    @property
-    def status(self) -> StatusInfo:
-        """Running, or shutting down."""
-        return ENDING if self.closing.done() else RUNNING
-
     def session_infos(self) -> list[SessionInfo]:
         """The sessions, oldest first."""
         return [session.info() for session in tuple(self._sessions.values())]
@@ -145,6 +142,7 @@ class MonitorServer:
     def shut_down(self, cause: ShutdownCause) -> None:
         """Begin to end: tell the readers, and whoever awaits :attr:`closing`."""
         if not self.closing.done():
+            self.status = ENDING
             self.closing.set_result(cause)
             self.hub.emit(Shutdown(guest=False, reason=cause))
 

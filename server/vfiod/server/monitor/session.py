@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, Stat, StatsResult
-from vfiod.protocol.errors import CommandNotFound, LimitExceeded, VfiodError, WireError
+from vfiod.protocol.errors import CommandNotFound, LimitExceeded, VfiodError
 from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, MSG_CTRUNC, FileDescriptor, close_all, rights_of
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK
 from vfiod.protocol.wire.stream import JsonStream
@@ -78,7 +78,7 @@ class Session(ABC):
         self._loop: Final = server.loop
         self._connection: Final = connection
         self._stream: Final = JsonStream()
-        self._inbox: Final[deque[bytes | WireError]] = deque()
+        self._inbox: Final[deque[Any]] = deque()
         self._writer: Final = Writer(connection, server.loop, self._drained, self._broken)
         self._reading = False
         self._working = False
@@ -89,9 +89,17 @@ class Session(ABC):
 
     # --- what a dialect says --------------------------------------------------------------------
 
+    @staticmethod
     @abstractmethod
-    def _take(self, text: bytes | WireError) -> None:
-        """Work on one text of the stream: begin what it asks for, or answer why not."""
+    def _decode(text: bytes) -> Any:
+        """What the text asks for, when that is plain at the first look; else None."""
+
+    @abstractmethod
+    def _take(self, item: Any) -> None:
+        """Work on one item of the stream: what :meth:`_decode` gave, a text, or an error.
+
+        Begin what it asks for, or answer why not.
+        """
 
     @property
     @abstractmethod
@@ -234,16 +242,21 @@ class Session(ABC):
         self.bytes_received += len(data)
         # Large reads cost memory even when little comes: ask for much only while much comes.
         self._ask = READ_CHUNK if len(data) == self._ask else SMALL_READ
-        texts = self._stream.receive_data(data)
-        if len(texts) != 1 or self._inbox:
-            if texts:
-                self._inbox.extend(texts)
-                self._work()
-            return
-        # The way nearly every command goes: one text, answered at once by one write.
+        stream = self._stream
+        # The way nearly every command goes: one plain text, answered at once by one write. What is saved here counts:
+        # between a message and the next, the processor has forgotten all of this code.
+        item = self._decode(data) if stream.between and len(data) <= stream.sure_bytes else None
+        if item is None or self._inbox:
+            items = stream.receive(data, self._decode)
+            if len(items) != 1 or self._inbox:
+                if items:
+                    self._inbox.extend(items)
+                    self._work()
+                return
+            item = items[0]
         self._working = self._alone = True
         try:
-            self._take(texts[0])
+            self._take(item)
         finally:
             self._working = self._alone = False
         writer = self._writer

@@ -1,6 +1,7 @@
 """What goes out of one session: in order, bounded, never waiting, each fd with the first byte of its reply.
 
-A write goes straight to the socket; only what the socket does not take is kept, and sent when it is writable again.
+A reply goes straight to the socket; only what the socket does not take is kept, and sent when it is writable again.
+Events alone wait for the end of the loop's turn, so that a burst of them is few sends, and wakes the reader as often.
 Replies and events share one queue, so that their order is the order in which they happened.
 """
 
@@ -16,11 +17,14 @@ from vfiod.protocol.fd import SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all
 from vfiod.protocol.limits import MAX_REPLY_BACKLOG
 from vfiod.server.events import Backlog
 
-__all__ = ["JOIN_BYTES", "SendLoop", "Writer"]
+__all__ = ["EVENTS_PER_SEND", "JOIN_BYTES", "SendLoop", "Writer"]
 
 JOIN_BYTES: Final = 64 * 1024
 """How much is joined into one ``send``: about what a Unix socket takes at once."""
 
+EVENTS_PER_SEND: Final = 64
+"""Events that may gather before they are sent without waiting for the end of the turn: far fewer than may wait for a
+reader, so that gathering loses none."""
 
 _NATIVE: Final = sys.byteorder
 
@@ -34,16 +38,22 @@ class SendLoop(Protocol):
     def remove_writer(self, fd: int) -> object:
         """Call back no more."""
 
+    def call_soon(self, callback: Callable[[], object]) -> object:
+        """Call back once, in the loop's next turn."""
+
 
 class _Entry:
-    """One reply or event that waits; ``data`` shrinks as it goes out."""
+    """Replies, or events, that wait; ``data`` shrinks as it goes out.
 
-    __slots__ = ("data", "event", "fds")
+    ``events`` has the bytes of each event that has not left, in reverse order; it is None for replies.
+    """
 
-    def __init__(self, data: bytes | memoryview, fds: list[FileDescriptor] | None, event: bool) -> None:
+    __slots__ = ("data", "events", "fds")
+
+    def __init__(self, data: bytes | memoryview, fds: list[FileDescriptor] | None, events: list[int] | None) -> None:
         self.data = data
         self.fds = fds
-        self.event = event
+        self.events = events
 
 
 class Writer:
@@ -52,7 +62,7 @@ class Writer:
     Args:
         connection: a non-blocking stream socket; lent.
         loop: the event loop.
-        drained: called when everything has left after the socket had been full.
+        drained: called when everything has left that could not be sent at once.
         broken: called once, when the peer cannot be written to any more.
 
     Attributes:
@@ -67,6 +77,8 @@ class Writer:
         "_broken",
         "_connection",
         "_drained",
+        "_events",
+        "_gathering",
         "_loop",
         "_plain",
         "_queue",
@@ -85,7 +97,10 @@ class Writer:
         self._drained = drained
         self._broken = broken
         self._queue: deque[_Entry] = deque()
+        # At most one of them has anything: what was put last, not yet joined.
         self._plain: list[bytes] = []
+        self._events: list[bytes] = []
+        self._gathering = False
         self.blocked = False
         self.backlog = Backlog()
         self.bytes_waiting = 0
@@ -108,9 +123,15 @@ class Writer:
             close_all(fds or ())
             return
         self.bytes_waiting += len(data)
-        if fds or event:
+        if event:
+            if self._plain:
+                self._seal()
+            self._events.append(data)
+            return
+        if fds or self._events:
             self._seal()
-            self._queue.append(_Entry(data, fds, event))
+        if fds:
+            self._queue.append(_Entry(data, fds, None))
         else:
             self._plain.append(data)
 
@@ -129,19 +150,35 @@ class Writer:
         self.flush()
 
     def flush(self) -> None:
-        """Send what the socket takes now; the rest follows by itself."""
-        self._seal()
-        if not self.blocked:
+        """Send what the socket takes now; the rest follows by itself. A few events alone: when the turn ends."""
+        if self.blocked:
+            return
+        if self._queue or self._plain or len(self._events) > EVENTS_PER_SEND:
             self._send()
+        elif self._events and not self._gathering:
+            self._gathering = True
+            self._loop.call_soon(self._gathered)
+
+    def _gathered(self) -> None:
+        """The turn has ended: send its events, unless a reply has taken them along."""
+        self._gathering = False
+        if self._events and not self.blocked:
+            self._send()
+            if not self.blocked and not self.dead:
+                self._drained()
 
     def _seal(self) -> None:
-        """Make one entry of the plain replies put since the last."""
-        plain = self._plain
+        """Make one entry of the plain replies, or of the events, put since the last."""
+        plain, events = self._plain, self._events
         if plain:
-            self._queue.append(_Entry(plain[0] if len(plain) == 1 else b"".join(plain), None, False))
+            self._queue.append(_Entry(plain[0] if len(plain) == 1 else b"".join(plain), None, None))
             plain.clear()
+        elif events:
+            self._queue.append(_Entry(b"".join(events), None, [len(event) for event in reversed(events)]))
+            events.clear()
 
     def _send(self) -> None:
+        self._seal()
         queue = self._queue
         try:
             while queue:
@@ -190,11 +227,20 @@ class Writer:
             size = len(entry.data)
             if count < size:
                 entry.data = memoryview(entry.data)[count:]
+                if entry.events is not None:
+                    self._left(entry.events, count)
                 return
             count -= size
             queue.popleft()
-            if entry.event:
-                self.backlog.sent()
+            if entry.events is not None:
+                self.backlog.sent(len(entry.events))
+
+    def _left(self, events: list[int], count: int) -> None:
+        """So many bytes of an entry's events have left: account for those that are gone whole."""
+        while count >= events[-1]:
+            count -= events.pop()
+            self.backlog.sent()
+        events[-1] -= count
 
     def _writable(self) -> None:
         self.blocked = False
@@ -213,4 +259,5 @@ class Writer:
             close_all(entry.fds or ())
         self._queue.clear()
         self._plain.clear()
+        self._events.clear()
         self.bytes_waiting = 0

@@ -10,14 +10,23 @@ import pytest
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import MAX_REPLY_BACKLOG
-from vfiod.server.monitor.writer import Writer
+from vfiod.server.monitor.writer import EVENTS_PER_SEND, Writer
 
 
 class Loop:
-    """The two calls a writer makes of an event loop; the test decides when the socket is writable."""
+    """The calls a writer makes of an event loop; the test decides when the socket is writable, and a turn ends."""
 
     def __init__(self) -> None:
         self.writers: dict[int, Callable[[], object]] = {}
+        self.soon: list[Callable[[], object]] = []
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        self.soon.append(callback)
+
+    def end_turn(self) -> None:
+        soon, self.soon = self.soon, []
+        for callback in soon:
+            callback()
 
     def add_writer(self, fd: int, callback: Callable[[], object]) -> None:
         self.writers[fd] = callback
@@ -126,6 +135,71 @@ def test_events_are_accounted_when_they_leave(setting: Setting) -> None:
         setting.read()
         setting.writable()
     assert setting.writer.backlog.waiting == 0
+
+
+def test_events_of_one_turn_go_out_in_one_send_when_it_ends(setting: Setting) -> None:
+    sends = []
+    for number in range(3):
+        assert setting.writer.backlog.admit(number)
+        setting.writer.put(b"event %d\n" % number, event=True)
+        setting.writer.flush()
+        sends.append(setting.read())
+    assert sends == [b"", b"", b""]
+    assert len(setting.loop.soon) == 1
+    setting.loop.end_turn()
+    assert setting.read() == b"event 0\nevent 1\nevent 2\n"
+    assert (setting.writer.backlog.waiting, setting.writer.idle, setting.drained) == (0, True, 1)
+    assert setting.loop.soon == []
+
+
+def test_a_reply_takes_the_events_before_it_along(setting: Setting) -> None:
+    assert setting.writer.backlog.admit(1)
+    setting.writer.put(b"event\n", event=True)
+    setting.writer.flush()
+    setting.writer.write(b"reply\n")
+    assert setting.read() == b"event\nreply\n"
+    assert setting.writer.backlog.waiting == 0
+    setting.loop.end_turn()
+    assert setting.read() == b""
+    assert setting.drained == 0
+
+
+def test_a_long_burst_does_not_wait_for_the_end_of_the_turn(setting: Setting) -> None:
+    for number in range(EVENTS_PER_SEND + 1):
+        assert setting.writer.backlog.admit(number)
+        setting.writer.put(b"e\n", event=True)
+        setting.writer.flush()
+    assert setting.read() == b"e\n" * (EVENTS_PER_SEND + 1)
+    assert setting.writer.backlog.waiting == 0
+
+
+def test_each_event_of_a_send_that_goes_out_in_parts_is_accounted_when_its_last_byte_leaves(setting: Setting) -> None:
+    sizes = [1500, 1, 900, 2500, 3000] * 10
+    for number, size in enumerate(sizes):
+        assert setting.writer.backlog.admit(number)
+        setting.writer.put(bytes([65 + number % 26]) * size, event=True)
+        setting.writer.flush()
+    setting.loop.end_turn()
+    assert setting.writer.blocked
+    while True:
+        sent, whole = setting.writer.bytes_sent, 0
+        while whole < len(sizes) and sum(sizes[: whole + 1]) <= sent:
+            whole += 1
+        assert setting.writer.backlog.waiting == len(sizes) - whole
+        if setting.writer.idle:
+            break
+        setting.read()
+        setting.writable()
+
+
+def test_events_that_gather_are_dropped_at_the_close(setting: Setting) -> None:
+    assert setting.writer.backlog.admit(1)
+    setting.writer.put(b"event\n", event=True)
+    setting.writer.flush()
+    setting.writer.close()
+    setting.loop.end_turn()
+    assert setting.read() == b""
+    assert setting.drained == 0
 
 
 def test_fds_go_with_the_first_byte_of_their_reply_and_are_closed_here(setting: Setting) -> None:
