@@ -549,13 +549,16 @@ def test_vfiod_refuses_what_does_not_fit_and_stays_as_it_was(vm: Vm, tmp_path: P
             with pytest.raises(RemoteError, match="bound to an iommufd already"):
                 vm.client.execute("device_add", {"driver": "vfio-pci", "fd": "f", "iommufd": "iommufd0"}, fds={"f": fd})
             own.close()
+        vm.client.query_fds()  # commands run in order: the names are closed before this is answered
         with opened_group(EDU_ROOT), pytest.raises(RemoteError, match="both interfaces"):
             add_cdev(vm, EDU_ROOT, "edu")
+        vm.client.query_fds()
         dry = add_cdev(vm, EDU_ROOT, "edu", dry_run=True)
         assert isinstance(dry, dict)
         assert dry["possible"], dry
         assert vm.client.query_devices() == []
         vm.client.object_del(id="iommufd0")
+        vm.client.query_fds()
     assert vm.fds() == before
 
 
