@@ -70,6 +70,10 @@ def refuse_overflow_uid(own: int | None = None) -> None:
         raise StartError(f"vfiod does not run as uid {own}, the kernel's overflow uid: give it a user of its own")
 
 
+ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+"""What asks the server to close its devices and end."""
+
+
 async def serve(options: Options) -> bool:
     """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
     loop = asyncio.get_running_loop()
@@ -81,7 +85,7 @@ async def serve(options: Options) -> bool:
         try:
             for option in options.sockets:
                 _listen(server, option, options.socket_gid)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in ENDING_SIGNALS:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
@@ -99,6 +103,11 @@ async def serve(options: Options) -> bool:
             server.stop_listening()
             await server.drain(LAST_REPLIES_SECONDS)
             server.close()
+            for number in ENDING_SIGNALS:
+                # All is closed. The loop's own end would set these back to "die", and one more of them, late, would
+                # turn a clean end into a death by signal.
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
     if machine.stuck:
         # A thread hangs in the kernel: the interpreter would wait for it for ever. All of ours is put away.
         logging.shutdown()

@@ -30,6 +30,9 @@ _log: Final = logging.getLogger(__name__)
 PATH_BYTES: Final = 107
 """Longest path of a Unix socket: ``sun_path`` has 108 bytes with the final NUL (``unix(7)``)."""
 
+NAME_BYTES: Final = 60
+"""Longest name of a socket that has not appeared yet; with ``/proc/self/fd/N/`` before it, it stays an address."""
+
 ACCEPTS: Final = 16
 """Connections accepted in one go: then sessions have their turn."""
 
@@ -56,15 +59,7 @@ def open_path(path: str, gid: int | None = None) -> socket.socket:
     try:
         with _directory_lock(Path(path).parent):
             _remove_dead(path)
-            listening.bind(path)
-            try:
-                if gid is not None:
-                    os.chown(path, -1, gid)
-                Path(path).chmod(OWNER_MODE if gid is None else GROUP_MODE)
-                listening.listen(socket.SOMAXCONN)
-            except OSError:
-                Path(path).unlink(missing_ok=True)
-                raise
+            _appear(listening, Path(path), gid)
     except OSError as error:
         listening.close()
         raise ListenError(f"Cannot listen on '{path}': {os.strerror(error.errno or 0)}") from error
@@ -72,6 +67,27 @@ def open_path(path: str, gid: int | None = None) -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+def _appear(listening: socket.socket, path: Path, gid: int | None) -> None:
+    """Bind and listen, and only then let the path appear: who waits for the file may connect as soon as it is there."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f".vfiod-{os.getpid()}-{path.name}"[:NAME_BYTES]
+    try:
+        # By way of /proc the address stays short, however long the directory's name is.
+        listening.bind(f"/proc/self/fd/{directory}/{name}")
+        try:
+            if gid is not None:
+                os.chown(name, -1, gid, dir_fd=directory)
+            # The umask may have taken bits away, and bind(2) gives too many.
+            os.chmod(name, OWNER_MODE if gid is None else GROUP_MODE, dir_fd=directory)
+            listening.listen(socket.SOMAXCONN)
+            # A link, as a rename would replace whatever somebody has put there in the meantime.
+            os.link(name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+        finally:
+            os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(directory)
 
 
 def inherit(number: int) -> socket.socket:
