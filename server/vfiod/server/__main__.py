@@ -3,7 +3,7 @@
 import sys
 
 if "ssl" not in sys.modules:
-    # asyncio works without ssl where there is none. We speak no TLS, and OpenSSL would cost a tenth of the start and
+    # asyncio works without ssl where there is none. We speak no TLS, and OpenSSL would cost a twentieth of the start and
     # some MiB in every process. Afterwards it can be imported as ever, by whoever wants it.
     sys.modules["ssl"] = None  # type: ignore[assignment]  # documented: importing it raises ImportError
     import asyncio  # noqa: F401
