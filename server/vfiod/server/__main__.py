@@ -3,8 +3,8 @@
 import sys
 
 if "ssl" not in sys.modules:
-    # asyncio works without ssl where there is none. We speak no TLS, and OpenSSL would cost a tenth of the start and
-    # some MiB in every process. Afterwards it can be imported as ever, by whoever wants it.
+    # asyncio works without ssl where there is none. We speak no TLS, and OpenSSL would cost a twentieth of the start,
+    # and in every process 4 MiB of RSS, 2 of PSS. Afterwards it can be imported as ever, by whoever wants it.
     sys.modules["ssl"] = None  # type: ignore[assignment]  # documented: importing it raises ImportError
     import asyncio  # noqa: F401
 
