@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from dataclasses import replace
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, command_of
 from vfiod.protocol.catalogue.devices import (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
 from vfiod.server.interrupts.modes import NOTHING, Binding, Do, Plan, Setup, Side, Step, choose_mode, plan
