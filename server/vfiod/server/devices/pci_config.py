@@ -1,7 +1,7 @@
 """What vfiod itself does with a PCI device's configuration space: looks, and keeps it over a reset.
 
-(What a guest sees of it, BARs sized, capabilities virtualised, is another module's, when there is one.)
-Offsets and bits: PCI Local Bus Specification 3.0, chapter 6; PCI Power Management 1.2, 3.2.
+What a guest sees of it, BARs sized and capabilities virtualised, is :mod:`vfiod.server.devices.config`; its ``layout``
+has the offsets. Those of power management, which only this module reads: PCI Power Management 1.2, 3.2.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from msgspec import Struct
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError
 from vfiod.server.backends.base import Backend
+from vfiod.server.devices.config import layout
 
 __all__ = ["HEADER_BYTES", "ConfigSpace", "Saved"]
 
@@ -21,25 +22,19 @@ _log: Final = logging.getLogger(__name__)
 
 _CONFIG: Final = int(vfio.PciRegion.CONFIG)
 
-HEADER_BYTES: Final = 64
+HEADER_BYTES: Final = layout.HEADER_SIZE
 """Bytes of the standard header: the first read of a device must give all of them."""
 
 _COMMAND: Final = 0x04
 _COMMAND_MEMORY: Final = 1 << 1
 _COMMAND_MASTER: Final = 1 << 2
-_STATUS: Final = 0x06
-_STATUS_CAPABILITIES: Final = 1 << 4
-_BARS: Final = 0x10
-_BAR_COUNT: Final = 6
-_ROM: Final = 0x30
-_CAPABILITIES: Final = 0x34
 _POWER_MANAGEMENT: Final = 0x01
 _PMCSR: Final = 0x04
 _POWER_STATE: Final = 0b11
 _D3HOT: Final = 3
 _ALL_ONES: Final = 0xFFFF_FFFF
 
-_CHAIN_LIMIT: Final = (256 - HEADER_BYTES) // 4
+_CHAIN_LIMIT: Final = (layout.STANDARD_SIZE - HEADER_BYTES) // 4
 """Capabilities a chain can have: each takes at least four bytes behind the header. A longer one is a loop."""
 
 
@@ -77,9 +72,9 @@ class ConfigSpace:
 
     def _find_power(self, header: bytes) -> int | None:
         """Where the power management capability is. A chain that loops or leaves the space is cut."""
-        if not header[_STATUS] & _STATUS_CAPABILITIES:
+        if not header[layout.STATUS] & layout.STATUS_CAPABILITIES:
             return None
-        at = header[_CAPABILITIES] & ~3
+        at = header[layout.CAPABILITIES] & ~3
         for _ in range(_CHAIN_LIMIT):
             if at < HEADER_BYTES:
                 return None
@@ -116,8 +111,8 @@ class ConfigSpace:
 
     def save(self) -> Saved:
         """What :meth:`restore` gives back."""
-        bars = tuple(self._read(_BARS + 4 * number, 4) for number in range(_BAR_COUNT))
-        return Saved(self._read(_COMMAND, 2), bars, self._read(_ROM, 4))
+        bars = tuple(self._read(layout.BAR0 + 4 * number, 4) for number in range(layout.BAR_COUNT))
+        return Saved(self._read(_COMMAND, 2), bars, self._read(layout.ROM, 4))
 
     def stop_bus_master(self, saved: Saved) -> None:
         """No DMA from now on."""
@@ -126,8 +121,8 @@ class ConfigSpace:
     def restore(self, saved: Saved) -> None:
         """BARs first, then the command register: nothing decodes at an address that is not its own."""
         for number, value in enumerate(saved.bars):
-            self._write(_BARS + 4 * number, 4, value)
-        self._write(_ROM, 4, saved.rom)
+            self._write(layout.BAR0 + 4 * number, 4, value)
+        self._write(layout.ROM, 4, saved.rom)
         self.restore_command(saved)
 
     def restore_command(self, saved: Saved) -> None:
