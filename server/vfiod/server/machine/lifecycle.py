@@ -34,6 +34,7 @@ from vfiod.protocol.limits import DEFAULT_UNPLUG_TIMEOUT_MS, MAX_DEVICES
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices.pci import PciDevice, PciOptions
+from vfiod.server.devices.regions import Region
 from vfiod.server.events import EventHub
 from vfiod.server.lanes import Lane, Turn
 from vfiod.server.machine.ending import Ending
@@ -352,6 +353,13 @@ class Devices:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
             added.device.session_ended(session)
+            self._wake(added)
+
+    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+        """A session no longer holds a region of a device. InvalidArgument when it does not hold it."""
+        device.unmap_region(region, session)
+        added = self._added.get(device.name)
+        if added is not None:
             self._wake(added)
 
     async def close(self, refusal: CommandError, ending: Ending) -> None:

@@ -25,6 +25,7 @@ from vfiod.server.backends.cdev import CdevOrigin, IommufdSource, KernelCdevs
 from vfiod.server.backends.group import ContainerSource, GroupOrigin, KernelGroups
 from vfiod.server.backends.mediated import MediatedDevices
 from vfiod.server.devices.pci import PciDevice
+from vfiod.server.devices.regions import Region
 from vfiod.server.dma.files import open_memory
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.events import EventHub
@@ -197,6 +198,10 @@ class Machine:
         """A monitor session ended: what it mapped no longer holds a device."""
         self.devices.session_ended(session)
 
+    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+        """See :meth:`Devices.unmap_region`."""
+        self.devices.unmap_region(device, region, session)
+
     # --- memory and objects ---------------------------------------------------------------------------
 
     def map_file(
@@ -304,6 +309,7 @@ class Machine:
             yield FdInfo(owner=names.get(held.owner, held.owner), kind=held.kind, number=held.number)
         for device in devices:
             yield from device.fds()
+        yield from self.mdevs.fd_infos()
 
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
