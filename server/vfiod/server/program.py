@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
@@ -91,6 +90,7 @@ async def serve(options: Options) -> bool:
                 pidfile.write()
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
+            gc.enable()
             notify(f"READY=1\nSTATUS=Serving {options.name}")
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, options.sockets)))
             cause = await server.closing
@@ -136,7 +136,7 @@ class Pidfile:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = Path(path)
+        self._path = path
         self._fd = -1
 
     def __enter__(self) -> Pidfile:
@@ -158,7 +158,7 @@ class Pidfile:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            os.unlink(self._path)
         os.close(self._fd)
 
 
