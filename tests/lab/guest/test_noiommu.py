@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tests.lab.guest import pci
 from tests.lab.guest.nics import fired
-from tests.lab.guest.vm import Vm, opened, running_vm, trigger_of
+from tests.lab.guest.resets import forget_names
+from tests.lab.guest.vm import opened, running_vm, trigger_of
 from tests.lab.topologies import EDU_PORT, EDU_ROOT
 
 from vfiod.protocol.errors import RemoteError
@@ -43,14 +44,8 @@ def test_refused_unless_asked_for(tmp_path: Path) -> None:
                 vm.client.device_add(driver="vfio-pci", id="n0", host=EDU_ROOT, group_fd=group)
             assert refused.value.errno in ("EPERM", "EACCES")
         assert vm.client.query_devices() == []
-        forget(vm)
+        forget_names(vm)
         assert vm.fds() == fds
-
-
-def forget(vm: Vm) -> None:
-    for info in vm.client.query_fds():
-        if isinstance(info.name, str) and info.name.startswith("client-"):
-            vm.client.closefd(fdname=info.name)
 
 
 def test_asked_for_it_serves(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A machine without interrupt remapping: what is refused there, and a host that grants fewer MSI vectors than a device has.
+"""A machine without interrupt remapping: what is refused there, and a host that grants one MSI vector of sixteen.
 
 Rules are those of behaviour.md, by section.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.lab.guest import nics, pci
 from tests.lab.guest.nics import WAYS, added, config, fired, set_config
-from tests.lab.guest.resets import add_iommufd
+from tests.lab.guest.resets import add_iommufd, forget_names
 from tests.lab.guest.vm import Vm, opened, opened_group, trigger_of
 from tests.lab.topologies import EDU_PORT, XHCI_PORT, XHCI_VECTORS
 
@@ -64,9 +64,7 @@ def test_a_group_is_refused_and_the_way_out_is_named(vm: Vm) -> None:
             assert refused.value.errno == errno.errorcode[errno.EPERM]
         assert vm.client.query_devices() == []
         assert vm.client.query_machine().containers == []
-        for info in vm.client.query_fds():
-            if isinstance(info.name, str) and info.name.startswith("client-"):
-                vm.client.closefd(fdname=info.name)
+        forget_names(vm)
         assert vm.fds() == fds, "nothing is left but what was there"
         with unsafe():
             vm.add(EDU_PORT, "n0")
@@ -86,8 +84,9 @@ def test_a_cdev_is_refused_and_the_way_out_is_named(vm: Vm) -> None:
             with unsafe():
                 # The same open file, which the kernel may have bound by then.
                 vm.client.device_add(driver="vfio-pci", id="n0", fd=fd, iommufd="i0")
-                assert vm.read("n0", pci.EDU_ID) == pci.EDU_IDENTITY
-                assert vm.remove("n0")
+        assert vm.read("n0", pci.EDU_ID) == pci.EDU_IDENTITY
+        forget_names(vm)
+        assert vm.remove("n0")
         vm.client.object_del(id="i0")
 
 

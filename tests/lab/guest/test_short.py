@@ -50,7 +50,7 @@ def take(vm: Vm, stack: ExitStack, leave: int = 0) -> dict[int, int]:
             started = vm.client.irq_start(device="disk", index="msix", vectors=wanted)
         except RemoteError as error:
             assert error.errno == "ENOSPC", error
-            assert f"{wanted[-1] + 1} vectors were asked for" in str(error) or "vectors" in str(error)
+            assert "the host has fewer and does not say how many" in str(error)
             assert vectors_of(vm, "disk", "msix") == before, "refused: those there were run on"
             step //= 2
             continue
@@ -72,7 +72,7 @@ def test_a_host_without_vectors_refuses_and_what_runs_runs_on(vm: Vm) -> None:
             fired(eventfds[vector], 0.1)  # a growth signals what it may have lost
             vm.client.irq_trigger(device="disk", index="msix", vector=vector)
             assert fired(eventfds[vector]) == 1
-        with pytest.raises(RemoteError, match="there is no vector 2048"):
+        with pytest.raises(RemoteError, match="expects a value from 0 to 2047"):
             vm.client.irq_start(device="disk", index="msix", vectors=[SHORT_NVME_VECTORS])
 
 
