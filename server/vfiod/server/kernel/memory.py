@@ -6,7 +6,6 @@ store of the right width, and only a memoryview cast to that width makes it (``r
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -17,6 +16,7 @@ from typing import Final
 
 from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.kernel.pins import PinnedMemory, address_of
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
 __all__ = ["ACCESS_SIZES", "RegionWindow", "SharedMemory"]
@@ -103,7 +103,7 @@ class SharedMemory:
 
     def address(self) -> int:
         """Where the whole of it is mapped in this process, in bytes; maps it when called first. OperationFailed."""
-        return _address_of(self._mapped())
+        return address_of(self._mapped())
 
     def view(self) -> memoryview:
         """The whole of it as bytes; maps it when called first. Release the view before :meth:`close`.
@@ -154,6 +154,27 @@ class SharedMemory:
                 with self.view() as view:
                     view[offset + done : offset + len(data)] = data[done:]
                 return
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
+        """A part of it in this process's memory, for long, until it is taken back. OperationFailed.
+
+        EPERM: its owner could cut the file (no F_SEAL_SHRINK), and a touch of what is gone would be the end of this
+        process (SIGBUS).
+        """
+        self._check(offset, length, "pin")
+        if writable and self.readonly:
+            raise OperationFailed("pin", self._where(offset, length), errno="EACCES", advice="it is read-only")
+        try:
+            sealed = fcntl.fcntl(self._fd.number, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        except OSError:
+            sealed = 0
+        if not sealed:
+            advice = "its owner could cut the file: seal it against shrinking (F_SEAL_SHRINK)"
+            raise OperationFailed("pin", self._where(offset, length), errno="EPERM", advice=advice)
+        try:
+            return PinnedMemory(self._calls, self._fd.number, offset, length, writable=writable)
+        except OSError as error:
+            raise OperationFailed("mmap", self._where(offset, length), errno=error.errno or 0) from error
 
     def _check(self, offset: int, length: int, operation: str) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -241,31 +262,3 @@ _LITTLE: Final = sys.byteorder == "little"
 
 def _swapped(value: int, size: int) -> int:
     return int.from_bytes(value.to_bytes(size, "big"), "little")
-
-
-class _PyBuffer(ctypes.Structure):
-    """``Py_buffer`` (CPython's C interface, part of the stable ABI since 3.11)."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address_of(mapped: mmap.mmap) -> int:
-    """Where a mapping starts. ``ctypes``'s ``from_buffer`` cannot say it of a read-only one."""
-    buffer = _PyBuffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(buffer), 0)
-    try:
-        return int(buffer.buf)
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))

@@ -36,6 +36,11 @@ _KCMP_NUMBERS: Final = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "s390x": 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _libc.ioctl.restype = ctypes.c_int
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+
+_MAP_FIXED: Final = 0x10
+"""``<linux/mman.h>``; Python has no name for it."""
 
 
 class Syscalls:
@@ -76,6 +81,14 @@ class Syscalls:
         """Map a piece of a file, shared. Offset and size in bytes, whole pages."""
         prot = (mmap.PROT_READ if readable else 0) | (mmap.PROT_WRITE if writable else 0)
         return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot, offset=offset)
+
+    def blank(self, address: int, size: int) -> None:
+        """Put empty private pages in the place of a mapping. Bytes; from its start."""
+        # mmap(2): the old mapping is taken away in the same moment, so nobody can hit a hole.
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        if _libc.mmap(address, size, protection, flags, -1, 0) != address:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def eventfd(self) -> int:
         """Make an eventfd: counter 0, non-blocking, close-on-exec. Returns the fd."""
