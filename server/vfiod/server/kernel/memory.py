@@ -16,7 +16,7 @@ from typing import Final
 
 from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.server.kernel.pins import PinnedMemory, address_of
+from vfiod.server.kernel.pins import PinnedMemory
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
 __all__ = ["ACCESS_SIZES", "RegionWindow", "SharedMemory"]
@@ -85,11 +85,6 @@ class SharedMemory:
         """Whether it was closed."""
         return self._fd.closed
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether :meth:`address` or :meth:`view` has mapped it into this process."""
-        return self._map is not None
-
     def _mapped(self) -> mmap.mmap:
         # Two threads may be here at once only if two lanes use one memory: only the topology lane does.
         if self._map is None:
@@ -103,6 +98,8 @@ class SharedMemory:
 
     def address(self) -> int:
         """Where the whole of it is mapped in this process, in bytes; maps it when called first. OperationFailed."""
+        from vfiod.server.kernel.address import address_of  # here: it needs ctypes, and only the kernel's DMA needs it
+
         return address_of(self._mapped())
 
     def view(self) -> memoryview:

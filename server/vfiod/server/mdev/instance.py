@@ -43,12 +43,12 @@ class _Watch:
     otherwise go on reporting a file that somebody else still has open.
     """
 
-    __slots__ = ("_callback", "_cancelled", "_fd", "_host", "_number", "_wanted", "_watched")
+    __slots__ = ("_callback", "_cancelled", "_fd", "_host", "_wanted", "_watched", "number")
 
     def __init__(self, host: MdevHost, fd: FileDescriptor, callback: Callable[[], None]) -> None:
         self._host = host
         self._fd = fd
-        self._number = fd.number
+        self.number = fd.number
         self._callback = callback
         self._cancelled = False
         self._wanted = (True, False)
@@ -64,7 +64,7 @@ class _Watch:
         """Let the loop watch what is wanted now. On the loop."""
         if self._cancelled:
             return
-        loop, number = self._host.loop, self._number
+        loop, number = self._host.loop, self.number
         (reads, writes), (read, written) = self._wanted, self._watched
         if reads != read:
             loop.add_reader(number, self._ready) if reads else loop.remove_reader(number)
@@ -90,8 +90,9 @@ class _Watch:
 
     def _end(self) -> None:
         if not self._host.loop.is_closed():
-            self._host.loop.remove_reader(self._number)
-            self._host.loop.remove_writer(self._number)
+            self._host.loop.remove_reader(self.number)
+            self._host.loop.remove_writer(self.number)
+        self._host.forget(self)
         self._fd.close()
 
 
@@ -112,6 +113,7 @@ class MdevHost:
         self.loop = loop
         self.memory: GuestAccess | None = None
         self._thread = threading.get_ident()
+        self._watches: set[_Watch] = set()
 
     def read_memory(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
@@ -137,8 +139,17 @@ class MdevHost:
     def watch(self, fd: FileDescriptor, callback: Callable[[], None]) -> Watch:
         """See :meth:`Host.watch`."""
         watch = _Watch(self, fd, callback)
+        self._watches.add(watch)
         self.on_loop(watch.settle)
         return watch
+
+    def watched(self) -> list[int]:
+        """Numbers of the fds that are watched for the device at this moment, and owned here."""
+        return sorted(watch.number for watch in tuple(self._watches))
+
+    def forget(self, watch: _Watch) -> None:
+        """Its fd is about to be closed."""
+        self._watches.discard(watch)
 
     def on_loop(self, function: Callable[[], None]) -> None:
         """Run a function on the loop's thread: at once when this is it, else soon."""
@@ -210,6 +221,18 @@ class Instance(Struct, eq=False):
             lambda: self.calls.run("attributes", self.what, self.device.attributes, limit_s=MDEV_LOOK_MS / 1000),
         )
         return self.told
+
+    def fds(self) -> dict[str, int]:
+        """Names and numbers of what it has open: as it says itself, and what is watched for it. Never raises."""
+        own: dict[str, int] = {}
+        try:
+            told = self.call("fds", self.device.fds)
+            own = guarded("fds", self.what, lambda: {str(name): int(number) for name, number in told.items()})
+        except CommandError as error:
+            _log.warning("%s", error)
+        known = set(own.values())
+        watched = (number for number in self.host.watched() if number not in known)
+        return {**own, **{f"watch[{place}]": number for place, number in enumerate(watched)}}
 
 
 class MdevDriver(Protocol):
