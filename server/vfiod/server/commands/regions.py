@@ -14,6 +14,7 @@ from vfiod.protocol.catalogue.regions import (
     RegionMapResult,
     RegionRead,
     RegionReadResult,
+    RegionUnmap,
     RegionWrite,
 )
 from vfiod.protocol.catalogue.words import UNSET
@@ -121,9 +122,19 @@ def region_map(call: Call, arguments: RegionMap) -> RegionMapResult | Awaitable[
     return device.in_order("region-map", give)
 
 
+def region_unmap(call: Call, arguments: RegionUnmap) -> Empty | Awaitable[Empty]:
+    """This session no longer holds a region. At once, whatever the device is at: nothing of the device is touched."""
+    device = call.machine.device(arguments.device)
+    region = device.regions.find(arguments.region)
+    session = call.session
+    call.machine.unmap_region(device, region, None if session is None else session.id)
+    return Empty()
+
+
 HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {
     QueryRegions: query_regions,
     RegionRead: region_read,
     RegionWrite: region_write,
     RegionMap: region_map,
+    RegionUnmap: region_unmap,
 }

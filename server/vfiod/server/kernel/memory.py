@@ -84,11 +84,6 @@ class SharedMemory:
         """Whether it was closed."""
         return self._fd.closed
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether :meth:`address` or :meth:`view` has mapped it into this process."""
-        return self._map is not None
-
     def _mapped(self) -> mmap.mmap:
         # Two threads may be here at once only if two lanes use one memory: only the topology lane does.
         if self._map is None:

@@ -40,6 +40,7 @@ from vfiod.server.machine.environment import LoopEnvironment
 if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.backends.base import Backend
     from vfiod.server.devices.pci import PciDevice, PciOptions
+    from vfiod.server.devices.regions import Region
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -356,6 +357,13 @@ class Devices:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
             added.device.session_ended(session)
+            self._wake(added)
+
+    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+        """A session no longer holds a region of a device. InvalidArgument when it does not hold it."""
+        device.unmap_region(region, session)
+        added = self._added.get(device.name)
+        if added is not None:
             self._wake(added)
 
     async def close(self, refusal: CommandError, ending: Ending) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # imported with the first device: what a server without one d
     from vfiod.server.backends.cdev import CdevOrigin
     from vfiod.server.backends.group import GroupOrigin, KernelGroups
     from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.regions import Region
     from vfiod.server.machine.resets import Resets
     from vfiod.server.mdev.bus import MdevBus
 
@@ -197,6 +198,10 @@ class Machine:
         """A monitor session ended: what it mapped no longer holds a device."""
         self.devices.session_ended(session)
 
+    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+        """See :meth:`Devices.unmap_region`."""
+        self.devices.unmap_region(device, region, session)
+
     # --- memory and objects ---------------------------------------------------------------------------
 
     def map_file(
@@ -309,6 +314,7 @@ class Machine:
             yield FdInfo(owner=names.get(held.owner, held.owner), kind=held.kind, number=held.number)
         for device in devices:
             yield from device.fds()
+        yield from self.sources.mdev_fds()
 
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
