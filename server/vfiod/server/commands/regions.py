@@ -19,7 +19,7 @@ from vfiod.protocol.catalogue.regions import (
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.server.commands.call import Call, Handler
-from vfiod.server.devices.pci import PciDevice
+from vfiod.server.devices.device import Device
 from vfiod.server.devices.regions import INLINE_BYTES, Region
 
 __all__ = ["HANDLERS"]
@@ -51,11 +51,11 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
     return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
 
 
-async def _read_sized(device: PciDevice, region: Region, offset: int, size: int) -> RegionReadResult:
+async def _read_sized(device: Device, region: Region, offset: int, size: int) -> RegionReadResult:
     return RegionReadResult(value=int.from_bytes(await device.read(region, offset, size), "little"))
 
 
-async def _read_long(device: PciDevice, region: Region, offset: int, length: int) -> RegionReadResult:
+async def _read_long(device: Device, region: Region, offset: int, length: int) -> RegionReadResult:
     return RegionReadResult(data=await device.read(region, offset, length))
 
 
@@ -81,7 +81,7 @@ def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]
     return device.in_order("region-write", store)
 
 
-def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
+def _write_bytes(device: Device, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
     def write() -> Empty:
         device.write_now(region, offset, data)
         return Empty()
@@ -91,7 +91,7 @@ def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) ->
     return _write_long(device, region, offset, data)
 
 
-async def _write_long(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty:
+async def _write_long(device: Device, region: Region, offset: int, data: bytes) -> Empty:
     await device.write(region, offset, data)
     return Empty()
 

@@ -24,7 +24,7 @@ from vfiod.server.backends.base import Backend
 from vfiod.server.backends.cdev import CdevOrigin, IommufdSource, KernelCdevs
 from vfiod.server.backends.group import ContainerSource, GroupOrigin, KernelGroups
 from vfiod.server.backends.mediated import MediatedDevices
-from vfiod.server.devices.pci import PciDevice
+from vfiod.server.devices.device import Device
 from vfiod.server.dma.files import open_memory
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.events import EventHub
@@ -128,11 +128,11 @@ class Machine:
 
     # --- devices ------------------------------------------------------------------------------------
 
-    def device(self, name: str) -> PciDevice:
+    def device(self, name: str) -> Device:
         """The device with this id or path. Raises DeviceNotFound."""
         return self.devices.get(name)
 
-    def add_device(self, new: NewDevice) -> Awaitable[PciDevice]:
+    def add_device(self, new: NewDevice) -> Awaitable[Device]:
         """See :meth:`Devices.add`."""
         return self.devices.add(new)
 
