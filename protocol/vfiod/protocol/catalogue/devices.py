@@ -47,6 +47,11 @@ ONLY_OF: Final[Mapping[str, frozenset[Driver]]] = {
 """Properties of ``device_add`` that not every driver has; those that are not here, every driver has."""
 
 
+def has_property(driver: Driver, name: str) -> bool:
+    """Whether a driver has the property of this name (as on the wire)."""
+    return driver in ONLY_OF.get(name, (driver,))
+
+
 class OnRequest(enum.StrEnum):
     """What a host's request for the device (the REQ interrupt) does."""
 

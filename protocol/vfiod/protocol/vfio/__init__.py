@@ -1,7 +1,8 @@
 """VFIO's kernel interface as values: numbers, structures, capability chains. Opens nothing, calls nothing.
 
 Source: ``include/uapi/linux/vfio.h`` (Linux 7.2). Groups, containers, type1 and PCI are here; cdev and iommufd
-(``iommufd.h``) in :mod:`vfiod.protocol.vfio.iommufd`. CCW and AP get modules of their own beside these.
+(``iommufd.h``) in :mod:`vfiod.protocol.vfio.iommufd`; CCW and AP in :mod:`vfiod.protocol.vfio.ccw`, which is
+imported by those who need it.
 """
 
 from __future__ import annotations

@@ -362,12 +362,6 @@ class Type1Info(Struct, frozen=True):
         found = _find(self.capabilities, caps.IovaRanges)
         return () if found is None else found.ranges
 
-    @property
-    def mappings_left(self) -> int | None:
-        """How many more mappings the container takes; None when the kernel does not say."""
-        found = _find(self.capabilities, caps.DmaAvailable)
-        return None if found is None else found.avail
-
 
 class DmaMap(Struct, frozen=True):
     """``struct vfio_iommu_type1_dma_map``: ``vaddr`` is an address of this process; sizes in bytes."""

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from vfiod.protocol.catalogue.devices import ONLY_OF, DeviceAdd, Driver
+from vfiod.protocol.catalogue.devices import ONLY_OF, DeviceAdd, Driver, has_property
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
 from vfiod.server.commands.call import Call
 from vfiod.server.devices.model import Options
 
-__all__ = ["check_properties", "has_property", "options"]
-
-
-def has_property(driver: Driver, name: str) -> bool:
-    """Whether a driver has the property of this name (as on the wire)."""
-    return driver in ONLY_OF.get(name, (driver,))
+__all__ = ["check_properties", "options"]
 
 
 def check_properties(a: DeviceAdd) -> None:

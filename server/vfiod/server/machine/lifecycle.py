@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct, field
 
@@ -33,14 +33,16 @@ from vfiod.protocol.catalogue.words import UNSET, DeviceState, UnsetType
 from vfiod.protocol.errors import CommandError, DeviceNotActive, DeviceNotFound
 from vfiod.protocol.limits import DEFAULT_UNPLUG_TIMEOUT_MS, MAX_DEVICES
 from vfiod.server import trace
-from vfiod.server.backends.base import Backend
-from vfiod.server.devices.device import Device
-from vfiod.server.devices.model import Options
-from vfiod.server.devices.models import device_class
 from vfiod.server.events import EventHub
 from vfiod.server.lanes import Lane, Turn
 from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.environment import LoopEnvironment
+
+if TYPE_CHECKING:  # later: see Machine
+    from vfiod.server.backends.base import Backend
+    from vfiod.server.devices.device import Device
+    from vfiod.server.devices.model import Options
+    from vfiod.server.devices.regions import Region
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -192,6 +194,8 @@ class Devices:
             path = ANONYMOUS.format(self._anonymous)
             self._anonymous += 1
         name = new.id or path
+        from vfiod.server.devices.models import device_class
+
         lane = Lane(f"device {name}", self._executor)
         device = device_class(new.driver)(
             id=new.id,
@@ -357,6 +361,13 @@ class Devices:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
             added.device.session_ended(session)
+            self._wake(added)
+
+    def unmap_region(self, device: Device, region: Region, session: int | None) -> None:
+        """A session no longer holds a region of a device. InvalidArgument when it does not hold it."""
+        device.unmap_region(region, session)
+        added = self._added.get(device.name)
+        if added is not None:
             self._wake(added)
 
     async def close(self, refusal: CommandError, ending: Ending) -> None:

@@ -24,6 +24,7 @@ absent                                  means
 ``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
 ``MediatedDevice.request``              cannot tell its user that it must go: it just goes
 ``MediatedDevice.attributes``           nothing to publish
+``MediatedDevice.fds``                  ``query-fds`` lists those it watches through its host, and no others
 ======================================  ==============================================================
 
 **Errors.** Refuse with ``OSError(errno.EINVAL, "what was wrong and what would be right")``, in the kernel's errnos, or
@@ -264,6 +265,10 @@ class MediatedDevice(ABC):
 
     def attributes(self) -> Mapping[str, str]:
         """What to publish of this device."""
+        return {}
+
+    def fds(self) -> Mapping[str, int]:
+        """What it has open, by a name that tells what for: ``query-fds`` lists them as the device's. At any time."""
         return {}
 
 

@@ -90,7 +90,7 @@ def test_type1_info_round_trip(ranges: tuple[tuple[int, int], ...], avail: int) 
     info = vfio.Type1Info(vfio.Type1Flags.PGSIZES | vfio.Type1Flags.CAPS, 1 << 12, chain)
     assert vfio.Type1Info.unpack(info.pack()) == info
     assert info.iova_ranges == ranges
-    assert info.mappings_left == avail
+    assert info.capabilities[-1] == vfio.DmaAvailable(avail)
 
 
 def test_device_info_keeps_capabilities_it_does_not_know() -> None:
