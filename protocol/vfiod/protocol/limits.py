@@ -86,6 +86,13 @@ MAX_REGION_TRANSFER: Final = 1024 * 1024
 MAX_VECTORS: Final = 2048
 """Vectors of one index: MSI-X's table size is eleven bits (PCI 3.0, 6.8.2.3)."""
 
+MAX_REGION_INDEXES: Final = 64
+"""Regions of a device that counts its own: far above the kernel's (PCI 9, a platform device a few)."""
+
+MAX_IRQ_INDEXES: Final = 1024
+"""Interrupt indexes of a device that counts its own: a platform device has one for each of its IRQs, and an
+interrupt controller 1,020 (GIC, IHI 0048B 2.2.1)."""
+
 DEFAULT_UNPLUG_TIMEOUT_MS: Final = 5_000
 """Milliseconds ``device_del`` waits for holders: libvirt's unplug time-out on x86."""
 

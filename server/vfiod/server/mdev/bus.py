@@ -45,7 +45,10 @@ __all__ = ["BUILT_IN", "MdevBus"]
 
 _log: Final = logging.getLogger(__name__)
 
-BUILT_IN: Final[Mapping[str, str]] = {"primer": "vfiod.server.mdev.samples.pci:Primer"}
+BUILT_IN: Final[Mapping[str, str]] = {
+    "primer": "vfiod.server.mdev.samples.pci:Primer",
+    "platform": "vfiod.server.mdev.samples.platform:Platform",
+}
 """The parents that come with vfiod. Imported when somebody first looks for parents."""
 
 PATIENCE: Final = 1.0
