@@ -196,7 +196,7 @@ def _environment_files() -> Iterator[tuple[Path, Path]]:
         for file in distribution.files or []:
             if ".." in file.parts or "__pycache__" in file.parts:
                 continue
-            if file.parent == Path("pygments/lexers") and file.stem not in LEXERS:
+            if str(file).startswith("pygments/lexers/") and file.stem not in LEXERS:
                 continue
             if file.suffix == ".so":
                 sys.stderr.write(f"lab: {file} is for this machine's processor; the guest goes without\n")
