@@ -111,6 +111,16 @@ EVENT_RATE_PERIOD_MS: Final = 1_000
 MAX_MDEVS: Final = 1024
 """Mediated devices of one parent type, whatever it claims to have available."""
 
+MDEV_CALL_MS: Final = 10_000
+"""Milliseconds a parent in Python has for one callback. Then its caller is told, and nothing more is asked of it until
+that call returns: a card that is slow to make is not given up, a deadlock does not hold a command for ever."""
+
+MDEV_LOOP_CALL_MS: Final = 500
+"""The same for a callback on the loop's thread (interrupts, config space): for so long everybody waits, once."""
+
+MDEV_LOOK_MS: Final = 1_000
+"""The same for what is only published (``attributes``, ``available_instances``): a query does not wait for long."""
+
 WORKER_THREADS: Final = 8
 """Threads for calls that block in the kernel. They wait there and compute nothing (GIL)."""
 
