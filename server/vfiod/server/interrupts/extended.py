@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from vfiod.protocol import vfio
+from vfiod.protocol.vfio.capabilities import MsiMessage
+from vfiod.protocol.vfio.constants import IrqType
+from vfiod.protocol.vfio.structs import IrqInfo
 
 __all__ = ["TRANSITIONS", "Act", "Answer", "Block", "BlockRefused", "MessageBlock", "find_messages"]
 
@@ -106,7 +108,7 @@ class MessageBlock:
         self.most = most
         self.state = Block.FREE
         self.wanted = 0
-        self.messages: tuple[vfio.MsiMessage, ...] = ()
+        self.messages: tuple[MsiMessage, ...] = ()
 
     def ask(self, count: int) -> Act:
         """Take so many messages, or give those that were granted other eventfds. Raises BlockRefused."""
@@ -151,7 +153,7 @@ class MessageBlock:
             self.wanted = granted
         return act
 
-    def read(self, info: vfio.IrqInfo) -> tuple[Act, str]:
+    def read(self, info: IrqInfo) -> tuple[Act, str]:
         """What the index says of itself now. Gives what is to be done, and why when the messages are of no use."""
         messages = info.messages[: self.wanted]
         why = _unusable(info.index, messages)
@@ -171,7 +173,7 @@ class MessageBlock:
         return act
 
 
-def _unusable(index: int, messages: Sequence[vfio.MsiMessage]) -> str:
+def _unusable(index: int, messages: Sequence[MsiMessage]) -> str:
     if not messages:
         return f"index {index} took the eventfds and tells no messages"
     if len(set(messages)) != len(messages):
@@ -179,9 +181,9 @@ def _unusable(index: int, messages: Sequence[vfio.MsiMessage]) -> str:
     return ""
 
 
-def find_messages(infos: Sequence[vfio.IrqInfo]) -> int | None:
+def find_messages(infos: Sequence[IrqInfo]) -> int | None:
     """The index that holds messages, found by its type and not by being last; None: the device has none."""
     for info in infos:
-        if info.type is not None and info.type.type == vfio.IrqType.MSI:
+        if info.type is not None and info.type.type == IrqType.MSI:
             return info.index
     return None
