@@ -78,7 +78,7 @@ def command_line(topology: Topology, directory: Path) -> list[str]:
     if qemu is None or kernel is None:
         raise LabUnavailableError(unavailable_reason() or "QEMU or the kernel went away")
     write_initrd(directory / "initrd", directory / "exchange", directory / "last")
-    line = [qemu, "-accel", "tcg", "-cpu", "qemu", "-m", topology.memory, "-smp", str(topology.cpus)]
+    line = [qemu, "-accel", "tcg", "-cpu", topology.cpu, "-m", topology.memory, "-smp", str(topology.cpus)]
     line += ["-nodefaults", "-display", "none", "-no-reboot"]
     # The first console, for the kernel and people, is this terminal. QEMU's interrupt key is not.
     line += ["-chardev", "stdio,id=lab-console,signal=off", "-device", "sclplmconsole,chardev=lab-console"]

@@ -28,9 +28,6 @@ QMP_PORT = "vfiod.qmp"
 #: How the guest mounts the host's files: virtme-ng's own options and a cache, which halves the time
 #: Python takes to start. A guest lives for a minute; it need not see the host's later edits.
 _ROOT_FLAGS = "rootflags=version=9p2000.L,trans=virtio,access=any,msize=500000,cache=loose"
-#: The emulated processor. ``max``, virtme-ng's choice, has the wide vector instructions that
-#: libraries pick where they find them, and that emulation makes slow.
-_CPU = "Nehalem"
 
 #: Guest directories that virtme-ng covers with an empty tmpfs: what the tests need below them
 #: (a checkout in /var/tmp, a build directory in /run) is mounted there once more.
@@ -107,7 +104,7 @@ def vng_command(topology: Topology, directory: Path, rest: Sequence[str]) -> lis
     link.unlink(missing_ok=True)
     link.symlink_to(kernel.resolve())
     extra = [
-        *("-cpu", _CPU),
+        *("-cpu", topology.cpu),
         *topology.qemu_arguments(),
         *("-chardev", f"socket,id=lab-qmp,path={directory / 'qmp'},server=on,wait=off"),
         *("-mon", "chardev=lab-qmp,mode=control"),
