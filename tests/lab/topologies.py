@@ -248,6 +248,7 @@ MICROVM = Topology(
     # It has no timer to measure the processor's clock with; this one says how fast it is.
     cpu="max",
     devices=("virtio-rng-device,id=rng", "virtio-balloon-device,id=balloon"),
+)
 
 
 # --- ccw: channel I/O, on s390x -------------------------------------------------------------
