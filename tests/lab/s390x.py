@@ -28,7 +28,7 @@ PACKAGES = ("pytest", "hypothesis", "jsonrpcserver")
 #: Not needed there, or there already, as Debian's packages: jsonrpcserver's validator has parts in Rust.
 LEFT_OUT = {"jsonschema", "msgspec", "msgpack", "pyzmq"}
 #: What stays of pygments, which pytest colours tracebacks with: every file is a piece of the guest's memory.
-LEXERS = {"__init__", "_mapping", "python", "special"}
+LEXERS = {"__init__", "_mapping", "diff", "python", "special"}
 #: What of the checkout goes into the guest.
 TREES = ("protocol", "server", "client", "tests", "examples", "docs")
 FILES = ("pyproject.toml", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
@@ -91,7 +91,8 @@ def command_line(topology: Topology, directory: Path) -> list[str]:
     for name in topology.streams:
         line += ["-chardev", f"socket,id={name},path={directory / name},server=on,wait=off"]
     line += topology.qemu_arguments()
-    arguments = ["console=ttyS0", "panic=-1", *topology.kernel_arguments]
+    # A kernel that oopsed may spin for ever; this one ends, with the reason on its console.
+    arguments = ["console=ttyS0", "panic=-1", "oops=panic", *topology.kernel_arguments]
     return [*line, "-kernel", str(kernel), "-initrd", str(directory / "initrd"), "-append", " ".join(arguments)]
 
 
