@@ -6,7 +6,7 @@ interpretation does it. A real one opens only for a VM that the hypervisor has a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.ccw import ApConfigChanged
@@ -67,9 +67,7 @@ class ApDevice(Device):
         )
 
     def _noticed(self, one: IrqIndex, count: int) -> None:
-        model = self._active()
-        assert isinstance(model, ApModel)  # populate made it
-        model.own.heard(one, count)
+        cast("ApModel", self._active()).own.heard(one, count)
         if one.index != ApIrq.CFG_CHG:
             super()._noticed(one, count)
             return

@@ -1,8 +1,8 @@
 """A subchannel on any backend: what ``device_add driver=vfio-ccw`` makes (section 9 of the reference).
 
 What it has is in its regions: the I/O region (write it: a program starts; read it: the IRB), and, by their type
-capability, the async command region (halt, clear), the SCHIB and the CRWs. Which request an interrupt answers is decided
-in :mod:`vfiod.server.devices.subchannel`; here is the I/O.
+capability, the async command region (halt, clear), the SCHIB and the CRWs. Which request an interrupt answers is
+decided in :mod:`vfiod.server.devices.subchannel`; here is the I/O.
 
 A program is handed over in a turn of the device's lane, in a thread: the kernel pins its pages then, and a mediated
 device may run it whole. Waiting for the interrupt holds nobody up. Halt and clear wait for no lane: stopping what holds
@@ -16,7 +16,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from msgspec import structs
 
@@ -56,7 +56,7 @@ from vfiod.server.devices.ccw_words import (
     unreadable,
 )
 from vfiod.server.devices.device import Device, Quiesced
-from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.environment import Environment, Timer
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.model import Model
 from vfiod.server.devices.notices import Notices
@@ -115,6 +115,7 @@ class CcwDevice(Device):
         self._requests = Requests()
         self._reply: asyncio.Future[CcwResult] | None = None
         self._orb: Orb | None = None
+        self._timer: Timer | None = None
         self._line: deque[asyncio.Future[None]] = deque()  # requests that wait for their turn
         self._taken = False  # a request has its turn
         self._started = 0
@@ -155,6 +156,8 @@ class CcwDevice(Device):
     def stop(self) -> None:
         """Listen to nothing any more; who waits is told. On the loop."""
         super().stop()
+        if self._timer is not None:
+            self._timer.cancel()
         gone = f"Device '{self.name}' was removed while its request was pending"
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(DeviceNotActive(gone))
@@ -171,9 +174,7 @@ class CcwDevice(Device):
         return holders
 
     def _ccw(self) -> CcwModel:
-        model = self._active()
-        assert isinstance(model, CcwModel)  # populate made it
-        return model
+        return cast("CcwModel", self._active())  # populate made it
 
     # --- requests: on the loop --------------------------------------------------------------------------
 
@@ -246,20 +247,17 @@ class CcwDevice(Device):
             self._started += 1
             if trace.ccw_request.on:
                 trace.ccw_request(device=self.name, cpa=f"0x{orb.cpa:x}", flags=f"0x{orb.flags:x}", function="start")
-            timer = self._environment.after(timeout_ms, functools.partial(self._feed, Input.TIMEOUT))
-            try:
-                self._feed(Input.START, CcwIoRegion(orb.pack(), scsw).pack())
-                result = await self._reply
-            finally:
-                timer.cancel()
-                self._reply = None
-            if trace.ccw_result.on:
-                trace.ccw_result(device=self.name, condition_code=result.condition_code, meaning=result.meaning)
-            return result
+            self._timer = self._environment.after(timeout_ms, functools.partial(self._feed, Input.TIMEOUT))
+            self._feed(Input.START, CcwIoRegion(orb.pack(), scsw).pack())
+            result = await self._reply
         except CommandError as error:
             if trace.ccw_result.on:
                 trace.ccw_result(device=self.name, failed=error)
             raise
+        else:
+            if trace.ccw_result.on:
+                trace.ccw_result(device=self.name, condition_code=result.condition_code, meaning=result.meaning)
+            return result
         finally:
             self._next()
 
@@ -278,7 +276,7 @@ class CcwDevice(Device):
                         break
         except CommandError as error:
             self._feed(Input.REFUSED, error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits for the request must hear of it
             _log.exception("Handing a channel program to device %s failed", self.name)
             self._feed(Input.REFUSED, CommandError(f"Handing the program to device '{self.name}' failed: {error}"))
         else:
@@ -308,8 +306,8 @@ class CcwDevice(Device):
                 _log.warning("Device %s: an interrupt came, and reading its IRB failed: %s", self.name, error)
             return
         if region.ret_code and self._requests.state is State.WAITING:
-            error = OperationFailed("the program", f"device '{self.name}'", errno=-region.ret_code)
-            self._feed(Input.ANSWER, unreadable(error, self._orb))
+            failed = OperationFailed("The channel program", f"device '{self.name}'", errno=-region.ret_code)
+            self._feed(Input.ANSWER, unreadable(failed, self._orb))
             return
         irb = Irb.unpack(region.irb)
         self._feed(kind_of_status(irb.scsw), region.irb)
@@ -359,7 +357,9 @@ class CcwDevice(Device):
         )
 
     def _settle(self, result: CcwResult | CommandError) -> None:
-        reply = self._reply
+        reply, self._reply = self._reply, None
+        if self._timer is not None:
+            self._timer.cancel()
         if reply is None or reply.done():
             return
         if isinstance(result, CcwResult):
