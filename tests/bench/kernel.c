@@ -127,7 +127,7 @@ static void learn(void)
             continue; /* VGA on a device that has none: EINVAL */
         if (i == VFIO_PCI_CONFIG_REGION_INDEX) {
             config_at = region->offset;
-            if (pread(device, config, sizeof(config), region->offset) < 256)
+            if (pread(device, config, region->size, region->offset) < 256)
                 die("config");
         }
     }
