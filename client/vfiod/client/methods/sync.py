@@ -11,6 +11,18 @@ from msgspec import UNSET, UnsetType
 
 from vfiod.client.fds import Fd, LentFds, OpenFd
 from vfiod.client.methods import values
+from vfiod.protocol.catalogue.ccw import (
+    CcwClear,
+    CcwControlResult,
+    CcwHalt,
+    CcwRequest,
+    CcwResult,
+    CrwInfo,
+    OrbFields,
+    QueryCrw,
+    QuerySubchannel,
+    SubchannelInfo,
+)
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.devices import (
     DeviceAdd,
@@ -175,6 +187,98 @@ class Methods:
     ) -> Any:
         raise NotImplementedError  # Client does it
 
+    def ccw_request(
+        self,
+        *,
+        device: str,
+        orb: bytes | UnsetType = UNSET,
+        orb_fields: OrbFields | UnsetType = UNSET,
+        scsw: bytes | UnsetType = UNSET,
+        timeout_ms: int = 10000,
+        queue: bool = False,
+        timeout: float | None = None,
+    ) -> CcwResult:
+        """Start a channel program on a subchannel (the guest's START SUBCHANNEL), and wait for its interrupt.
+
+        Give ``orb`` or ``orb-fields``. The program lies in guest memory (``dma-map``), and the kernel, or the mediated
+        device, fetches it there. One program runs at a time: while another request is pending this one is refused with
+        EBUSY, or waits for its turn with ``queue``. When the time is over the program is not stopped: ``ccw-clear`` does
+        that; its late interrupt becomes ``CCW_IO``. A halt or clear meanwhile ends the request with the IRB of that.
+
+        Args:
+            orb: The ORB of START SUBCHANNEL: 12 bytes, big-endian, in base64.
+            scsw: The guest's SCSW, 12 bytes, base64; default: start function accepted.
+            timeout_ms: From the start of the program; with queue, from its turn (0 to 86400000).
+            queue: Wait for a pending request of this subchannel rather than fail.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(
+            CcwRequest(device=device, orb=orb, orb_fields=orb_fields, scsw=scsw, timeout_ms=timeout_ms, queue=queue),
+            timeout=timeout,
+        )
+
+    def ccw_halt(self, *, device: str, oob: bool = False, timeout: float | None = None) -> CcwControlResult:
+        """Halt what the subchannel does (HALT SUBCHANNEL). Needs the async command region.
+
+        It waits for no other command of the device, in band neither.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(CcwHalt(device=device), oob=oob, timeout=timeout)
+
+    def ccw_clear(self, *, device: str, oob: bool = False, timeout: float | None = None) -> CcwControlResult:
+        """Clear the subchannel (CLEAR SUBCHANNEL): whatever it did is over. Needs the async command region.
+
+        It waits for no other command of the device, in band neither.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(CcwClear(device=device), oob=oob, timeout=timeout)
+
+    def query_subchannel(self, *, device: str, oob: bool = False, timeout: float | None = None) -> SubchannelInfo:
+        """Read the SCHIB of a subchannel, which makes the kernel store it, and show what goes on there.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(QuerySubchannel(device=device), oob=oob, timeout=timeout)
+
+    def query_crw(self, *, device: str, oob: bool = False, timeout: float | None = None) -> list[CrwInfo]:
+        """Read the channel-report words that are pending, until there are no more, and those that came last as events.
+
+        Reading takes a report from the kernel, so those that became ``CCW_CRW`` are kept here, the last few of them.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(QueryCrw(device=device), oob=oob, timeout=timeout)
+
     def getfd(self, *, fdname: str, fd: OpenFd | None = None, timeout: float | None = None) -> GetfdResult:
         """Name the oldest fd this session has sent and not yet named.
 
@@ -268,6 +372,7 @@ class Methods:
         *,
         device: str | UnsetType = UNSET,
         index: int | str | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
         vectors: list[int] | UnsetType = UNSET,
         eventfds: list[values.VectorFds] | UnsetType = UNSET,
         first_number: int | UnsetType = UNSET,
@@ -277,12 +382,19 @@ class Methods:
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-        Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-        ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-        direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+        interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+        device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+        ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+        resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+        cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
+        A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
+        and the reply has the message of each.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
@@ -300,6 +412,7 @@ class Methods:
             IrqStart(
                 device=device,
                 index=index,
+                indexes=indexes,
                 vectors=vectors,
                 eventfds=eventfds if isinstance(eventfds, UnsetType) else [part.lend(lent) for part in eventfds],
                 first_number=first_number,
@@ -321,7 +434,7 @@ class Methods:
         """Stop the interrupts of a device, of one index, or some vectors of it.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -337,7 +450,7 @@ class Methods:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -352,7 +465,7 @@ class Methods:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -368,7 +481,7 @@ class Methods:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -383,7 +496,7 @@ class Methods:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -407,7 +520,7 @@ class Methods:
         Without ``number`` the route is disabled: torn down and left so. An unchanged route does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -767,7 +880,7 @@ class Methods:
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
 
         Args:
-            driver: The device driver: vfio-pci or vfio-platform.
+            driver: The device driver: vfio-pci, vfio-platform, vfio-ccw or vfio-ap.
             id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
             host: Host address: [[DDDD:]BB:]DD.F, or a platform device's name.
             sysfsdev: The host device's directory in sysfs.
@@ -1009,7 +1122,7 @@ class Methods:
         """Read a register (``size``), or bytes (``length``). Reading a device may change it.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             length: How many bytes, by the widest accesses that fit (1 to 1048576).
@@ -1037,7 +1150,7 @@ class Methods:
         """Write a register (``size`` and ``value``), or bytes (``data``).
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
@@ -1060,7 +1173,7 @@ class Methods:
         completed by the first access: use ``irq-eoi`` or a resample eventfd.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -1080,7 +1193,7 @@ class Methods:
         cannot know who else has the fd by now.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

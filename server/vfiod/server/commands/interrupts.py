@@ -12,6 +12,7 @@ from vfiod.protocol.catalogue.interrupts import (
     IrqEoi,
     IrqInfo,
     IrqMask,
+    IrqMessage,
     IrqRoute,
     IrqStart,
     IrqStartResult,
@@ -51,10 +52,12 @@ def irq_start(call: Call, arguments: IrqStart) -> IrqStartResult | Awaitable[Irq
         return machine_complete(call, a)
     device = call.machine.device(a.device)
     if device.on_platform_bus:
-        from vfiod.server.commands.platform_irqs import start_platform
+        from vfiod.server.commands.platform_irqs import of_messages, start_platform
         from vfiod.server.devices.platform import PlatformDevice
 
-        return start_platform(call, a, cast("PlatformDevice", device))
+        platform = cast("PlatformDevice", device)
+        if not of_messages(a, platform):
+            return start_platform(call, a, platform)
     _refuse_platform(a)
     one = device.interrupts.find("intx" if a.index is UNSET else a.index)
     vectors = _vectors(a)
@@ -187,6 +190,9 @@ def replies(call: Call, device: Device, started: list[Started]) -> list[StartedI
             number=UNSET if one.number is None else one.number,
             trigger_fd=UNSET if one.trigger is None else call.attach(one.trigger),
             resample_fd=UNSET if one.resample is None else call.attach(one.resample),
+            x_message=UNSET
+            if one.message is None
+            else IrqMessage(vector=one.vector, address=one.message.address, data=one.message.data),
         )
         for one in started
     ]

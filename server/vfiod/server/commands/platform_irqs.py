@@ -19,10 +19,16 @@ from vfiod.server.devices.platform import PlatformDevice
 from vfiod.server.devices.platform_irqs import Request
 from vfiod.server.machine.completion import Completion, check_numbers, startable
 
-__all__ = ["machine_complete", "start_platform"]
+__all__ = ["machine_complete", "of_messages", "start_platform"]
 
 
 # --- one device -----------------------------------------------------------------------------------
+
+
+def of_messages(a: IrqStart, device: PlatformDevice) -> bool:
+    """Whether this starts messages: vectors of one index, as on a PCI device."""
+    messages = device.platform.messages
+    return a.index is not UNSET and messages is not None and device.platform.find(a.index) is messages.index
 
 
 def start_platform(call: Call, a: IrqStart, device: PlatformDevice) -> IrqStartResult | Awaitable[IrqStartResult]:
@@ -70,6 +76,9 @@ def _chosen(a: IrqStart, device: PlatformDevice, entries: Sequence[VectorFds]) -
         chosen = [platform.find(a.index)]
     else:
         chosen = named or startable(device)
+    messages = platform.messages
+    if messages is not None and messages.index in chosen:
+        raise InvalidArgument(f"{messages.index} holds messages: start it alone, by 'index' and 'vectors'")
     for one in named:
         if one not in chosen:
             raise InvalidArgument(f"Parameter 'eventfds' names {one.name}, which is not being started")

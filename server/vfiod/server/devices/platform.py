@@ -19,6 +19,7 @@ from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.model import Model, Options
 from vfiod.server.devices.notices import Notices
 from vfiod.server.devices.platform_irqs import PlatformInterrupts
+from vfiod.server.devices.platform_messages import MessageIndex, PlatformMessages
 from vfiod.server.devices.regions import Region, Regions, describe
 
 __all__ = ["PlatformDevice", "PlatformModel", "PlatformOptions"]
@@ -62,6 +63,7 @@ class PlatformDevice(Device):
         options = self.options
         regions = tuple(self._region(backend, index) for index in range(info.num_regions))
         indexes = tuple(self._irq(backend, index) for index in range(info.num_irqs))
+        found = next((one for one in indexes if isinstance(one, MessageIndex)), None)
         interrupts = PlatformInterrupts(
             self.name,
             backend,
@@ -70,6 +72,7 @@ class PlatformDevice(Device):
             mmap_timeout_ms=options.mmap_timeout_ms,
             irqfd=options.irqfd if isinstance(options, PlatformOptions) else True,
             on_trap=self._trap,
+            messages=None if found is None else PlatformMessages(backend, found),
         )
         interrupts.prepare()
         return PlatformModel(
@@ -96,7 +99,7 @@ class PlatformDevice(Device):
         info = backend.irq_info(index)
         if trace.device_populated_irq.on:
             trace.device_populated_irq(device=self.name, index=index, count=info.count, flags=info.flags)
-        return IrqIndex(self.name, info)
+        return MessageIndex(self.name, info) if MessageIndex.matches(info) else IrqIndex(self.name, info)
 
     @property
     def platform(self) -> PlatformInterrupts:

@@ -24,6 +24,7 @@ from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
 from vfiod.server.devices.platform_arming import PlatformArming, ResampleRefused
 from vfiod.server.devices.platform_binding import PlatformBinder, Request
 from vfiod.server.devices.platform_infos import platform_irq_info
+from vfiod.server.devices.platform_messages import PlatformMessages
 from vfiod.server.devices.platform_relay import PlatformRelay
 from vfiod.server.devices.vectors import Vector
 
@@ -42,6 +43,7 @@ class PlatformInterrupts:
         environment: events, watching, timers.
         mmap_timeout_ms: before the fast path returns; 0: never.
         irqfd: whether interrupts may be direct (``x-irqfd``).
+        messages: its messages (extended IRQs), which stand at one of the indexes; None: it has none.
         on_trap: called with True when accesses must be seen from now on, with False when not any more.
 
     """
@@ -56,9 +58,12 @@ class PlatformInterrupts:
         mmap_timeout_ms: int,
         irqfd: bool,
         on_trap: Callable[[bool], None],
+        messages: PlatformMessages | None = None,
     ) -> None:
         self.device = device
         self.indexes = tuple(indexes)
+        self.messages: Final = messages
+        self.own: Final = tuple(one for one in self.indexes if messages is None or one is not messages.index)
         self._environment = environment
         self._binder = PlatformBinder(device, irqfd=irqfd)
         self._relay = PlatformRelay(device, backend, environment, mmap_timeout_ms=mmap_timeout_ms, on_trap=on_trap)
@@ -70,14 +75,15 @@ class PlatformInterrupts:
 
     def prepare(self) -> None:
         """Set every index up: make its eventfds. Blocks; in a worker. OperationFailed, and then none is set up."""
-        self._binder.prepare(self.indexes)
+        self._binder.prepare(self.own)
 
     # --- looking --------------------------------------------------------------------------------------
 
     @property
     def kind(self) -> IrqKind:
         """``platform`` when any is started."""
-        return IrqKind.PLATFORM if self._bound else IrqKind.NONE
+        messages = self.messages is not None and self.messages.fds()
+        return IrqKind.PLATFORM if self._bound or messages else IrqKind.NONE
 
     @property
     def numbers(self) -> Mapping[int, int]:
@@ -103,7 +109,9 @@ class PlatformInterrupts:
     def infos(self) -> list[IrqInfo]:
         """For ``query-irqs``."""
         return [
-            platform_irq_info(
+            self.messages.info()
+            if self.messages is not None and one is self.messages.index
+            else platform_irq_info(
                 one,
                 self._bound.get(one.index),
                 self._binder.counts(one),
@@ -116,7 +124,9 @@ class PlatformInterrupts:
     def fds(self) -> list[tuple[str, FileDescriptor]]:
         """Every eventfd, with a name that tells what it does."""
         bound = tuple(self._bound.items())
-        return self._binder.fds() + [(f"irq{index} {role}", fd) for index, vector in bound for role, fd in vector.fds()]
+        messages = [] if self.messages is None else self.messages.fds()
+        live = [(f"irq{index} {role}", fd) for index, vector in bound for role, fd in vector.fds()]
+        return self._binder.fds() + live + messages
 
     # --- starting ---------------------------------------------------------------------------------------
 
@@ -127,7 +137,9 @@ class PlatformInterrupts:
         mode: IrqMode | None = None,
         numbers: Mapping[int, int] | None = None,
     ) -> list[Started]:
-        """Start one index; see :meth:`start_all`."""
+        """Start one index, which may be that of the messages; see :meth:`start_all`."""
+        if self.messages is not None and one is self.messages.index:
+            return self.messages.start(wanted, mode, numbers)
         number = (numbers or {}).get(0)
         return self.start_all([Request(one, want, number) for want in wanted], mode)
 
@@ -250,8 +262,13 @@ class PlatformInterrupts:
             for vector in vectors or ():
                 one.check_vector(vector)
         failure: CommandError | None = None
-        ran = bool(self._bound)
-        for each in self.indexes if one is None else (one,):
+        ran = self.kind
+        if self.messages is not None and one in (None, self.messages.index):
+            try:
+                self.messages.stop(None if vectors is None else list(vectors))
+            except CommandError as error:
+                failure = error
+        for each in self.own if one is None else (one,):
             old = self._bound.get(each.index)
             if old is None:
                 self._numbers.pop(each.index, None)
@@ -265,7 +282,7 @@ class PlatformInterrupts:
             self._numbers.pop(each.index, None)
             self._unrouted.discard(each.index)
             self._relay.lines.masked -= {each.index}
-        if ran and not self._bound:
+        if ran is IrqKind.PLATFORM and self.kind is IrqKind.NONE:
             self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
         if failure is not None:
             raise failure
@@ -301,6 +318,9 @@ class PlatformInterrupts:
 
     def trigger(self, one: IrqIndex, vector: int) -> None:
         """Make the kernel signal the interrupt's eventfd (TRIGGER, DATA_NONE). InvalidArgument, OperationFailed."""
+        if self.messages is not None and one is self.messages.index:
+            self.messages.trigger(vector)
+            return
         self._active(one, vector, "trigger")
         self._arming.trigger(one)
 
@@ -317,6 +337,9 @@ class PlatformInterrupts:
         A direct one is torn down and set up again for the new route, and completed once in case an EOI was missed.
         Without a route the direct mode ends. Raises InvalidArgument, OperationFailed; then all is as it was.
         """
+        if self.messages is not None and one is self.messages.index:
+            self.messages.route(vector, number)
+            return
         one.check_vector(vector)
         index = one.index
         if self._numbers.get(index) == number:
@@ -412,6 +435,8 @@ class PlatformInterrupts:
                 self._arming.disarm(one, vector)
             vector.close()
         self._bound.clear()
+        if self.messages is not None:
+            self.messages.close()
         self._binder.forget()
 
     # --- telling --------------------------------------------------------------------------------------------

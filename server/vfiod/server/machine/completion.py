@@ -69,7 +69,7 @@ class Completion:
 
 def startable(device: PlatformDevice) -> list[IrqIndex]:
     """The indexes that have an interrupt to be started."""
-    return [one for one in device.platform.indexes if one.info.count]
+    return [one for one in device.platform.own if one.info.count]
 
 
 def numbers_in_use(devices: Iterable[Device]) -> dict[int, tuple[str, int]]:

@@ -261,7 +261,7 @@ def test_an_unmask_that_fails_is_said_and_the_interrupt_stays_active(play: Play)
 
 def test_ten_thousand_interrupts_on_256_indexes_and_none_is_lost(play: Play) -> None:
     async def scenario(world: Any) -> None:
-        device = await world.add(irqs="e" * 128 + "l" * 128)
+        device = await world.add(irqs="e" * 240 + "l" * 16)
         irqs = []
         for first in (0, 128):
             irqs += await world.start(device="p0", mode="relayed", indexes=list(range(first, first + 128)))
@@ -289,7 +289,7 @@ def test_ten_thousand_interrupts_on_256_indexes_and_none_is_lost(play: Play) -> 
         for irq in irqs:
             world.loop.remove_reader(irq.trigger.fd.number)
         infos = [one.vectors[0] for one in await world.irqs()]
-        assert [one.fired for one in infos[:128]] == fired[:128], "every edge was heard"
+        assert [one.fired for one in infos[:240]] == fired[:240], "every edge was heard"
         assert [one.delivered for one in infos] == seen
         assert all(seen), "and each came through"
 
