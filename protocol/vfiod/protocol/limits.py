@@ -77,6 +77,9 @@ MAX_OBJECTS: Final = 4096
 MAX_MAPPINGS: Final = 65_535
 """Guest memory mappings: type1's default ``dma_entry_limit`` and vfio-user's ``max_dma_maps``."""
 
+MAX_CLIENT_FILES: Final = 512
+"""Files of memory that all clients of exports have mapped. A VM has one per memory backend (QEMU: 256 slots)."""
+
 MAX_ID: Final = 127
 """Characters of a device's or object's id."""
 

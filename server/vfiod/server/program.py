@@ -26,8 +26,8 @@ from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.machine import Machine
-from vfiod.server.monitor import listener
-from vfiod.server.monitor.access import Access, overflow_uid
+from vfiod.server.sockets import listener
+from vfiod.server.sockets.access import Access, overflow_uid
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import OptionError, Options, SocketOption, parse
 

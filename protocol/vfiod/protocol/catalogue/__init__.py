@@ -2,6 +2,7 @@
 
 from vfiod.protocol.catalogue import (
     devices,
+    exports,
     fds,
     interrupts,
     mediated,
@@ -39,6 +40,7 @@ __all__ = [
     "command_of",
     "event_of",
     "devices",
+    "exports",
     "fds",
     "interrupts",
     "mediated",

@@ -50,6 +50,7 @@ class Family(enum.StrEnum):
     INTERRUPTS = "interrupts"
     RESET = "reset"
     MEDIATED = "mediated"
+    EXPORTS = "exports"
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))

@@ -19,11 +19,11 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.memory import MappingInfo
 from vfiod.protocol.catalogue.words import UNSET
-from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
+from vfiod.protocol.errors import Busy, CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.limits import MAX_MAPPINGS
 from vfiod.server import trace
-from vfiod.server.backends.base import AddressSpace, Mapping
-from vfiod.server.kernel.memory import SharedMemory
+from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
+from vfiod.server.dma.clients import ClientMappings
 
 __all__ = ["GuestMemory", "MappedRange", "clip"]
 
@@ -79,6 +79,9 @@ class GuestMemory:
         removed: called with IOVA, size and reason when a mapping was lost other than by :meth:`unmap`; in whatever
             thread that happened.
 
+    Attributes:
+        clients: what clients of exports map besides, each in the address space of its device only.
+
     """
 
     def __init__(self, removed: Callable[[int, int, str], None]) -> None:
@@ -87,6 +90,7 @@ class GuestMemory:
         self._spaces: tuple[AddressSpace, ...] = ()
         self._backends: dict[str, int] = {}
         self._bytes = 0
+        self.clients: Final = ClientMappings(self._overlapping, _check_reach)
 
     # --- looking: any thread, any time --------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class GuestMemory:
         self,
         iova: int,
         size: int,
-        memory: SharedMemory,
+        memory: GuestFile,
         *,
         offset: int = 0,
         readonly: bool = False,
@@ -180,6 +184,7 @@ class GuestMemory:
             iova=first, size=length, memory=memory, offset=offset + first - iova, readonly=readonly or memory.readonly
         )
         at = self._room_for(mapping)
+        self.clients.check_free(first, length)
         for space in self._spaces:
             _check_reach(space, mapping)
         done: list[AddressSpace] = []
@@ -212,6 +217,9 @@ class GuestMemory:
             raise InvalidArgument(_empty(iova, size, page))
         low, high = self._within(first, first + length)
         chosen = self._ranges[low:high]
+        counting = self.clients.counting(first, first + length)
+        if counting is not None:
+            raise Busy(f"{_words(first, length)} is counted on by {counting.name}, which maps the same")
         done: list[tuple[AddressSpace, MappedRange]] = []
         try:
             for one in chosen:
@@ -253,9 +261,11 @@ class GuestMemory:
     def detach(self, space: AddressSpace) -> None:
         """Forget an address space that is about to end, with all its mappings. One that is not ours is passed over."""
         self._spaces = tuple(one for one in self._spaces if one is not space)
+        self.clients.forget(space)
 
     def close(self) -> None:
         """Unmap everything and close the memory that mappings own. Never raises; failures are logged."""
+        self.clients.end()
         ranges, self._ranges = self._ranges, []
         for space in self._spaces:
             for one in ranges:
@@ -265,6 +275,13 @@ class GuestMemory:
             self._release(one)
 
     # --- inside -----------------------------------------------------------------------------------------
+
+    def _overlapping(self, first: int, end: int) -> list[MappedRange]:
+        """The mappings that have an address in [first, end)."""
+        low = bisect_right(self._ranges, first, key=_first)
+        if low and self._ranges[low - 1].end > first:
+            low -= 1
+        return self._ranges[low : bisect_left(self._ranges, end, key=_first)]
 
     def _room_for(self, mapping: Mapping) -> int:
         """Where the mapping goes in the list. Raises InvalidArgument for an overlap, CommandError when full."""

@@ -22,7 +22,7 @@ from vfiod.protocol.wire import jsonrpc
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event
 from vfiod.server.monitor import dispatch
-from vfiod.server.monitor.access import Peer
+from vfiod.server.sockets.access import Peer
 from vfiod.server.monitor.session import Session
 
 __all__ = ["JsonRpcSession"]
