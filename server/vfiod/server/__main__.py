@@ -1,6 +1,11 @@
 """``python -m vfiod.server``: what ``vfiod serve`` executes."""
 
+import gc
 import sys
+
+# What start-up makes stays, and the collector would look through all of it again and again. It is switched on when the
+# server is ready (program.serve).
+gc.disable()
 
 if "ssl" not in sys.modules:
     # asyncio works without ssl where there is none. We speak no TLS, and OpenSSL would cost a twentieth of the start,
@@ -10,6 +15,6 @@ if "ssl" not in sys.modules:
 
     del sys.modules["ssl"]
 
-from vfiod.server.program import main
+from vfiod.server.program import main  # noqa: E402 - after what makes it quick
 
 sys.exit(main())

@@ -9,7 +9,6 @@ import argparse
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
@@ -120,7 +119,7 @@ def _read_config(path: str) -> dict[str, Any]:
     import tomllib  # here, because most servers are started without a file, and it costs a tenth of the start
 
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             values = tomllib.load(file)
     except OSError as error:
         raise OptionError(f"Cannot read the configuration '{path}': {error.strerror}") from error

@@ -12,11 +12,11 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level, format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr)
     try:
         refuse_overflow_uid()
+        raise_open_files()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
@@ -68,6 +69,21 @@ def refuse_overflow_uid(own: int | None = None) -> None:
     own = os.geteuid() if own is None else own
     if own == overflow_uid():
         raise StartError(f"vfiod does not run as uid {own}, the kernel's overflow uid: give it a user of its own")
+
+
+def raise_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: devices and their vectors take many, and ``select`` none.
+
+    The usual soft limit (1,024) is there for programs that call ``select(2)``; see ``setrlimit(2)`` and systemd's
+    "File Descriptor Limits".
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("The limit of open files stays %d: it cannot be raised to %d: %s", soft, hard, error)
 
 
 ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -91,6 +107,7 @@ async def serve(options: Options) -> bool:
                 pidfile.write()
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
+            gc.enable()
             notify(f"READY=1\nSTATUS=Serving {options.name}")
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, options.sockets)))
             cause = await server.closing
@@ -136,7 +153,7 @@ class Pidfile:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = Path(path)
+        self._path = path
         self._fd = -1
 
     def __enter__(self) -> Pidfile:
@@ -158,7 +175,7 @@ class Pidfile:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            os.unlink(self._path)
         os.close(self._fd)
 
 

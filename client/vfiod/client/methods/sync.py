@@ -92,6 +92,7 @@ from vfiod.protocol.catalogue.regions import (
     RegionMap,
     RegionRead,
     RegionReadResult,
+    RegionUnmap,
     RegionWrite,
 )
 from vfiod.protocol.catalogue.reset import DeviceReset, HotReset, HotResetReport, QueryHotReset, SystemReset
@@ -1067,6 +1068,23 @@ class Methods:
 
         """
         return self.call(RegionMap(device=device, region=region), timeout=timeout)
+
+    def region_unmap(self, *, device: str, region: int | str, timeout: float | None = None) -> Empty:
+        """This session no longer holds a region that ``region-map`` gave it: it has unmapped it and closed the fd.
+
+        A session that ends does so by itself. Nothing is taken back: an fd that is kept nevertheless keeps the device
+        (``released`` of ``DEVICE_DELETED`` says so), and the slow path stays until the device is gone, because vfiod
+        cannot know who else has the fd by now.
+
+        Args:
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(RegionUnmap(device=device, region=region), timeout=timeout)
 
     def device_reset(self, *, id: str, timeout: float | None = None) -> Empty:
         """Reset one device (``VFIO_DEVICE_RESET``): interrupts off, bus mastering off, reset, state restored.

@@ -1,7 +1,7 @@
 """Devices that are made by parents in Python, as backends: to a device model they look like the kernel's vfio.
 
-:class:`MediatedDevices` is the driver of the mediated bus for ``vfio-pci``: the bus probes it with each device that is
-made, and ``device_add mdev=UUID`` opens one of them. Each opened device has an address space of its own.
+:class:`ApiDriver` is the driver of the mediated bus for one device API: the bus probes it with each device that is
+made. ``device_add mdev=UUID`` opens one (:class:`MediatedDevices`). Each opened device has an address space of its own.
 
 What the kernel's ``vfio`` core checks before it calls a driver is checked here; what the parent gives back is checked
 too, because a wrong answer of a parent must be the parent's failure and not vfiod's.
@@ -21,6 +21,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Check, GroupInfo
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.errors import CommandError, DeviceNotActive, OperationFailed
+from vfiod.protocol.limits import MAX_IRQ_INDEXES, MAX_REGION_INDEXES, MAX_VECTORS
 from vfiod.server.backends.base import AddressSpace, Backend, FewerVectors, Mapping
 from vfiod.server.kernel.syscalls import PAGE_SIZE
 from vfiod.server.mdev.bus import MdevBus
@@ -32,8 +33,56 @@ __all__ = ["MediatedBackend", "MediatedDevices", "MediatedSpace"]
 
 _log: Final = logging.getLogger(__name__)
 
-MAX_INDEXES: Final = 64
-"""Region and interrupt indexes a mediated device may have: far above the kernel's (PCI 9 and 5, platform a few)."""
+_FLAGS: Final = {
+    DeviceApi.VFIO_PCI: vfio.DeviceFlags.PCI,
+    DeviceApi.VFIO_PLATFORM: vfio.DeviceFlags.PLATFORM,
+}
+"""The device APIs that have a driver here, and how ``VFIO_DEVICE_GET_INFO`` names them."""
+
+
+class ApiDriver:
+    """The driver of the mediated bus for one device API: probed with each device of it that is made."""
+
+    def __init__(self, device_api: DeviceApi) -> None:
+        self.name = device_api.value
+        self.device_api = device_api
+        self.flags = _FLAGS[device_api]
+
+    def probe(self, instance: Instance) -> None:
+        """Look whether the device can be what its type says. Raises OperationFailed."""
+        info = _checked_info(instance)
+        if self.device_api is DeviceApi.VFIO_PCI:
+            _probe_pci(instance, info)
+        else:
+            _probe_platform(instance, info)
+
+    def remove(self, instance: Instance) -> None:
+        """Nothing is kept of a device that is not open."""
+
+
+def _probe_pci(instance: Instance, info: DeviceInfo) -> None:
+    if info.regions < vfio.VFIO_PCI_NUM_REGIONS or info.irqs < vfio.VFIO_PCI_NUM_IRQS:
+        raise OperationFailed(
+            "device_info",
+            instance.what,
+            errno=errno.EINVAL,
+            advice=f"a vfio-pci device has at least {vfio.VFIO_PCI_NUM_REGIONS} regions and "
+            f"{vfio.VFIO_PCI_NUM_IRQS} interrupt indexes, it has {info.regions} and {info.irqs}",
+        )
+
+
+def _probe_platform(instance: Instance, info: DeviceInfo) -> None:
+    """Nothing is at a fixed index, so every index is looked at."""
+    for index in range(info.irqs):
+        what = f"{instance.what} interrupt index {index}"
+        told = _checked_irq(what, guarded("irq_info", what, instance.device.irq_info, index))
+        if told.type is None and told.count != 1:
+            detail = f"an index of a vfio-platform device has one interrupt, it has {told.count}; messages need a type"
+            raise OperationFailed("irq_info", what, errno=errno.EINVAL, advice=detail)
+        if told.automasked and not told.maskable:
+            raise OperationFailed(
+                "irq_info", what, errno=errno.EINVAL, advice="an interrupt that masks itself must be maskable"
+            )
 
 
 class MediatedDevices:
@@ -46,38 +95,20 @@ class MediatedDevices:
 
     """
 
-    name = "vfio-mdev"
-    device_api = DeviceApi.VFIO_PCI
-
     def __init__(
         self, bus: MdevBus, attach_space: Callable[[AddressSpace], None], detach_space: Callable[[AddressSpace], None]
     ) -> None:
         self._bus = bus
         self._attach_space = attach_space
         self._detach_space = detach_space
-        bus.register_driver(self)
-
-    # --- driver of the mediated bus -----------------------------------------------------------------
-
-    def probe(self, instance: Instance) -> None:
-        """Look whether the device can be what its type says."""
-        info = _checked_info(instance)
-        if info.regions < vfio.VFIO_PCI_NUM_REGIONS or info.irqs < vfio.VFIO_PCI_NUM_IRQS:
-            raise OperationFailed(
-                "device_info",
-                instance.what,
-                errno=errno.EINVAL,
-                advice=f"a vfio-pci device has at least {vfio.VFIO_PCI_NUM_REGIONS} regions and "
-                f"{vfio.VFIO_PCI_NUM_IRQS} interrupt indexes, it has {info.regions} and {info.irqs}",
-            )
-
-    def remove(self, instance: Instance) -> None:
-        """Nothing is kept of a device that is not open."""
+        self._drivers: dict[str, ApiDriver] = {api.value: ApiDriver(api) for api in _FLAGS}
+        for driver in self._drivers.values():
+            bus.register_driver(driver)
 
     # --- for device_add -------------------------------------------------------------------------------
 
-    def check(self, uuid: str) -> tuple[Check, ...]:
-        """What ``device_add`` with ``x-dry-run`` says of it. Changes nothing; from any thread."""
+    def check(self, uuid: str, driver: str = DeviceApi.VFIO_PCI) -> tuple[Check, ...]:
+        """What ``device_add`` of that driver with ``x-dry-run`` says of it. Changes nothing; from any thread."""
         try:
             instance = self._bus.look(uuid)
         except CommandError as error:
@@ -91,8 +122,8 @@ class MediatedDevices:
                 detail="nobody uses it" if user is None else f"it is in use as device '{user}'; device_del that first",
             )
         )
-        if instance.driver is not self:
-            detail = f"its device API is {instance.mdev_type.device_api}, vfio-pci takes {self.device_api}"
+        if instance.driver is not self._drivers.get(driver):
+            detail = f"its device API is {instance.mdev_type.device_api}: use that driver, not {driver}"
             checks.append(Check(name="driver", ok=False, detail=detail))
             return tuple(checks)
         try:
@@ -104,31 +135,33 @@ class MediatedDevices:
             checks.append(Check(name="reset", ok=info.reset, detail=detail))
         return tuple(checks)
 
-    def open(self, uuid: str, user: str) -> Backend:
-        """Open a device for a user (a device's id or path). Blocks: in the topology lane. Unwinds on failure.
+    def open(self, uuid: str, user: str, driver: str = DeviceApi.VFIO_PCI) -> Backend:
+        """Open a device for a user (a device's id or path), with the device driver that is to have it.
+
+        Blocks: in the topology lane. Unwinds on failure.
 
         Raises DeviceNotFound (no such mediated device), Busy (another user has it), DeviceNotActive (its device API
         is another driver's), OperationFailed (the parent, or mapping guest memory into it).
         """
         instance = self._bus.acquire(uuid, user)
         try:
-            return self._opened(instance)
+            return self._opened(instance, driver)
         except BaseException:
             self._bus.release(instance)
             raise
 
-    def _opened(self, instance: Instance) -> MediatedBackend:
-        if instance.driver is not self:
+    def _opened(self, instance: Instance, driver: str) -> MediatedBackend:
+        used = self._drivers.get(driver)
+        if used is None or instance.driver is not used:
             raise DeviceNotActive(
-                f"{instance.what} has the device API {instance.mdev_type.device_api}, "
-                f"the driver vfio-pci takes {self.device_api}"
+                f"{instance.what} has the device API {instance.mdev_type.device_api}: use that driver, not {driver}"
             )
         guarded("open", instance.what, instance.device.open)
         try:
             space = MediatedSpace(instance)
             self._attach_space(space)
             try:
-                return MediatedBackend(instance, space, _checked_info(instance), self._close)
+                return MediatedBackend(instance, space, used.flags, _checked_info(instance), self._close)
             except BaseException:
                 self._detach_space(space)
                 raise
@@ -194,6 +227,7 @@ class MediatedBackend:
         self,
         instance: Instance,
         space: MediatedSpace,
+        flags: vfio.DeviceFlags,
         info: DeviceInfo,
         close: Callable[[Instance, MediatedSpace], None],
     ) -> None:
@@ -203,7 +237,7 @@ class MediatedBackend:
         self._space = space
         self._close = close
         self._info = vfio.DeviceInfo(
-            vfio.DeviceFlags.PCI | (vfio.DeviceFlags.RESET if info.reset else vfio.DeviceFlags(0)),
+            flags | (vfio.DeviceFlags.RESET if info.reset else vfio.DeviceFlags(0)),
             info.regions,
             info.irqs,
         )
@@ -245,14 +279,14 @@ class MediatedBackend:
         if known is None:
             self._present(index, self._info.num_irqs, "VFIO_DEVICE_GET_IRQ_INFO")
             what = f"{self._instance.what} interrupt index {index}"
-            told = guarded("irq_info", what, self._device.irq_info, index)
-            if not isinstance(told, IrqInfo) or not 0 <= told.count <= 2048:
-                raise _wrong("irq_info", what, f"it gave {told!r}")
+            told = _checked_irq(what, guarded("irq_info", what, self._device.irq_info, index))
             flags = vfio.IrqFlags.EVENTFD if told.count else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.MASKABLE if told.maskable else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.AUTOMASKED if told.automasked else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.NORESIZE if told.noresize else vfio.IrqFlags(0)
-            known = self._irqs[index] = vfio.IrqInfo(index, flags, told.count)
+            known = vfio.IrqInfo(index, flags, told.count, _irq_capabilities(told))
+            if told.type is None:
+                self._irqs[index] = known  # its messages come and go; everything else is constant
         return known
 
     def hot_reset_info(self) -> vfio.HotResetInfo:
@@ -451,9 +485,44 @@ class MediatedBackend:
 
 def _checked_info(instance: Instance) -> DeviceInfo:
     info = guarded("device_info", instance.what, instance.device.device_info)
-    if not isinstance(info, DeviceInfo) or not 0 <= info.regions <= MAX_INDEXES or not 0 <= info.irqs <= MAX_INDEXES:
-        raise _wrong("device_info", instance.what, f"it gave {info!r}, at most {MAX_INDEXES} indexes of each are taken")
+    if (
+        not isinstance(info, DeviceInfo)
+        or not 0 <= info.regions <= MAX_REGION_INDEXES
+        or not 0 <= info.irqs <= MAX_IRQ_INDEXES
+    ):
+        most = f"at most {MAX_REGION_INDEXES} regions and {MAX_IRQ_INDEXES} interrupt indexes are taken"
+        raise _wrong("device_info", instance.what, f"it gave {info!r}, {most}")
     return info
+
+
+def _checked_irq(what: str, told: IrqInfo) -> IrqInfo:
+    if not isinstance(told, IrqInfo) or not 0 <= told.count <= MAX_VECTORS:
+        raise _wrong("irq_info", what, f"it gave {told!r}")
+    if told.type is None and told.messages:
+        raise _wrong("irq_info", what, "it gave messages for an index without a type")
+    if told.type is not None and not _fits(told):
+        raise _wrong("irq_info", what, f"it has {told.count} vectors, and gave {told!r:.200}")
+    return told
+
+
+def _fits(told: IrqInfo) -> bool:
+    """Whether a stranger's messages can be told as the kernel would tell them."""
+    kind = told.type
+    return (
+        isinstance(kind, vfio.IrqTypeCap)
+        and 0 <= kind.type < 1 << 32
+        and 0 <= kind.subtype < 1 << 32
+        and isinstance(told.messages, tuple)
+        and len(told.messages) <= told.count
+        and all(isinstance(one, vfio.MsiMessage) for one in told.messages)
+        and all(0 <= one.address < 1 << 64 and 0 <= one.data < 1 << 32 for one in told.messages)
+    )
+
+
+def _irq_capabilities(told: IrqInfo) -> tuple[vfio.Capability, ...]:
+    if told.type is None:
+        return ()
+    return (told.type, vfio.MsiDescs(told.messages)) if told.messages else (told.type,)
 
 
 def _close_device(instance: Instance) -> None:

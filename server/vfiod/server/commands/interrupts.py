@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.interrupts import (
@@ -27,9 +27,11 @@ from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 from vfiod.server.commands.call import Call, Handler
-from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
-from vfiod.server.devices.irqs import DeviceInterrupts
-from vfiod.server.devices.pci import PciDevice
+
+if TYPE_CHECKING:  # later: see Machine
+    from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
+    from vfiod.server.devices.irqs import DeviceInterrupts
+    from vfiod.server.devices.pci import PciDevice
 
 __all__ = ["HANDLERS"]
 
@@ -56,6 +58,8 @@ def irq_start(call: Call, arguments: IrqStart) -> IrqStartResult | Awaitable[Irq
             f"The eventfds of {len(vectors)} vectors do not fit one reply, which carries at most "
             f"{MAX_FDS_PER_MESSAGE} fds: start them by ranges"
         )
+
+    from vfiod.server.devices.irq_index import Wanted
 
     def start() -> IrqStartResult:
         if a.eventfds is UNSET and not call.carries_fds:
@@ -129,6 +133,8 @@ def _fds_each(one: IrqIndex, mode: IrqMode | None) -> int:
 
 def _take(call: Call, entries: list[VectorFds]) -> list[Wanted]:
     """Duplicates of the eventfds that were named; none when one of the names is wrong."""
+    from vfiod.server.devices.irq_index import Wanted
+
     taken: list[FileDescriptor] = []
     wanted: list[Wanted] = []
     try:

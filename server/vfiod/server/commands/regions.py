@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.regions import (
@@ -14,13 +14,16 @@ from vfiod.protocol.catalogue.regions import (
     RegionMapResult,
     RegionRead,
     RegionReadResult,
+    RegionUnmap,
     RegionWrite,
 )
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.server.commands.call import Call, Handler
-from vfiod.server.devices.pci import PciDevice
-from vfiod.server.devices.regions import INLINE_BYTES, Region
+
+if TYPE_CHECKING:  # with the first device
+    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.regions import Region
 
 __all__ = ["HANDLERS"]
 
@@ -46,6 +49,8 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
         return device.in_order("region-read", lambda: RegionReadResult(value=device.load(region, offset, size)))
     if length is UNSET:
         raise InvalidArgument("Parameter 'size' is missing: give 'size' for a register, or 'length' for bytes")
+    from vfiod.server.devices.regions import INLINE_BYTES
+
     if length > INLINE_BYTES or not region.ready:
         return _read_long(device, region, offset, length)
     return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
@@ -82,6 +87,8 @@ def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]
 
 
 def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
+    from vfiod.server.devices.regions import INLINE_BYTES
+
     def write() -> Empty:
         device.write_now(region, offset, data)
         return Empty()
@@ -115,9 +122,19 @@ def region_map(call: Call, arguments: RegionMap) -> RegionMapResult | Awaitable[
     return device.in_order("region-map", give)
 
 
+def region_unmap(call: Call, arguments: RegionUnmap) -> Empty | Awaitable[Empty]:
+    """This session no longer holds a region. At once, whatever the device is at: nothing of the device is touched."""
+    device = call.machine.device(arguments.device)
+    region = device.regions.find(arguments.region)
+    session = call.session
+    call.machine.unmap_region(device, region, None if session is None else session.id)
+    return Empty()
+
+
 HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {
     QueryRegions: query_regions,
     RegionRead: region_read,
     RegionWrite: region_write,
     RegionMap: region_map,
+    RegionUnmap: region_unmap,
 }

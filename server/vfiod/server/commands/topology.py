@@ -6,7 +6,6 @@ from typing import Any, Final
 
 from vfiod.protocol.catalogue.declare import Arguments
 from vfiod.protocol.catalogue.devices import QueryTopology, Topology, TopologyFormat
-from vfiod.protocol.drawing import Graph, draw_dot, draw_svg, draw_tree
 from vfiod.server.commands.call import Call, Handler
 
 __all__ = ["HANDLERS"]
@@ -14,6 +13,8 @@ __all__ = ["HANDLERS"]
 
 async def query_topology(call: Call, arguments: QueryTopology) -> Topology:
     """The graph, and its drawing when one was asked for. Also out of band: it waits for no lane."""
+    from vfiod.protocol.drawing import Graph, draw_dot, draw_svg, draw_tree
+
     nodes, edges = await call.machine.topology_graph()
     graph, title = Graph(nodes, edges), f"vfiod: machine {call.machine.name}"
     match arguments.format:

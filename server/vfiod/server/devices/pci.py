@@ -353,6 +353,18 @@ class PciDevice:
         self._tell_fast_path()
         return fd
 
+    def unmap_region(self, region: Region, session: int | None) -> None:
+        """The session no longer holds a region it mapped. InvalidArgument when it holds no such."""
+        names = self._mapped_by.get(session) if session is not None else None
+        if session is None or not names or region.name not in names:
+            held = f"it holds {', '.join(sorted(names))}" if names else "it holds no region of it"
+            raise InvalidArgument(
+                f"This session does not hold region {region.name} of device '{self.name}' by region-map: {held}"
+            )
+        names.discard(region.name)
+        if not names:
+            del self._mapped_by[session]
+
     # --- interrupts -----------------------------------------------------------------------------------------
 
     @property

@@ -13,7 +13,7 @@ import logging
 import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
@@ -22,8 +22,15 @@ from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import Busy, CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.limits import MAX_MAPPINGS
 from vfiod.server import trace
+<<<<<<< HEAD
 from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
 from vfiod.server.dma.clients import ClientMappings
+=======
+from vfiod.server.kernel.memory import SharedMemory
+>>>>>>> main
+
+if TYPE_CHECKING:  # later: see Machine
+    from vfiod.server.backends.base import AddressSpace, Mapping
 
 __all__ = ["GuestMemory", "MappedRange", "clip"]
 
@@ -180,6 +187,8 @@ class GuestMemory:
         first, length = clip(iova, size, page)
         if not length:
             raise InvalidArgument(_empty(iova, size, page))
+        from vfiod.server.backends.base import Mapping
+
         mapping = Mapping(
             iova=first, size=length, memory=memory, offset=offset + first - iova, readonly=readonly or memory.readonly
         )

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from vfiod.protocol.fd import FdKind
-from vfiod.protocol.vfio import VFIO_API_VERSION, ContainerIoctl
 from vfiod.server.kernel.syscalls import Syscalls
 
 __all__ = ["Cdev", "cdev_of_fd", "device_node", "group_of_fd", "kind_of"]
@@ -86,6 +85,8 @@ def _kind_of_device(calls: Syscalls, fd: int, device: int, link: str) -> FdKind:
 
 
 def _is_container(calls: Syscalls, fd: int) -> bool:
+    from vfiod.protocol.vfio import VFIO_API_VERSION, ContainerIoctl  # later: see Machine
+
     try:
         return calls.ioctl(fd, ContainerIoctl.VFIO_GET_API_VERSION) >= VFIO_API_VERSION
     except OSError:

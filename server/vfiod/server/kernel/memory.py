@@ -6,7 +6,6 @@ store of the right width, and only a memoryview cast to that width makes it (``r
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -85,11 +84,6 @@ class SharedMemory:
         """Whether it was closed."""
         return self._fd.closed
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether :meth:`address` or :meth:`view` has mapped it into this process."""
-        return self._map is not None
-
     def _mapped(self) -> mmap.mmap:
         # Two threads may be here at once only if two lanes use one memory: only the topology lane does.
         if self._map is None:
@@ -103,7 +97,9 @@ class SharedMemory:
 
     def address(self) -> int:
         """Where the whole of it is mapped in this process, in bytes; maps it when called first. OperationFailed."""
-        return _address_of(self._mapped())
+        from vfiod.server.kernel.address import address_of  # here: it needs ctypes, and only the kernel's DMA needs it
+
+        return address_of(self._mapped())
 
     def view(self) -> memoryview:
         """The whole of it as bytes; maps it when called first. Release the view before :meth:`close`.
@@ -241,31 +237,3 @@ _LITTLE: Final = sys.byteorder == "little"
 
 def _swapped(value: int, size: int) -> int:
     return int.from_bytes(value.to_bytes(size, "big"), "little")
-
-
-class _PyBuffer(ctypes.Structure):
-    """``Py_buffer`` (CPython's C interface, part of the stable ABI since 3.11)."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address_of(mapped: mmap.mmap) -> int:
-    """Where a mapping starts. ``ctypes``'s ``from_buffer`` cannot say it of a read-only one."""
-    buffer = _PyBuffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(buffer), 0)
-    try:
-        return int(buffer.buf)
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))

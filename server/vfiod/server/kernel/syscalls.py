@@ -10,13 +10,15 @@ up to 1,024 bytes, so larger ones go through ``ctypes``.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import resource
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import ctypes
 
 __all__ = ["PAGE_SIZE", "Syscalls"]
 
@@ -33,9 +35,16 @@ _KCMP_FILE: Final = 0
 _KCMP_NUMBERS: Final = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "s390x": 343, "ppc64le": 354}
 """``kcmp(2)`` per machine (``<asm/unistd.h>``), for kernels before 6.10."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-_libc.ioctl.restype = ctypes.c_int
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """The C library; ctypes is imported when it is first needed, which most servers never do."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+    libc.ioctl.restype = ctypes.c_int
+    return libc
 
 
 class Syscalls:
@@ -57,8 +66,10 @@ class Syscalls:
         """
         if isinstance(argument, int) or len(argument) <= _IOCTL_BUFFER:
             return fcntl.ioctl(fd, request, argument)
+        import ctypes
+
         raw = (ctypes.c_char * len(argument)).from_buffer(argument)
-        result: int = _libc.ioctl(fd, request, ctypes.addressof(raw))
+        result: int = _libc().ioctl(fd, request, ctypes.addressof(raw))
         if result < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -89,7 +100,7 @@ class Syscalls:
     def link_of(self, fd: int) -> str:
         """What ``/proc/self/fd/N`` points to; empty when /proc is not there."""
         try:
-            return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+            return os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             return ""
 
@@ -104,8 +115,10 @@ class Syscalls:
         number = _KCMP_NUMBERS.get(os.uname().machine)
         if number is None:
             return None
+        import ctypes
+
         me = os.getpid()
-        result: int = _libc.syscall(number, me, me, _KCMP_FILE, ctypes.c_ulong(first), ctypes.c_ulong(second))
+        result: int = _libc().syscall(number, me, me, _KCMP_FILE, ctypes.c_ulong(first), ctypes.c_ulong(second))
         return None if result < 0 else result == 0
 
     # --- limits ---
@@ -135,7 +148,7 @@ class Syscalls:
 
     def open_files(self) -> int:
         """How many fds this process has open."""
-        return len(os.listdir("/proc/self/fd")) - 1  # listdir's own  # noqa: PTH208
+        return len(os.listdir("/proc/self/fd")) - 1  # listdir's own
 
     # --- sysfs and procfs ---
     def read_text(self, path: str) -> str:
@@ -152,16 +165,16 @@ class Syscalls:
 
     def read_link(self, path: str) -> str:
         """Where a symbolic link points."""
-        return os.readlink(path)  # noqa: PTH115
+        return os.readlink(path)
 
     def real_path(self, path: str) -> str:
         """The path with every link followed; FileNotFoundError when there is nothing."""
-        return str(Path(path).resolve(strict=True))
+        return os.path.realpath(path, strict=True)
 
     def list_directory(self, path: str) -> tuple[str, ...]:
         """Names in a directory, sorted."""
-        return tuple(sorted(os.listdir(path)))  # noqa: PTH208
+        return tuple(sorted(os.listdir(path)))
 
     def exists(self, path: str) -> bool:
         """Whether there is anything at this path."""
-        return Path(path).exists()
+        return os.path.exists(path)

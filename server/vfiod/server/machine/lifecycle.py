@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct, field
 
@@ -32,12 +32,15 @@ from vfiod.protocol.catalogue.words import UNSET, DeviceState, UnsetType
 from vfiod.protocol.errors import CommandError, DeviceNotActive, DeviceNotFound
 from vfiod.protocol.limits import DEFAULT_UNPLUG_TIMEOUT_MS, MAX_DEVICES
 from vfiod.server import trace
-from vfiod.server.backends.base import Backend
-from vfiod.server.devices.pci import PciDevice, PciOptions
 from vfiod.server.events import EventHub
 from vfiod.server.lanes import Lane, Turn
 from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.environment import LoopEnvironment
+
+if TYPE_CHECKING:  # later: see Machine
+    from vfiod.server.backends.base import Backend
+    from vfiod.server.devices.pci import PciDevice, PciOptions
+    from vfiod.server.devices.regions import Region
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -187,6 +190,8 @@ class Devices:
             path = ANONYMOUS.format(self._anonymous)
             self._anonymous += 1
         name = new.id or path
+        from vfiod.server.devices.pci import PciDevice
+
         lane = Lane(f"device {name}", self._executor)
         device = PciDevice(
             id=new.id,
@@ -352,6 +357,13 @@ class Devices:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
             added.device.session_ended(session)
+            self._wake(added)
+
+    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+        """A session no longer holds a region of a device. InvalidArgument when it does not hold it."""
+        device.unmap_region(region, session)
+        added = self._added.get(device.name)
+        if added is not None:
             self._wake(added)
 
     async def close(self, refusal: CommandError, ending: Ending) -> None:

@@ -22,13 +22,13 @@ from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.server.backends.base import Backend
 from vfiod.server.backends.cdev import KernelCdev
-from vfiod.server.backends.group import KernelGroups
 from vfiod.server.backends.hot_reset import Held, Lent, Surroundings, Verdict, judge, look_at_lent
 from vfiod.server.devices.pci import PciDevice, Quiesced
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import Sysfs
 from vfiod.server.lanes import Lane, Turn
 from vfiod.server.machine.lifecycle import Devices
+from vfiod.server.machine.sources import Sources
 
 __all__ = ["Resets"]
 
@@ -45,19 +45,17 @@ class Resets:
         executor: the machine's threads, for looking.
         topology: the lane in which devices come and go.
         devices: the machine's.
-        groups: the machine's.
+        sources: where they come from.
 
     """
 
-    def __init__(
-        self, calls: Syscalls, executor: Executor, topology: Lane, devices: Devices, groups: KernelGroups
-    ) -> None:
+    def __init__(self, calls: Syscalls, executor: Executor, topology: Lane, devices: Devices, sources: Sources) -> None:
         self._calls = calls
         self._sysfs = Sysfs(calls)
         self._executor = executor
         self._topology = topology
         self._devices = devices
-        self._groups = groups
+        self._sources = sources
         # What the kernel said of devices that are in a hot reset: until it is over, asking it again would wait.
         self._under_way: dict[str, vfio.HotResetInfo] = {}
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references
@@ -98,10 +96,10 @@ class Resets:
 
     def _surroundings(self, lent: dict[int, Lent]) -> Surroundings:
         """Everything but the drivers, on the loop."""
-        lingering = frozenset(self._groups.lingering)
+        lingering = frozenset(self._sources.lingering())
         return Surroundings(
             held=tuple(_held(one.name, one.backend) for one in self._devices.all() if one.realized),
-            groups=frozenset(number for one in self._groups.containers() for number in one.groups),
+            groups=frozenset(number for one in self._sources.containers() for number in one.groups),
             lingering=lingering,
             lent=lent,
         )
@@ -206,7 +204,7 @@ class Resets:
         """The fds of every affected group: the one held here, else the one that was lent."""
         fds = []
         for number in verdict.groups:
-            own = self._groups.group_fd(number)
+            own = self._sources.groups.group_fd(number)
             fds.append(lent[number].fd.number if own is None else own)
         return fds
 

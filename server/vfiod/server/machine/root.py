@@ -7,9 +7,10 @@ State lives on the event loop's thread. What changes which devices, memory and o
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from msgspec.structs import replace
 
@@ -20,26 +21,26 @@ from vfiod.protocol.catalogue.monitor import Stat, StatsResult, StatusInfo
 from vfiod.protocol.errors import DeviceNotActive, OperationFailed
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.protocol.limits import CLOSE_TIMEOUT_MS, WORKER_THREADS
-from vfiod.server.backends.base import Backend
-from vfiod.server.backends.cdev import CdevOrigin, IommufdSource, KernelCdevs
-from vfiod.server.backends.group import ContainerSource, GroupOrigin, KernelGroups
-from vfiod.server.backends.mediated import MediatedDevices
-from vfiod.server.devices.pci import PciDevice
 from vfiod.server.dma.files import open_memory
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.events import EventHub
 from vfiod.server.fds import FdSets
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.kernel.syscalls import Syscalls
-from vfiod.server.kernel.sysfs import Sysfs
 from vfiod.server.lanes import Lane
 from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.lifecycle import Devices, NewDevice
 from vfiod.server.machine.objects import ContainerObject, IommufdObject, MemoryObject, Objects
-from vfiod.server.machine.resets import Resets
-from vfiod.server.machine.topology import Facts as TopologyFacts
-from vfiod.server.machine.topology import build as build_topology
-from vfiod.server.mdev.bus import MdevBus
+from vfiod.server.machine.sources import Sources
+
+if TYPE_CHECKING:  # imported with the first device: what a server without one does not need, it does not pay for
+    from vfiod.server.backends.base import Backend
+    from vfiod.server.backends.cdev import CdevOrigin
+    from vfiod.server.backends.group import GroupOrigin, KernelGroups
+    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.regions import Region
+    from vfiod.server.machine.resets import Resets
+    from vfiod.server.mdev.bus import MdevBus
 
 __all__ = ["Machine"]
 
@@ -71,11 +72,7 @@ class Machine:
         memory: guest memory.
         objects: what ``object-add`` made.
         fdsets: what ``add-fd`` made.
-        groups: VFIO groups and containers.
-        cdevs: VFIO cdevs, and the IOASes of the iommufds they are bound to.
-        mdevs: the mediated bus.
-        sysfs: what the host says of itself.
-        resets: hot resets, and the machine's own.
+        sources: where devices come from.
 
     """
 
@@ -96,35 +93,33 @@ class Machine:
         self.executor = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="vfiod-worker")
         self.topology = Lane("topology", self.executor)
         self.memory = GuestMemory(self._mapping_lost)
-        calls = syscalls or Syscalls()
-        self.sysfs = Sysfs(calls)
-        self.groups = KernelGroups(
-            calls,
-            self.memory.attach,
-            self.memory.detach,
-            allow_open=allow_open,
-            mapped_bytes=lambda: self.memory.mapped_bytes,
-            open_by_cdev=lambda number: self.cdevs.in_group(number),  # noqa: PLW0108 -- made below
-        )
-        self.cdevs = KernelCdevs(
-            calls,
-            self.memory.attach,
-            self.memory.detach,
-            group_in_use=self.groups.in_use,
-            allow_open=allow_open,
-            mapped_bytes=lambda: self.memory.mapped_bytes,
-        )
-        self.objects = Objects(self.memory, self.groups.users_of, self._devices_on)
+        self._calls = syscalls or Syscalls()
+        self.sources = Sources(self._calls, self.memory, hub, self.executor, allow_open=allow_open)
+        self.objects = Objects(self.memory, self.sources.container_users, self._devices_on)
         self.fdsets = FdSets()
-        self.mdevs = MdevBus(emit=hub.emit, executor=self.executor)
-        self.mediated = MediatedDevices(self.mdevs, self.memory.attach, self.memory.detach)
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
-        self.resets = Resets(calls, self.executor, self.topology, self.devices, self.groups)
         self._started = self.loop.time()
         self._sweeper: asyncio.TimerHandle | None = None
         self._ended: asyncio.Task[list[str]] | None = None
         self._stuck = False
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references
+
+    @functools.cached_property
+    def resets(self) -> Resets:
+        """Hot resets, and the machine's own. First asked for on the loop."""
+        from vfiod.server.machine.resets import Resets
+
+        return Resets(self._calls, self.executor, self.topology, self.devices, self.sources)
+
+    @property
+    def groups(self) -> KernelGroups:
+        """VFIO groups and containers."""
+        return self.sources.groups
+
+    @property
+    def mdevs(self) -> MdevBus:
+        """The mediated bus."""
+        return self.sources.bus
 
     # --- devices ------------------------------------------------------------------------------------
 
@@ -156,11 +151,13 @@ class Machine:
 
     def open_cdev(self, origin: CdevOrigin) -> Backend:
         """Open a device of a cdev. Blocks: in the topology lane. Takes the origin's fd over on every path."""
-        return self.cdevs.open(self._with_iommufd(origin))
+        return self.sources.cdevs.open(self._with_iommufd(origin))
 
     def check_cdev(self, origin: CdevOrigin) -> Awaitable[tuple[Check, ...]]:
         """What a dry run says of a device of a cdev. Takes the origin's fd over on every path."""
-        return self._change("device_add (dry run)", lambda: self.cdevs.check(self._with_iommufd(origin)), *origin.fds())
+        return self._change(
+            "device_add (dry run)", lambda: self.sources.cdevs.check(self._with_iommufd(origin)), *origin.fds()
+        )
 
     def _with_iommufd(self, origin: CdevOrigin) -> CdevOrigin:
         """The origin with the iommufd as it is now that the lane's turn has come: the object may have gone."""
@@ -169,11 +166,13 @@ class Machine:
         except BaseException:
             close_all(origin.fds())
             raise
+        from vfiod.server.backends.cdev import IommufdSource
+
         return replace(origin, iommufd=IommufdSource(origin.iommufd.object_id, fd))
 
     def check_mediated(self, uuid: str) -> Awaitable[tuple[Check, ...]]:
         """What a dry run says of a mediated device."""
-        return self._change("device_add (dry run)", lambda: self.mediated.check(uuid))
+        return self._change("device_add (dry run)", lambda: self.sources.mediated.check(uuid))
 
     def _with_container(self, origin: GroupOrigin, container_object: str | None) -> GroupOrigin:
         """The origin with the container behind an object's id, as it is now that the lane's turn has come."""
@@ -187,6 +186,8 @@ class Machine:
         except BaseException:
             close_all(origin.fds())
             raise
+        from vfiod.server.backends.group import ContainerSource
+
         return replace(origin, container=ContainerSource(fd, container_object, container_object))
 
     def remove_device(self, name: str, *, force: bool, timeout_ms: int) -> None:
@@ -196,6 +197,10 @@ class Machine:
     def session_ended(self, session: int) -> None:
         """A monitor session ended: what it mapped no longer holds a device."""
         self.devices.session_ended(session)
+
+    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+        """See :meth:`Devices.unmap_region`."""
+        self.devices.unmap_region(device, region, session)
 
     # --- memory and objects ---------------------------------------------------------------------------
 
@@ -261,22 +266,27 @@ class Machine:
             devices=[device.info() for device in devices],
             irqs=[irq for device in devices for irq in device.irq_infos()],
             objects=self.objects.infos(),
-            containers=list(self.groups.containers()),
+            containers=list(self.sources.containers()),
             address_spaces=[space.name for space in self.memory.spaces],
             mappings=self.memory.infos(),
             fdsets=self.fdsets.infos(),
-            mdevs=self.mdevs.uuids(),
+            mdevs=self.sources.mdevs(),
             sessions=sessions,
         )
 
     async def topology_graph(self) -> tuple[list[TopologyNode], list[TopologyEdge]]:
         """Containers, address spaces, groups, devices and reset domains, for ``query-topology``. Waits for no lane."""
-        containers = self.groups.containers()
-        ioases = self.cdevs.ioases()
+        from vfiod.server.kernel.sysfs import Sysfs
+        from vfiod.server.machine.topology import Facts as TopologyFacts
+        from vfiod.server.machine.topology import build as build_topology
+
+        containers = self.sources.containers()
+        ioases = self.sources.ioases()
         devices = [device.info() for device in self.devices.all()]
         domains = await self.resets.domains()
         groups = [number for container in containers for number in container.groups]
-        members = await self._look(lambda: {number: self.sysfs.members(number) for number in groups})
+        sysfs = Sysfs(self._calls)
+        members = await self._look(lambda: {number: sysfs.members(number) for number in groups})
         return build_topology(
             TopologyFacts(
                 name=self.name,
@@ -300,10 +310,11 @@ class Machine:
                 yield FdInfo(owner=f"mapping:{mapped.first:#x}", kind=kind_of(memory.number), number=memory.number)
         devices = self.devices.all()
         names = {f"host:{device.info().host}": f"device:{device.name}" for device in devices}
-        for held in (*self.groups.fds(), *self.cdevs.fds()):
+        for held in self.sources.fds():
             yield FdInfo(owner=names.get(held.owner, held.owner), kind=held.kind, number=held.number)
         for device in devices:
             yield from device.fds()
+        yield from self.sources.mdev_fds()
 
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
@@ -314,10 +325,10 @@ class Machine:
             "mappings": len(self.memory),
             "mapped-bytes": self.memory.mapped_bytes,
             "address-spaces": len(self.memory.spaces),
-            "containers": len(self.groups.containers()),
-            "ioases": len(self.cdevs.ioases()),
-            "groups-lingering": len(self.groups.lingering),
-            "mdevs": len(self.mdevs.uuids()),
+            "containers": len(self.sources.containers()),
+            "ioases": len(self.sources.ioases()),
+            "groups-lingering": len(self.sources.lingering()),
+            "mdevs": len(self.sources.mdevs()),
             "events": self.hub.seq,
             "events-suppressed": self.hub.suppressed,
             "topology-waiting": self.topology.waiting,
@@ -375,9 +386,9 @@ class Machine:
         if not await ending.wait(self.topology.idle()):
             ending.note(f"{self.topology.current} is still running; the devices are closed all the same")
         await self.devices.close(refusal, ending)
-        await ending.step("Closing groups and containers", self._in_thread(self.groups.close))
-        await ending.step("Closing cdevs", self._in_thread(self.cdevs.close))
-        await ending.step("Closing mediated devices", self.mdevs.close())
+        for what, close in self.sources.kernel_closers():
+            await ending.step(what, self._in_thread(close))
+        await ending.step("Closing mediated devices", self.sources.close_mediation())
         await ending.step("Closing guest memory", self._in_thread(self.memory.close))
         for problem in self.objects.close():
             ending.note(problem)
@@ -409,7 +420,7 @@ class Machine:
     def _devices_on(self, iommufd: str) -> tuple[str, ...]:
         """``device:ID`` of each device bound to an iommufd; ``host:ADDRESS`` of one that is just coming or going."""
         names = {device.info().host: f"device:{device.name}" for device in self.devices.all()}
-        return tuple(names.get(host, f"host:{host}") for host in self.cdevs.users_of(iommufd))
+        return tuple(names.get(host, f"host:{host}") for host in self.sources.iommufd_users(iommufd))
 
     def _in_thread(self, work: Callable[[], None]) -> Awaitable[None]:
         return self._look(work)
@@ -423,7 +434,7 @@ class Machine:
 
     def _device_deleted(self) -> None:
         """A group whose device fd was given out stays in the kernel's hands; look again until it is gone."""
-        if self.groups.lingering and self._sweeper is None and not self.closing:
+        if self.sources.lingering() and self._sweeper is None and not self.closing:
             self._sweeper = self.loop.call_later(SWEEP_PERIOD_S, self._sweep)
 
     def _sweep(self) -> None:

@@ -22,7 +22,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -30,10 +30,12 @@ from typing import Any, Final, TypeVar
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.devices import DeviceError
+from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.mediated import MdevInfo, MdevRemoved, MdevStarted, MdevStopped, MdevTypeInfo
 from vfiod.protocol.catalogue.words import UNSET, UUID_PATTERN
 from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNotFound, InvalidArgument, OperationFailed
 from vfiod.server import trace
+from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.lanes import Turn
 from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost, guarded, published, quietly
 from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent
@@ -43,7 +45,10 @@ __all__ = ["BUILT_IN", "MdevBus"]
 
 _log: Final = logging.getLogger(__name__)
 
-BUILT_IN: Final[Mapping[str, str]] = {"primer": "vfiod.server.mdev.samples.pci:Primer"}
+BUILT_IN: Final[Mapping[str, str]] = {
+    "primer": "vfiod.server.mdev.samples.pci:Primer",
+    "platform": "vfiod.server.mdev.samples.platform:Platform",
+}
 """The parents that come with vfiod. Imported when somebody first looks for parents."""
 
 PATIENCE: Final = 1.0
@@ -262,6 +267,16 @@ class MdevBus:
     def uuids(self) -> list[str]:
         """The visible devices' names."""
         return sorted(self._visible)
+
+    def fd_infos(self) -> Iterator[FdInfo]:
+        """What the visible devices have open, for ``query-fds``. One that is being made has none of its own yet."""
+        for uuid, instance in sorted(self._visible.items()):
+            for name, number in instance.fds().items():
+                try:
+                    kind = kind_of(number)
+                except OSError:
+                    continue  # closed between the two looks, or never open: a defect of the parent
+                yield FdInfo(owner=f"mdev:{uuid}", name=name, kind=kind, number=number)
 
     async def close(self) -> None:
         """Unregister every parent, without patience, and admit no other."""

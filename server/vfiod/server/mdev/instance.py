@@ -82,18 +82,18 @@ class _Watch:
     otherwise go on reporting a file that somebody else still has open.
     """
 
-    __slots__ = ("_callback", "_cancelled", "_fd", "_host", "_number")
+    __slots__ = ("_callback", "_cancelled", "_fd", "_host", "number")
 
     def __init__(self, host: MdevHost, fd: FileDescriptor, callback: Callable[[], None]) -> None:
         self._host = host
         self._fd = fd
-        self._number = fd.number
+        self.number = fd.number
         self._callback = callback
         self._cancelled = False
 
     def begin(self) -> None:
         if not self._cancelled:
-            self._host.loop.add_reader(self._number, self._ready)
+            self._host.loop.add_reader(self.number, self._ready)
 
     def cancel(self) -> None:
         if self._cancelled:
@@ -113,7 +113,8 @@ class _Watch:
 
     def _end(self) -> None:
         if not self._host.loop.is_closed():
-            self._host.loop.remove_reader(self._number)
+            self._host.loop.remove_reader(self.number)
+        self._host.forget(self)
         self._fd.close()
 
 
@@ -134,6 +135,7 @@ class MdevHost:
         self.loop = loop
         self.memory: GuestAccess | None = None
         self._thread = threading.get_ident()
+        self._watches: set[_Watch] = set()
 
     def read_memory(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
@@ -152,8 +154,17 @@ class MdevHost:
     def watch(self, fd: FileDescriptor, callback: Callable[[], None]) -> Watch:
         """See :meth:`Host.watch`."""
         watch = _Watch(self, fd, callback)
+        self._watches.add(watch)
         self.on_loop(watch.begin)
         return watch
+
+    def watched(self) -> list[int]:
+        """Numbers of the fds that are watched for the device at this moment, and owned here."""
+        return sorted(watch.number for watch in tuple(self._watches))
+
+    def forget(self, watch: _Watch) -> None:
+        """Its fd is about to be closed."""
+        self._watches.discard(watch)
 
     def on_loop(self, function: Callable[[], None]) -> None:
         """Run a function on the loop's thread: at once when this is it, else soon."""
@@ -202,6 +213,18 @@ class Instance(Struct, eq=False):
     def what(self) -> str:
         """For messages: ``mdev UUID of parent 'primer'``."""
         return f"mdev {self.uuid} of parent '{self.parent}'"
+
+    def fds(self) -> dict[str, int]:
+        """Names and numbers of what it has open: as it says itself, and what is watched for it. Never raises."""
+        own: dict[str, int] = {}
+        try:
+            told = guarded("fds", self.what, self.device.fds)
+            own = guarded("fds", self.what, lambda: {str(name): int(number) for name, number in told.items()})
+        except CommandError as error:
+            _log.warning("%s", error)
+        known = set(own.values())
+        watched = (number for number in self.host.watched() if number not in known)
+        return {**own, **{f"watch[{place}]": number for place, number in enumerate(watched)}}
 
 
 class MdevDriver(Protocol):

@@ -2,7 +2,7 @@
 
 A :class:`Parent` offers types and makes devices of them; a :class:`MediatedDevice` is one device. vfiod's device
 model talks to it exactly as it talks to the kernel's VFIO driver: regions, interrupt indexes, ``SET_IRQS``, reset.
-``samples/pci.py`` is a complete example. Another package offers a parent by an entry point::
+``samples/pci.py`` and ``samples/platform.py`` are complete examples. Other packages offer parents by entry points::
 
     [project.entry-points."vfiod.mdev_parents"]
     mycard = "mycard.vfio:MyParent"          # called without arguments, gives the Parent
@@ -24,6 +24,7 @@ absent                                  means
 ``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
 ``MediatedDevice.request``              cannot tell its user that it must go: it just goes
 ``MediatedDevice.attributes``           nothing to publish
+``MediatedDevice.fds``                  ``query-fds`` lists those it watches through its host, and no others
 ======================================  ==============================================================
 
 **Errors.** Refuse with ``OSError(errno.EINVAL, "what was wrong and what would be right")``, in the kernel's errnos, or
@@ -52,7 +53,7 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.vfio import Area, SetIrqs
+from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, SetIrqs
 
 __all__ = [
     "ENTRY_POINTS",
@@ -98,7 +99,8 @@ class DeviceInfo(Struct, frozen=True):
     """``VFIO_DEVICE_GET_INFO``: how many region and interrupt indexes there are, and whether it can be reset.
 
     For ``vfio-pci`` the indexes are the kernel's: 9 regions (BAR0 to BAR5, ROM, config, VGA) and 5 interrupts
-    (INTx, MSI, MSI-X, ERR, REQ), of which any may be absent.
+    (INTx, MSI, MSI-X, ERR, REQ), of which any may be absent. For ``vfio-platform`` there is one of each per region and
+    interrupt the device has.
     """
 
     regions: int
@@ -131,6 +133,8 @@ class IrqInfo(Struct, frozen=True):
         maskable: MASK and UNMASK work.
         automasked: it masks itself when it fires (a level interrupt).
         noresize: the number of vectors in use cannot grow without disabling the index first.
+        type: what an index beyond a platform device's own IRQs is (extended IRQs, experimental); None: its own.
+        messages: with a type: the message of each vector that SET_IRQS granted; none before. May change.
 
     """
 
@@ -138,6 +142,8 @@ class IrqInfo(Struct, frozen=True):
     maskable: bool = False
     automasked: bool = False
     noresize: bool = True
+    type: IrqTypeCap | None = None
+    messages: tuple[MsiMessage, ...] = ()
 
 
 class MapRequest(Struct, frozen=True):
@@ -215,7 +221,7 @@ class MediatedDevice(ABC):
 
     @abstractmethod
     def irq_info(self, index: int) -> IrqInfo:
-        """One interrupt index; raise ``EINVAL`` for one it does not know. Constant while it is open."""
+        """One interrupt index; raise ``EINVAL`` for one it does not know. Constant while open, but for messages."""
 
     @abstractmethod
     def read(self, index: int, offset: int, length: int) -> bytes:
@@ -264,6 +270,10 @@ class MediatedDevice(ABC):
 
     def attributes(self) -> Mapping[str, str]:
         """What to publish of this device."""
+        return {}
+
+    def fds(self) -> Mapping[str, int]:
+        """What it has open, by a name that tells what for: ``query-fds`` lists them as the device's. At any time."""
         return {}
 
 

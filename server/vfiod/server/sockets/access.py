@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
@@ -35,10 +34,11 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(pid, uid)
 
 
-def overflow_uid(path: Path = Path("/proc/sys/kernel/overflowuid")) -> int:
+def overflow_uid(path: str | os.PathLike[str] = "/proc/sys/kernel/overflowuid") -> int:
     """The uid that stands for every user this namespace has no number for. Nobody may be trusted by it."""
     try:
-        return int(path.read_text())
+        with open(path) as file:
+            return int(file.read())
     except (OSError, ValueError):
         return DEFAULT_OVERFLOW_UID
 

@@ -15,7 +15,6 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.errors import VfiodError
@@ -57,9 +56,9 @@ def open_path(path: str, gid: int | None = None, mode: int | None = None) -> soc
         raise ListenError(f"The socket path '{path}' is too long: at most {PATH_BYTES} bytes are possible")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _directory_lock(Path(path).parent):
+        with _directory_lock(os.path.dirname(path) or "."):
             _remove_dead(path)
-            _appear(listening, Path(path), gid, mode)
+            _appear(listening, path, gid, mode)
     except OSError as error:
         listening.close()
         raise ListenError(f"Cannot listen on '{path}': {os.strerror(error.errno or 0)}") from error
@@ -69,10 +68,11 @@ def open_path(path: str, gid: int | None = None, mode: int | None = None) -> soc
     return listening
 
 
-def _appear(listening: socket.socket, path: Path, gid: int | None, mode: int | None) -> None:
+def _appear(listening: socket.socket, path: str, gid: int | None, mode: int | None) -> None:
     """Bind and listen, and only then let the path appear: who waits for the file may connect as soon as it is there."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    name = f".vfiod-{os.getpid()}-{path.name}"[:NAME_BYTES]
+    folder, final = os.path.split(path)
+    directory = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f".vfiod-{os.getpid()}-{final}"[:NAME_BYTES]
     try:
         # By way of /proc the address stays short, however long the directory's name is.
         listening.bind(f"/proc/self/fd/{directory}/{name}")
@@ -85,7 +85,7 @@ def _appear(listening: socket.socket, path: Path, gid: int | None, mode: int | N
             os.chmod(name, mode, dir_fd=directory)
             listening.listen(socket.SOMAXCONN)
             # A link, as a rename would replace whatever somebody has put there in the meantime.
-            os.link(name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.link(name, final, src_dir_fd=directory, dst_dir_fd=directory)
         finally:
             os.unlink(name, dir_fd=directory)
     finally:
@@ -111,7 +111,7 @@ def inherit(number: int) -> socket.socket:
 
 
 @contextmanager
-def _directory_lock(directory: Path) -> Iterator[None]:
+def _directory_lock(directory: str) -> Iterator[None]:
     """Keep other servers from making sockets in a directory. No lock (not ours to open) is no reason to fail."""
     try:
         number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -138,7 +138,7 @@ def _remove_dead(path: str) -> None:
         found = probe.connect_ex(path)
     if found == errno.ECONNREFUSED:
         _log.info("Replacing the socket '%s', which nobody listens on", path)
-        Path(path).unlink()
+        os.unlink(path)
     elif found != errno.ENOENT:
         raise ListenError(f"Cannot listen on '{path}': another program listens there")
 
@@ -226,4 +226,4 @@ class Listener:
             with suppress(OSError):
                 found = os.lstat(self._path)
                 if (found.st_dev, found.st_ino) == self._identity:
-                    Path(self._path).unlink()
+                    os.unlink(self._path)

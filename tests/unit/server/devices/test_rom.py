@@ -166,7 +166,7 @@ def test_what_is_no_rom_is_refused_and_nothing_is_left(play: Any, tmp_path: Path
             with pytest.raises(CommandError, match=words):
                 await world.command("device_add", driver="vfio-pci", id="n0", mdev=uuid, romfile=str(path))
         more = {"x_dry_run": True}
-        for extra in (more, {"mdev": str(uuid)[:-1] + "0"}, {}):
+        for extra in (more, {"mdev": str(uuid)[:-1] + ("1" if str(uuid)[-1] == "0" else "0")}, {}):
             arguments = {"mdev": uuid, "romfile": str(tmp_path / "rom"), **extra}
             try:
                 await world.command("device_add", driver="vfio-pci", id="n0", **arguments)

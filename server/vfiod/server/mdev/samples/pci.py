@@ -227,6 +227,11 @@ class PrimerDevice(MediatedDevice):
         """For ``query-mdev-types``."""
         return {"memory": str(self._size), "interrupts-pending": f"0x{self._status:08x}"}
 
+    def fds(self) -> Mapping[str, int]:
+        """For ``query-fds``: BAR2's memory, and duplicates of its user's eventfds."""
+        own = {} if self._memory is None else {"bar2": self._memory.number}
+        return {**own, **self._irqs.fds()}
+
     # --- access ---------------------------------------------------------------------------------------
 
     def read(self, index: int, offset: int, length: int) -> bytes:

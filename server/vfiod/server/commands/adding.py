@@ -1,0 +1,218 @@
+"""``device_add``: from its arguments to a device, by way of one origin.
+
+Imported with the first device: a server that has none does not pay for device models and backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Final
+from uuid import UUID
+
+from msgspec.structs import replace
+
+from vfiod.protocol.catalogue.devices import Check, DeviceAdd, DeviceAddResult, Driver
+from vfiod.protocol.catalogue.words import UNSET
+from vfiod.protocol.errors import InvalidArgument
+from vfiod.protocol.fd import FdKind, FileDescriptor, close_all
+from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
+from vfiod.server.backends.cdev import CdevOrigin, IommufdSource
+from vfiod.server.backends.checks import possible
+from vfiod.server.backends.group import ContainerSource, GroupOrigin
+from vfiod.server.commands.call import Call
+from vfiod.server.commands.romfile import open_romfile
+from vfiod.server.devices.guest_view import Shown
+from vfiod.server.devices.pci import PciDevice, PciOptions
+from vfiod.server.machine import NewDevice
+
+__all__ = ["add"]
+
+ORIGINS: Final = (
+    "give one origin: 'host' or 'sysfsdev' (a device of a kernel group, with 'group-fd' for the first of its group), "
+    "'fd' with 'iommufd' (a device of a cdev), or 'mdev' (a mediated device)"
+)
+
+FOR_GROUPS: Final = ("group_fd", "container_fd", "container", "x_noiommu")
+FOR_THE_KERNELS: Final = ("iommufd", "vf_token")
+
+
+def add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
+    """Add a device, or say whether it could be added."""
+    a = arguments
+    if a.driver not in set(Driver):
+        raise InvalidArgument(f"'{a.driver}' is not a valid device model name")
+    _check_origin(a)
+    options = _options(call, a)
+    romfile = options.shown.romfile
+    try:
+        if a.mdev is not UNSET:
+            work = _add_mediated(call, a, options, a.mdev.lower())
+        elif a.iommufd is not UNSET:
+            work = _add_cdev(call, a, options, a.iommufd)
+        else:
+            work = _add_from_group(call, a, options)
+    except BaseException:
+        if romfile is not None:
+            romfile.close()
+        raise
+    if a.x_dry_run and romfile is not None:
+        romfile.close()
+    return work
+
+
+def _check_origin(a: DeviceAdd) -> None:
+    """Exactly one origin, and only what belongs to it. Raises InvalidArgument."""
+    named = [name for name in ("host", "sysfsdev", "fd", "mdev") if getattr(a, name) is not UNSET]
+    if not named:
+        raise InvalidArgument(f"Parameter 'host' is missing: {ORIGINS}")
+    if len(named) > 1:
+        both = " and ".join(f"'{name}'" for name in named)
+        raise InvalidArgument(f"Parameters {both} exclude each other: {ORIGINS}")
+    if a.mdev is not UNSET:
+        _refuse(a, FOR_GROUPS, "is for devices of a kernel group; 'mdev' takes none")
+        _refuse(a, FOR_THE_KERNELS, "is for devices of the kernel; 'mdev' takes none")
+    elif a.iommufd is not UNSET:
+        _refuse(a, FOR_GROUPS, "is for devices of a kernel group; 'iommufd' takes none")
+    elif a.fd is not UNSET:
+        raise InvalidArgument("Parameter 'iommufd' is missing: 'fd' is bound to the iommufd object it names")
+    if a.container_fd is not UNSET and a.container is not UNSET:
+        raise InvalidArgument("Parameters 'container-fd' and 'container' exclude each other: give one of them")
+
+
+def _refuse(a: DeviceAdd, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(a, name) not in (UNSET, False):
+            raise InvalidArgument(f"Parameter '{name.replace('_', '-')}' {why}")
+
+
+def _options(call: Call, a: DeviceAdd) -> PciOptions:
+    timeout = a.mmap_timeout_ms
+    if timeout is UNSET:
+        timeout = a.x_intx_mmap_timeout_ms
+    elif a.x_intx_mmap_timeout_ms not in (UNSET, timeout):
+        raise InvalidArgument(
+            "Parameters 'mmap-timeout-ms' and 'x-intx-mmap-timeout-ms' are two names of one property;"
+            f" they differ: {timeout} and {a.x_intx_mmap_timeout_ms}"
+        )
+    return PciOptions(
+        mmap_timeout_ms=DEFAULT_MMAP_TIMEOUT_MS if timeout is UNSET else timeout,
+        share_fd=a.share_fd,
+        no_mmap=a.x_no_mmap,
+        on_request=a.on_request,
+        shown=Shown(
+            multifunction=a.multifunction is True,
+            rombar=a.rombar and a.romfile != "",
+            romfile=None if not a.romfile else open_romfile(call, a.romfile),
+        ),
+    )
+
+
+def _add_mediated(call: Call, a: DeviceAdd, options: PciOptions, uuid: str) -> Awaitable[DeviceAddResult]:
+    machine = call.machine
+    if a.x_dry_run:
+        return _report(call, a, machine.check_mediated(uuid))
+    new = NewDevice(
+        id="" if a.id is UNSET else a.id,
+        backend_kind="mdev",
+        host=uuid,
+        options=options,
+        open=lambda user: machine.sources.mediated.open(uuid, user),
+        discard=lambda: None,
+        on_request_timeout_ms=a.on_request_timeout_ms,
+    )
+    return _added(machine.add_device(_with_romfile(new)))
+
+
+def _token(a: DeviceAdd) -> UUID | None:
+    return None if a.vf_token is UNSET else UUID(a.vf_token)
+
+
+def _add_cdev(call: Call, a: DeviceAdd, options: PciOptions, iommufd: str) -> Awaitable[DeviceAddResult]:
+    machine = call.machine
+    source = IommufdSource(iommufd, machine.objects.iommufd(iommufd))  # an unknown id is said before the fd is taken
+    origin = CdevOrigin(
+        driver=a.driver,
+        iommufd=source,
+        fd=None if a.fd is UNSET else call.fd("fd", a.fd, FdKind.VFIO_DEVICE),
+        host=None if a.host is UNSET else a.host,
+        sysfsdev=None if a.sysfsdev is UNSET else a.sysfsdev,
+        vf_token=_token(a),
+    )
+    if a.x_dry_run:
+        call.keep_names()
+        return _report(call, a, machine.check_cdev(origin))
+    new = NewDevice(
+        id="" if a.id is UNSET else a.id,
+        backend_kind="kernel-cdev",
+        host=origin.host or origin.sysfsdev,
+        options=options,
+        open=lambda _: machine.open_cdev(origin),
+        discard=lambda: close_all(origin.fds()),
+        on_request_timeout_ms=a.on_request_timeout_ms,
+    )
+    return _added(machine.add_device(_with_romfile(new)))
+
+
+def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[DeviceAddResult]:
+    machine = call.machine
+    container_object = None if a.container is UNSET else a.container
+    if container_object is not None:
+        machine.objects.container(container_object)  # an unknown id is said before anything is opened
+    group_fd: FileDescriptor | None = None
+    container: ContainerSource | None = None
+    try:
+        if a.group_fd is not UNSET:
+            group_fd = call.fd("group-fd", a.group_fd, FdKind.VFIO_GROUP)
+        if a.container_fd is not UNSET:
+            fd = call.fd("container-fd", a.container_fd, FdKind.VFIO_CONTAINER)
+            container = ContainerSource(fd, a.container_fd)
+    except BaseException:
+        if group_fd is not None:
+            group_fd.close()
+        raise
+    origin = GroupOrigin(
+        driver=a.driver,
+        host=None if a.host is UNSET else a.host,
+        sysfsdev=None if a.sysfsdev is UNSET else a.sysfsdev,
+        group_fd=group_fd,
+        container=container,
+        noiommu=a.x_noiommu,
+        vf_token=_token(a),
+    )
+    if a.x_dry_run:
+        call.keep_names()
+        return _report(call, a, machine.check_group(origin, container_object))
+
+    new = NewDevice(
+        id="" if a.id is UNSET else a.id,
+        backend_kind="kernel-group",
+        host=origin.host or origin.sysfsdev,
+        options=options,
+        open=lambda _: machine.open_group(origin, container_object),
+        discard=lambda: close_all(origin.fds()),
+        on_request_timeout_ms=a.on_request_timeout_ms,
+    )
+    return _added(machine.add_device(_with_romfile(new)))
+
+
+def _with_romfile(new: NewDevice) -> NewDevice:
+    romfile = new.options.shown.romfile
+    if romfile is None:
+        return new
+
+    def discard() -> None:
+        romfile.close()
+        new.discard()
+
+    return replace(new, open=romfile.before(new.open, new.discard), discard=discard)
+
+
+async def _added(work: Awaitable[PciDevice]) -> DeviceAddResult:
+    await work
+    return DeviceAddResult()
+
+
+async def _report(call: Call, a: DeviceAdd, work: Awaitable[tuple[Check, ...]]) -> DeviceAddResult:
+    own = call.machine.devices.check("" if a.id is UNSET else a.id)
+    checks = [*own, *await work]
+    return DeviceAddResult(possible=possible(checks), checks=checks)
