@@ -1,63 +1,59 @@
-"""One client's connection: bytes and fds in and out, whole requests in order, one at a time. Knows no command.
+"""One client's connection: bytes and fds in and out, requests in order, one at a time. Knows no command.
 
 In: everything is read as it comes; replies to our own questions are given out at once, requests queue and are executed
 strictly in order of arrival (the specification, "Command Concurrency"). One that has to wait keeps those behind it
 waiting, and nobody else. Out: replies are sent at once as far as the client reads; what it leaves unread is bounded, and
-then its requests are left unread too. So a client that stops reading stops itself.
+then its requests are left unread too: a client that stops reading stops itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Final
 
 from msgspec import Struct
 
+from vfiod.protocol import vfio_user
 from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.protocol.fd import FileDescriptor, close_all, rights_of
 from vfiod.protocol.limits import (
     READ_CHUNK,
     VFIO_USER_MAX_BACKLOG,
     VFIO_USER_MAX_FDS,
-    VFIO_USER_MAX_PENDING,
     VFIO_USER_MAX_QUEUE,
+    VFIO_USER_PARTING_MS,
 )
-from vfiod.protocol.vfio_user.framing import FrameError, Framer, Message
-from vfiod.protocol.vfio_user.header import HEADER_SIZE, BadMessage, Command, Flags, Header, MessageType
+from vfiod.protocol.vfio_user import BadMessage, Broken, Channel, Outgoing, Rejected, Request
 
-__all__ = ["Connection", "Reply"]
+__all__ = ["DONE", "Answer", "Connection"]
 
 _log: Final = logging.getLogger(__name__)
 
-_HEADER: Final = Header.LAYOUT
-_REPLY: Final = int(MessageType.REPLY)
-_ERROR_REPLY: Final = int(MessageType.REPLY) | int(Flags.ERROR)
-_NO_REPLY: Final = int(Flags.NO_REPLY)
 _FD_SPACE: Final = socket.CMSG_SPACE((VFIO_USER_MAX_FDS + 1) * 4)
-"""Room for one fd more than is allowed: who sends more is told, and the rest is cut off by the kernel."""
+"""Room for one fd more than is allowed: who sends more is told so, and the kernel closes the rest."""
 
 
-class Reply(Struct, frozen=True, eq=False):
-    """What answers a request: the bytes after the header, and fds, which are closed once they are sent."""
+class Answer(Struct, frozen=True, eq=False):
+    """What answers a request: the reply's body, and fds, which are closed once they are sent."""
 
-    body: bytes = b""
+    payload: vfio_user.Payload | None = None
     fds: tuple[FileDescriptor, ...] = ()
 
 
-DONE: Final = Reply()
+DONE: Final = Answer()
+"""Done, and a header says so."""
+
+Execute = Callable[[Request], Answer | Awaitable[Answer]]
 
 Fast = Callable[[bytes], bytes | None]
-"""Tried with what one read gave, when nothing else is under way: the whole answer, or None when it is not for it."""
-
-Execute = Callable[[Message], Reply | Awaitable[Reply]]
+"""Tried on what one read gave when nothing else is under way: the whole reply, empty for none; None: not for it."""
 
 
 class Connection:
@@ -66,13 +62,14 @@ class Connection:
     Args:
         loop: the event loop.
         connection: the socket; the object owns it from here on.
-        execute: does what a request asks for; raises CommandError or BadMessage to refuse. Owns the message's fds.
+        execute: does what a request asks for; raises CommandError or BadMessage to refuse. It takes the fds it keeps.
         fast: see :data:`Fast`.
         ended: called once, soon after the connection has ended, with the reason.
 
     Attributes:
+        channel: the protocol's state.
         requests: how many requests have come.
-        errors: how many were answered with an error.
+        errors: how many were refused.
 
     """
 
@@ -85,6 +82,7 @@ class Connection:
         fast: Fast,
         ended: Callable[[str], None],
     ) -> None:
+        self.channel: Final = Channel.server()
         self.requests = 0
         self.errors = 0
         self._loop = loop
@@ -92,16 +90,13 @@ class Connection:
         self._execute = execute
         self._fast = fast
         self._on_end = ended
-        self._framer = Framer()
-        self._queue: deque[Message] = deque()
-        self._queued = 0  # bytes in the queue
+        self._queue: deque[Request | Rejected | Broken] = deque()
+        self._queued = 0  # bytes of requests in the queue
         self._task: asyncio.Task[None] | None = None
         self._out: deque[tuple[memoryview, tuple[FileDescriptor, ...]]] = deque()
         self._backlog = 0  # bytes not sent yet
         self._reading = False
-        self._pumping = False
-        self._asked: dict[int, Future[bytes]] = {}  # our own requests, by id
-        self._next_id = 0
+        self._asked: dict[int, Future[vfio_user.Payload]] = {}  # our own requests, by id
         self._parting: str | None = None  # ends when all is sent
         self._reason: str | None = None
 
@@ -113,26 +108,24 @@ class Connection:
 
     @property
     def open(self) -> bool:
-        """Whether it has not ended."""
-        return self._reason is None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is being executed, or waits."""
-        return self._task is not None or bool(self._queue)
+        """Whether it has not ended, and is not about to."""
+        return self._reason is None and self._parting is None
 
     def fileno(self) -> int:
-        """The socket, lent."""
+        """The socket, lent; -1 once it has ended."""
         return self._socket.fileno()
 
     def part(self, reason: str) -> None:
-        """Execute nothing more; end when what is to be said has been sent."""
-        if self._reason is None and self._parting is None:
-            self._parting = reason
-            self._stop_reading()
-            self._drop_queue()
-            if not self._out:
-                self.end(reason)
+        """Execute nothing more; end when what is to be said has been sent, or is not read."""
+        if not self.open:
+            return
+        self._parting = reason
+        self._stop_reading()
+        self._drop_queue()
+        if self._out:
+            self._loop.call_later(VFIO_USER_PARTING_MS / 1000, self.end, reason)
+        else:
+            self.end(reason)
 
     def end(self, reason: str) -> None:
         """End now. What is being executed goes on, and its reply is dropped. Later calls do nothing."""
@@ -143,7 +136,7 @@ class Connection:
         if self._out:
             self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        self._framer.close()
+        self.channel.close()
         self._drop_queue()
         for _, fds in self._out:
             close_all(fds)
@@ -159,8 +152,9 @@ class Connection:
             await asyncio.wait([self._task])
 
     def _drop_queue(self) -> None:
-        for message in self._queue:
-            message.close()
+        for one in self._queue:
+            if isinstance(one, Request):
+                one.close()
         self._queue.clear()
         self._queued = 0
 
@@ -170,12 +164,13 @@ class Connection:
         """Read when there is room for what comes; else leave it to the kernel."""
         # While we ask, the answer may stand behind requests: those are read too, to a limit.
         room = self._queued < VFIO_USER_MAX_QUEUE and self._backlog < VFIO_USER_MAX_BACKLOG
-        wanted = self._reason is None and self._parting is None and (room or bool(self._asked))
-        if wanted and not self._reading:
-            self._loop.add_reader(self._socket.fileno(), self._readable)
-            self._reading = True
-        elif not wanted:
-            self._stop_reading()
+        wanted = self.open and (room or bool(self._asked))
+        if wanted is not self._reading:
+            if wanted:
+                self._loop.add_reader(self._socket.fileno(), self._readable)
+                self._reading = True
+            else:
+                self._stop_reading()
 
     def _stop_reading(self) -> None:
         if self._reading:
@@ -184,13 +179,13 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            data, ancillary, _flags, _ = self._socket.recvmsg(READ_CHUNK, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, _, _ = self._socket.recvmsg(READ_CHUNK, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.end(f"The connection broke: {error.strerror}")
             return
-        if not ancillary and self._task is None and not self._out and not self._framer.pending and not self._queue:
+        if not ancillary and self._task is None and not self._out and not self._queue and not self.channel.cut_short:
             # Nearly always: one whole request that wants no more than a register.
             answer = self._fast(data)
             if answer is not None:
@@ -199,151 +194,145 @@ class Connection:
                     self._send(answer)
                 return
         if not data and not ancillary:
-            cut = f" in the middle of a message ({self._framer.pending} bytes of it came)" if self._framer.pending else ""
-            self.end(f"The client has closed the connection{cut}")
+            cut = self.channel.cut_short
+            self.end("The client has closed the connection" + (f", {cut} bytes into a message" if cut else ""))
             return
-        for one in self._framer.receive_data(data, rights_of(ancillary)):
-            self._received(one)
-        if self._queued > VFIO_USER_MAX_QUEUE * 8:
-            self.end(f"The client sent {self._queued} bytes of requests and did not answer ours")
+        self._take(self.channel.receive(data, rights_of(ancillary)))
+        if self._queued > 8 * VFIO_USER_MAX_QUEUE:
+            self.end(f"The client sent {self._queued} bytes of requests while it did not answer ours")
         self._pump()
         self._read_on()
 
-    def _received(self, one: Message | FrameError) -> None:
-        if self._parting is not None or self._reason is not None:
-            if isinstance(one, Message):
-                one.close()
-            return
-        if isinstance(one, FrameError):
-            self.errors += 1
-            if one.header is not None and not one.header.no_reply and not one.header.is_reply:
-                self._refuse(one.header, one.errno)
-            if one.fatal:
-                self.part(one.desc)
+    def _take(self, happenings: Iterable[vfio_user.Happening]) -> None:
+        for one in happenings:
+            if not self.open:
+                if isinstance(one, Request | vfio_user.Reply):
+                    one.close()
+            elif isinstance(one, vfio_user.Reply | vfio_user.Failure):
+                self._answered(one)
             else:
-                _log.warning("%s", one.desc)
-            return
-        if one.header.is_reply:
-            self._answered(one)
-            return
-        self.requests += 1
-        self._queue.append(one)
-        self._queued += one.header.size
+                # Refusals too: replies come in the order of requests.
+                self._queue.append(one)
+                if isinstance(one, Request):
+                    self._queued += one.header.size
 
     # --- executing, in order ----------------------------------------------------------------------------
 
     def _pump(self) -> None:
         """Execute what is queued, until one has to wait, or the client does not read."""
         while self._queue and self._task is None and self._backlog < VFIO_USER_MAX_BACKLOG:
-            message = self._queue.popleft()
-            self._queued -= message.header.size
-            self._one(message)
+            one = self._queue.popleft()
+            if isinstance(one, Request):
+                self._queued -= one.header.size
+                self.requests += 1
+                self._one(one)
+                continue
+            self.errors += 1
+            _log.info("Refused: %s", one.desc)
+            if one.outgoing is not None:
+                self._send(one.outgoing.data)
+            if isinstance(one, Broken):
+                self.part(one.desc)
 
-    def _one(self, message: Message) -> None:
+    def _one(self, request: Request) -> None:
         try:
-            result = self._execute(message)
+            result = self._execute(request)
         except (CommandError, BadMessage) as error:
-            message.close()
-            self._failed(message.header, error)
+            self._refuse(request, error)
             return
-        if isinstance(result, Reply):
-            message.close()
-            self._reply(message.header, result)
+        if isinstance(result, Answer):
+            self._reply(request, result)
             return
-        self._task = self._loop.create_task(self._wait(message, result))
+        self._task = self._loop.create_task(self._wait(request, result))
 
-    async def _wait(self, message: Message, result: Awaitable[Reply]) -> None:
+    async def _wait(self, request: Request, result: Awaitable[Answer]) -> None:
         try:
-            self._reply(message.header, await result)
+            self._reply(request, await result)
         except (CommandError, BadMessage) as error:
-            self._failed(message.header, error)
-        except Exception as error:
-            _log.exception("Executing %s failed by a defect of vfiod", message.header.title)
-            self._failed(message.header, OperationFailed(message.header.title, "vfiod", errno="EIO", advice=str(error)))
+            self._refuse(request, error)
+        except Exception:  # a defect; the client hears EIO, the log has the rest
+            _log.exception("Executing %s failed by a defect of vfiod", request.header.title)
+            self._refuse(request, BadMessage("a defect of vfiod", "EIO"))
         finally:
-            message.close()
             self._task = None
             self._pump()
             self._read_on()
 
-    def _failed(self, header: Header, error: CommandError | BadMessage) -> None:
+    def _refuse(self, request: Request, error: CommandError | BadMessage) -> None:
+        request.close()
         self.errors += 1
-        _log.info("%s refused: %s", header.title, error)
-        if not header.no_reply:
-            self._refuse(header, error.errno or "EIO")
+        _log.info("%s refused: %s", request.header.title, error)
+        self._outgoing(self.channel.refuse(request, error.errno or "EINVAL"))
 
-    def _refuse(self, header: Header, errno_name: str) -> None:
-        number = getattr(errno, errno_name, errno.EIO)
-        self._send(_HEADER.pack(header.id, header.command, HEADER_SIZE, _ERROR_REPLY, number))
-
-    def _reply(self, header: Header, reply: Reply) -> None:
-        if header.flags & _NO_REPLY or self._reason is not None:
-            close_all(reply.fds)
-            return
-        head = _HEADER.pack(header.id, header.command, HEADER_SIZE + len(reply.body), _REPLY, 0)
-        self._send(head + reply.body, reply.fds)
+    def _reply(self, request: Request, answer: Answer) -> None:
+        request.close()
+        out = self.channel.reply(request, answer.payload)
+        if out is None:
+            close_all(answer.fds)
+        else:
+            self._send(out.data, answer.fds)
 
     # --- asking -----------------------------------------------------------------------------------------
 
-    def ask(self, command: Command, body: bytes, answer: Future[bytes]) -> None:
-        """Send a request of our own; the body of the reply goes to ``answer``, or what went wrong."""
-        if self._reason is not None or self._parting is not None:
-            _fail(answer, OperationFailed(command.name, "the client", errno="ENOTCONN", advice=self._reason or "it goes"))
+    def ask(self, payload: vfio_user.Payload, answer: Future[vfio_user.Payload]) -> None:
+        """Send a request of our own; the body of the reply goes to ``answer``, or OperationFailed."""
+        if not self.open:
+            _fail(answer, OperationFailed("DMA", "the client's memory", errno="ENOTCONN", advice="the client is gone"))
             return
-        if len(self._asked) >= VFIO_USER_MAX_PENDING:
-            _fail(answer, OperationFailed(command.name, "the client", errno="EBUSY", advice="it answers nothing"))
+        try:
+            id, out = self.channel.request(payload)
+        except BadMessage as error:
+            _fail(answer, OperationFailed("DMA", "the client's memory", errno=error.errno, advice=str(error)))
             return
-        while self._next_id in self._asked:
-            self._next_id = (self._next_id + 1) & 0xFFFF
-        number, self._next_id = self._next_id, (self._next_id + 1) & 0xFFFF
-        self._asked[number] = answer
-        self._send(_HEADER.pack(number, command, HEADER_SIZE + len(body), 0, 0) + body)
+        self._asked[id] = answer
+        self._outgoing(out)
         self._read_on()
 
-    def forget(self, answer: Future[bytes]) -> None:
+    def forget(self, answer: Future[vfio_user.Payload]) -> None:
         """Nobody waits for it any more: its reply, should it come, is dropped."""
-        for number, one in tuple(self._asked.items()):
+        for id, one in tuple(self._asked.items()):
             if one is answer:
-                del self._asked[number]
+                del self._asked[id]
+                self.channel.forget(id)
         self._read_on()
 
-    def _answered(self, message: Message) -> None:
-        message.close()  # replies bring no fds
-        header = message.header
-        answer = self._asked.pop(header.id, None)
-        if answer is None:
-            _log.info("A reply to a question nobody waits for (%s) is dropped", header.title)
-        elif header.is_error:
-            number = header.error or errno.EIO
-            _fail(answer, OperationFailed(header.title, "the client", errno=number))
-        elif not answer.cancelled():
-            answer.set_result(message.body)
+    def _answered(self, one: vfio_user.Reply | vfio_user.Failure) -> None:
+        answer = self._asked.pop(one.id, None)
+        if isinstance(one, vfio_user.Reply):
+            one.close()
+            if answer is not None:
+                with suppress(InvalidStateError):  # whoever waited has given up in this moment
+                    answer.set_result(one.payload)
+        elif answer is not None:
+            _fail(answer, OperationFailed(one.command.name, "the client's memory", errno=one.errno, advice=one.desc))
 
     # --- sending ----------------------------------------------------------------------------------------
+
+    def _outgoing(self, out: Outgoing | None) -> None:
+        if out is not None:
+            self._send(out.data)
 
     def _send(self, data: bytes, fds: tuple[FileDescriptor, ...] = ()) -> None:
         if self._reason is not None:
             close_all(fds)
             return
-        if self._out:
-            self._out.append((memoryview(data), fds))
-            self._backlog += len(data)
-            return
-        sent = self._try(data, fds)
-        if sent < 0 or sent == len(data):
-            return
+        sent = 0
+        if not self._out:
+            sent = self._try(data, fds)
+            if sent < 0 or sent == len(data):
+                return
+            self._loop.add_writer(self._socket.fileno(), self._writable)
         # fds go with the first byte; whatever was taken took them along.
-        rest = () if sent else fds
-        self._out.append((memoryview(data)[sent:], rest))
+        self._out.append((memoryview(data)[sent:], () if sent else fds))
         self._backlog += len(data) - sent
-        self._loop.add_writer(self._socket.fileno(), self._writable)
 
     def _try(self, data: bytes | memoryview, fds: tuple[FileDescriptor, ...]) -> int:
-        """Bytes that the kernel took, fds gone with the first; -1: the connection has ended."""
+        """Bytes that the kernel took, the fds with the first; -1: the connection has ended."""
         try:
             if not fds:
                 return self._socket.send(data)
-            sent = self._socket.sendmsg([data], [_rights(fds)])
+            rights = struct.pack(f"={len(fds)}i", *(fd.number for fd in fds))
+            sent = self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
@@ -373,10 +362,6 @@ class Connection:
         self._read_on()
 
 
-def _rights(fds: Sequence[FileDescriptor]) -> tuple[int, int, bytes]:
-    return socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *(fd.number for fd in fds))
-
-
-def _fail(answer: Future[bytes], error: OperationFailed) -> None:
-    with suppress(Exception):  # whoever waited has given up
+def _fail(answer: Future[vfio_user.Payload], error: OperationFailed) -> None:
+    with suppress(InvalidStateError):  # whoever waited has given up
         answer.set_exception(error)

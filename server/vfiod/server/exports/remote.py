@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, Protocol
 
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.limits import VFIO_USER_DMA_TIMEOUT_MS
+from vfiod.protocol.vfio_user import DmaData, DmaRead, DmaWrite, DmaWritten, Payload
 
 __all__ = ["Asker", "RemoteMemory"]
 
@@ -26,13 +26,10 @@ class Asker(Protocol):
     def max_transfer(self) -> int:
         """Bytes of one message."""
 
-    def ask_read(self, address: int, count: int, answer: Future[bytes]) -> None:
-        """Send DMA_READ."""
+    def ask(self, payload: Payload, answer: Future[Payload]) -> None:
+        """Send a request; the reply's body answers."""
 
-    def ask_write(self, address: int, data: bytes, answer: Future[bytes]) -> None:
-        """Send DMA_WRITE; answered with nothing."""
-
-    def forget(self, answer: Future[bytes]) -> None:
+    def forget(self, answer: Future[Payload]) -> None:
         """Nobody waits for it any more."""
 
 
@@ -75,7 +72,10 @@ class RemoteMemory:
         at, end, step = offset, offset + length, self._asker.max_transfer
         while at < end:
             count = min(step, end - at)
-            parts.append(self._ask("DMA_READ", at, count, lambda answer: self._asker.ask_read(at, count, answer)))
+            reply = self._ask("DMA_READ", at, count, DmaRead(at, count))
+            if not isinstance(reply, DmaData) or reply.address != at or len(reply.data) != count:
+                raise self._short("DMA_READ", at, count)
+            parts.append(reply.data)
             at += count
         return b"".join(parts)
 
@@ -84,16 +84,26 @@ class RemoteMemory:
         step = self._asker.max_transfer
         for start in range(0, len(data), step):
             part, at = data[start : start + step], offset + start
-            self._ask("DMA_WRITE", at, len(part), lambda answer: self._asker.ask_write(at, part, answer))
+            reply = self._ask("DMA_WRITE", at, len(part), DmaWrite(at, part))
+            # QEMU answers with a header alone.
+            if not isinstance(reply, DmaWritten) or reply.count not in (None, len(part)):
+                raise self._short("DMA_WRITE", at, len(part))
 
-    def _ask(self, operation: str, address: int, count: int, ask: Callable[[Future[bytes]], None]) -> bytes:
-        what = f"{self.name} ({count} bytes at 0x{address:x})"
+    def _short(self, operation: str, address: int, count: int) -> OperationFailed:
+        advice = "the client answered for another range"
+        return OperationFailed(operation, self._what(address, count), errno="EPROTO", advice=advice)
+
+    def _what(self, address: int, count: int) -> str:
+        return f"{self.name} ({count} bytes at 0x{address:x})"
+
+    def _ask(self, operation: str, address: int, count: int, payload: Payload) -> Payload:
+        what = self._what(address, count)
         if threading.get_ident() == self._thread:
             advice = "it was asked for on the event loop, where nobody may wait for a client"
             raise OperationFailed(operation, what, errno="EDEADLK", advice=advice)
-        answer: Future[bytes] = Future()
+        answer: Future[Payload] = Future()
         try:
-            self._loop.call_soon_threadsafe(ask, answer)
+            self._loop.call_soon_threadsafe(self._asker.ask, payload, answer)
         except RuntimeError:
             raise OperationFailed(operation, what, errno="ENOTCONN", advice="the server ends") from None
         try:
