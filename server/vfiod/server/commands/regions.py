@@ -22,7 +22,7 @@ from vfiod.protocol.errors import InvalidArgument
 from vfiod.server.commands.call import Call, Handler
 
 if TYPE_CHECKING:  # with the first device
-    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.device import Device
     from vfiod.server.devices.regions import Region
 
 __all__ = ["HANDLERS"]
@@ -56,11 +56,11 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
     return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
 
 
-async def _read_sized(device: PciDevice, region: Region, offset: int, size: int) -> RegionReadResult:
+async def _read_sized(device: Device, region: Region, offset: int, size: int) -> RegionReadResult:
     return RegionReadResult(value=int.from_bytes(await device.read(region, offset, size), "little"))
 
 
-async def _read_long(device: PciDevice, region: Region, offset: int, length: int) -> RegionReadResult:
+async def _read_long(device: Device, region: Region, offset: int, length: int) -> RegionReadResult:
     return RegionReadResult(data=await device.read(region, offset, length))
 
 
@@ -86,7 +86,7 @@ def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]
     return device.in_order("region-write", store)
 
 
-def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
+def _write_bytes(device: Device, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
     from vfiod.server.devices.regions import INLINE_BYTES
 
     def write() -> Empty:
@@ -98,7 +98,7 @@ def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) ->
     return _write_long(device, region, offset, data)
 
 
-async def _write_long(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty:
+async def _write_long(device: Device, region: Region, offset: int, data: bytes) -> Empty:
     await device.write(region, offset, data)
     return Empty()
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # imported with the first device: what a server without one d
     from vfiod.server.backends.base import Backend
     from vfiod.server.backends.cdev import CdevOrigin
     from vfiod.server.backends.group import GroupOrigin, KernelGroups
-    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.device import Device
     from vfiod.server.devices.regions import Region
     from vfiod.server.machine.resets import Resets
     from vfiod.server.mdev.bus import MdevBus
@@ -123,11 +123,11 @@ class Machine:
 
     # --- devices ------------------------------------------------------------------------------------
 
-    def device(self, name: str) -> PciDevice:
+    def device(self, name: str) -> Device:
         """The device with this id or path. Raises DeviceNotFound."""
         return self.devices.get(name)
 
-    def add_device(self, new: NewDevice) -> Awaitable[PciDevice]:
+    def add_device(self, new: NewDevice) -> Awaitable[Device]:
         """See :meth:`Devices.add`."""
         return self.devices.add(new)
 
@@ -198,7 +198,7 @@ class Machine:
         """A monitor session ended: what it mapped no longer holds a device."""
         self.devices.session_ended(session)
 
-    def unmap_region(self, device: PciDevice, region: Region, session: int | None) -> None:
+    def unmap_region(self, device: Device, region: Region, session: int | None) -> None:
         """See :meth:`Devices.unmap_region`."""
         self.devices.unmap_region(device, region, session)
 

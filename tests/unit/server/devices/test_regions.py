@@ -14,7 +14,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Holder
 from vfiod.protocol.catalogue.regions import RegionMmapChanged
 from vfiod.protocol.errors import DeviceNotFound, InvalidArgument, OperationFailed, PermissionRefused
-from vfiod.server.devices.regions import INLINE_BYTES, Regions, describe, widest
+from vfiod.server.devices.regions import INLINE_BYTES, Regions, describe, describe_pci, widest
 from vfiod.server.kernel.syscalls import PAGE_SIZE
 from vfiod.server.mdev.parent import Area, RegionInfo
 
@@ -58,7 +58,7 @@ def test_a_region_without_mmap_has_nothing_to_explain() -> None:
 
 
 def test_names() -> None:
-    assert [describe(i, region(0)).name for i in (0, 5, 6, 7, 8, 9)] == [
+    assert [describe_pci(i, region(0)).name for i in (0, 5, 6, 7, 8, 9)] == [
         "bar0",
         "bar5",
         "rom",
