@@ -53,6 +53,9 @@ class ExportClient(Result):
     version: Annotated[str, Meta(description="The version it proposed.")]
     mappings: Annotated[int, Meta(description="Pieces of memory it has mapped.")]
     mapped_bytes: int
+    unreachable_bytes: Annotated[
+        int, Meta(description="How much of it came without a file (share=on), so that the device cannot reach it.")
+    ]
     requests: Annotated[int, Meta(description="Requests it has sent.")]
     errors: Annotated[int, Meta(description="Requests that failed.")]
     failed_reads: Annotated[int, Meta(description="Reads of registers that failed, and gave it all ones.")]
@@ -82,7 +85,7 @@ class DeviceExportAdd(Arguments[Empty]):
     id: Id
     type: ExportType
     device: Annotated[str, Meta(description="The device's id, or its path.")]
-    path: Annotated[str | UnsetType, Meta(min_length=1, description="Of the socket to make.")] = UNSET
+    path: Annotated[str | UnsetType, Meta(description="Of the socket to make.")] = UNSET
     fd: Annotated[
         FdName | UnsetType, Meta(description="Instead: a Unix socket that listens, or one that is connected already.")
     ] = UNSET

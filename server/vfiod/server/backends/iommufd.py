@@ -16,9 +16,8 @@ from vfiod.protocol import vfio
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server import trace
-from vfiod.server.backends.base import Mapping
+from vfiod.server.backends.base import GuestFile, Mapping
 from vfiod.server.backends.ioctls import call, failed
-from vfiod.server.backends.base import GuestFile
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
 __all__ = ["Ioas", "Iommufd"]

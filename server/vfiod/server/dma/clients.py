@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, field
 
+from vfiod.protocol.catalogue.memory import MappingInfo
 from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import MAX_CLIENT_FILES, MAX_MAPPINGS
@@ -126,13 +127,18 @@ class Client:
         self._table = table
         self._clients = all_clients
         self._remote = remote
-        self._files: dict[FileKey, int] = {}
+        self._writable_remote = 0  # bytes without a file that devices may write
         self._left = False
 
     @property
     def by_messages(self) -> bool:
-        """Whether it has memory that is reached by messages."""
-        return self._remote is not None and self.unreachable_bytes > 0
+        """Whether it is to be reached by messages mostly: more of what devices may write came without a file than with.
+
+        QEMU maps firmware, option ROMs and VGA memory without a file even where the guest's RAM has one. Nobody does
+        DMA there, and every device is not to be slow for it.
+        """
+        shared = self.mapped_bytes - self.unreachable_bytes
+        return self._remote is not None and self._writable_remote > shared
 
     def map(self, iova: int, size: int, fd: FileDescriptor | None, *, offset: int, readonly: bool) -> None:
         """Make a piece of the client's memory reachable for its device.
@@ -236,6 +242,7 @@ class Client:
             self._table.space.map(mapping)
         self._table.insert(one)
         self.unreachable_bytes += size
+        self._writable_remote += 0 if readonly else size
 
     def _map_file(self, iova: int, size: int, fd: FileDescriptor, offset: int, readonly: bool) -> None:
         status = os.fstat(fd.number)
@@ -302,6 +309,7 @@ class Client:
         self.mapped_bytes -= one.mapping.size
         if one.identity[0] == "messages":
             self.unreachable_bytes -= one.mapping.size
+            self._writable_remote -= 0 if one.mapping.readonly else one.mapping.size
         if not one.owners:
             self._table.remove(one)
             if one.identity[0] == "file" and not one.by_machine:
@@ -395,6 +403,21 @@ class ClientMappings:
         found = self._machine(iova, iova + size)
         return found[0] if found else None
 
+    def infos(self) -> list[MappingInfo]:
+        """What ``query-dma`` says of them."""
+        return [
+            MappingInfo(
+                iova=one.mapping.iova,
+                size=one.mapping.size,
+                offset=one.mapping.offset,
+                readonly=one.mapping.readonly,
+                address_space=table.space.name,
+                clients=[owner.name for owner in one.owners],
+            )
+            for table in tuple(self._tables.values())
+            for one in tuple(table.ranges)
+        ]
+
     # --- files ------------------------------------------------------------------------------------------
 
     def open(self, client: Client, fd: FileDescriptor, readonly: bool, end: int) -> SharedMemory:
@@ -424,7 +447,9 @@ class ClientMappings:
             return known.memory
         if len(self._files) >= MAX_CLIENT_FILES:
             fresh.close()
-            raise InvalidArgument(f"{MAX_CLIENT_FILES} files of clients are mapped, no more are allowed", errno="ENOSPC")
+            raise InvalidArgument(
+                f"{MAX_CLIENT_FILES} files of clients are mapped, no more are allowed", errno="ENOSPC"
+            )
         if known is not None:
             # It has grown since. Who mapped it before keeps the smaller one; new mappings share the larger.
             self._files[(-1, id(known), readonly)] = known

@@ -2,8 +2,8 @@
 
 In: everything is read as it comes; replies to our own questions are given out at once, requests queue and are executed
 strictly in order of arrival (the specification, "Command Concurrency"). One that has to wait keeps those behind it
-waiting, and nobody else. Out: replies are sent at once as far as the client reads; what it leaves unread is bounded, and
-then its requests are left unread too: a client that stops reading stops itself.
+waiting, and nobody else. Out: replies are sent at once as far as the client reads; what it leaves unread is bounded,
+and then its requests are left unread too: a client that stops reading stops itself.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Connection:
             self._reply(request, await result)
         except (CommandError, BadMessage) as error:
             self._refuse(request, error)
-        except Exception:  # a defect; the client hears EIO, the log has the rest
+        except Exception:  # noqa: BLE001 - a defect; the client hears EIO, the log has the rest
             _log.exception("Executing %s failed by a defect of vfiod", request.header.title)
             self._refuse(request, BadMessage("a defect of vfiod", "EIO"))
         finally:
