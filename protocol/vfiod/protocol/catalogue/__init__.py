@@ -1,6 +1,7 @@
 """Every command and event of vfiod, declared once. See :mod:`vfiod.protocol.catalogue.declare`."""
 
 from vfiod.protocol.catalogue import (
+    ccw,
     devices,
     exports,
     fds,
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "command_of",
     "event_of",
+    "ccw",
     "devices",
     "exports",
     "fds",

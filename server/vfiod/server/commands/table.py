@@ -6,6 +6,7 @@ from typing import Final
 
 from vfiod.protocol.catalogue import command_of
 from vfiod.server.commands import (
+    ccw,
     devices,
     exports,
     fds,
@@ -33,6 +34,7 @@ _FAMILIES: Final = (
     regions,
     interrupts,
     reset,
+    ccw,
     mediated,
     topology,
     exports,

@@ -16,6 +16,7 @@ absent                                  means
 ``Parent.start``, ``Parent.shutdown``   it does not care when the VM runs
 ``Parent.available_instances``          the type's ``max_instances`` less what exists
 ``Parent.attributes``                   nothing to publish
+``MediatedDevice.quick``                False: every call of it is made in a thread, with a time limit
 ``MediatedDevice.open``, ``close``      nothing to do for a new or leaving user
 ``MediatedDevice.reset``                cannot be reset (``device_info().reset`` is false; ``ENOTTY``)
 ``MediatedDevice.region_fd``            no region can be mapped: every access is a ``read`` or ``write``
@@ -31,12 +32,16 @@ absent                                  means
 with a :class:`~vfiod.protocol.errors.CommandError`. Anything else that comes out is taken for a defect of the parent:
 the caller gets ``EIO`` naming parent and callback, the traceback goes to the log, and vfiod runs on.
 
-**Threads.** ``create``, ``destroy``, ``start`` and ``shutdown`` of one parent run one at a time, in a worker's thread,
-and may block: other parents go on. ``open``, ``close``, ``reset``, ``validate_map_request``, ``memory_mapped`` and
-``memory_unmapped`` of one device run in a worker's thread and may block. ``read``, ``write`` and ``set_irqs`` may run
-on the event loop's thread, where blocking would stop everybody. None of one device's calls overlap, except
-``set_irqs``, ``request``, the callbacks of :meth:`Host.watch`, and those that only inform (``*_info``, ``attributes``):
-they come at any time, even during a reset.
+**Threads and time.** ``create``, ``destroy``, ``start`` and ``shutdown`` of one parent run one at a time, in a thread
+of their own, and may block: other parents go on. So do all calls of a device, unless it says of itself that it is
+``quick``: then they run where they are needed, mostly on the event loop's thread, where blocking stops everybody.
+None of one device's calls overlap, except ``set_irqs``, ``request``, the callbacks of :meth:`Host.watch` (always on the
+loop's thread), and those that only inform (``*_info``, ``attributes``): they come at any time, even during a reset.
+
+A call that has not returned after :data:`~vfiod.protocol.limits.MDEV_CALL_MS` (those that everybody must wait for:
+:data:`~vfiod.protocol.limits.MDEV_LOOP_CALL_MS`) is given up: its caller gets ``ETIMEDOUT``, and until it returns all
+others ``EBUSY``. What it did meanwhile is undone then: a device that was made is destroyed, one that was opened is
+closed, a VM that was started is shut down. ``close`` and a forced ``destroy`` that fell into that time are made up for.
 
 **Trust.** The framework checks index, offset, length, alignment of areas and what the kernel checks in ``SET_IRQS``.
 What the values *mean* only the device knows: registers, descriptors, addresses and programs come from an enemy.
@@ -47,13 +52,13 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from msgspec import Struct
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, SetIrqs
+from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, RegionTypeCap, SetIrqs
 
 __all__ = [
     "ENTRY_POINTS",
@@ -66,6 +71,7 @@ __all__ = [
     "MdevType",
     "MediatedDevice",
     "Parent",
+    "Pin",
     "RegionInfo",
     "Watch",
 ]
@@ -116,6 +122,7 @@ class RegionInfo(Struct, frozen=True):
         readable: ``read`` works.
         writable: ``write`` works.
         areas: what may be mapped, in whole pages; the whole region, or parts of it (sparse mmap). Needs ``region_fd``.
+        type: what a region beyond the fixed indexes of its device API is (``vfio_region_info_cap_type``).
 
     """
 
@@ -123,6 +130,7 @@ class RegionInfo(Struct, frozen=True):
     readable: bool = False
     writable: bool = False
     areas: tuple[Area, ...] = ()
+    type: RegionTypeCap | None = None
 
 
 class IrqInfo(Struct, frozen=True):
@@ -186,8 +194,29 @@ class DmaFault(Exception):
 class Watch(Protocol):
     """What :meth:`Host.watch` gives back."""
 
+    def want(self, *, readable: bool, writable: bool) -> None:
+        """Call back when ``fd`` is readable, writable, either, or not at all. From any thread.
+
+        Ask for ``writable`` while something waits to be written, and no longer: a pipe with room is always writable.
+        """
+
     def cancel(self) -> None:
         """Never call back again, and close the fd. From any thread; later calls do nothing."""
+
+
+class Pin(Protocol):
+    """What :meth:`Host.pin` gives back."""
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes. ValueError once it was released; slices and casts of it then show empty pages."""
+
+    @property
+    def released(self) -> bool:
+        """Whether it was taken back, by whomever."""
+
+    def release(self) -> None:
+        """Give it back. From any thread; later calls do nothing."""
 
 
 class Host(Protocol):
@@ -202,6 +231,22 @@ class Host(Protocol):
     def write_memory(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """DMA to guest memory. Raises DmaFault, whose ``done`` says how many bytes were written before it."""
 
+    def pin(self, iova: int, size: int, *, writable: bool = True) -> Pin:
+        """Guest memory in this process, for as long as it is mapped there: for rings, queues, and the like.
+
+        Before an unmap takes any of it away, :meth:`MediatedDevice.memory_unmapped` is called; what is then still
+        pinned there is released before the unmap is over, whatever the device does.
+
+        Args:
+            iova: the first address; any.
+            size: bytes. They must lie in one mapping.
+            writable: whether the device will write it.
+
+        Raises DmaFault: not mapped, or read-only; OSError: EINVAL: in more than one mapping; EPERM: the memory's file
+        is not sealed against shrinking (F_SEAL_SHRINK), so :meth:`read_memory` is the way.
+
+        """
+
     def watch(self, fd: FileDescriptor, callback: Callable[[], None]) -> Watch:
         """Call back on the loop whenever ``fd`` is readable (level triggered). Takes the fd over."""
 
@@ -210,6 +255,9 @@ class MediatedDevice(ABC):
     """One mediated device, made by :meth:`Parent.create`. What the methods may raise: see the module."""
 
     # ruff: noqa: B027 - what is not abstract here may be left out; the module says what that means.
+
+    quick: ClassVar[bool] = False
+    """A promise: none of its methods ever waits, for a lock, a file, or a peer. Its calls are cheaper then."""
 
     @abstractmethod
     def device_info(self) -> DeviceInfo:

@@ -130,6 +130,8 @@ class PrimerDevice(MediatedDevice):
 
     """
 
+    quick = True
+
     def __init__(
         self,
         host: Host,

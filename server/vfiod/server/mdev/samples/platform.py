@@ -90,6 +90,8 @@ class PlatformDevice(MediatedDevice):
 
     """
 
+    quick = True
+
     def __init__(
         self,
         host: Host,
