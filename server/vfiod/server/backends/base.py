@@ -8,13 +8,16 @@ Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import GroupInfo
 from vfiod.protocol.errors import OperationFailed
+
+if TYPE_CHECKING:
+    from vfiod.server.kernel.pins import PinnedMemory
 
 __all__ = ["AddressSpace", "Backend", "FewerVectors", "GuestFile", "Mapping"]
 
@@ -60,6 +63,10 @@ class GuestFile(Protocol):
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of it."""
+        ...
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
+        """Keep a piece mapped into this process, to be read and written directly."""
         ...
 
     def close(self) -> None:

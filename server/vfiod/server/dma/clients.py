@@ -33,6 +33,7 @@ from vfiod.server.dma.files import open_memory
 if TYPE_CHECKING:
     from vfiod.server.dma.guest_memory import MappedRange
     from vfiod.server.kernel.memory import SharedMemory
+    from vfiod.server.kernel.pins import PinnedMemory
 
 __all__ = ["Client", "ClientMappings", "ClientRange"]
 
@@ -497,6 +498,9 @@ class _Unreachable:
         raise self._nothing()
 
     def write(self, offset: int, data: bytes) -> None:
+        raise self._nothing()
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
         raise self._nothing()
 
     def close(self) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.limits import VFIO_USER_DMA_TIMEOUT_MS
 from vfiod.protocol.vfio_user import DmaData, DmaRead, DmaWrite, DmaWritten, Payload
+
+if TYPE_CHECKING:
+    from vfiod.server.kernel.pins import PinnedMemory
 
 __all__ = ["Asker", "RemoteMemory"]
 
@@ -60,6 +63,10 @@ class RemoteMemory:
 
     def address(self) -> int:
         """There is none. OperationFailed."""
+        raise self._nothing()
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
+        """It cannot be. OperationFailed."""
         raise self._nothing()
 
     def _nothing(self) -> OperationFailed:
