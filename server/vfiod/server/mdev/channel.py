@@ -1,8 +1,8 @@
 """Running a channel program in Python: what the channel subsystem does between START SUBCHANNEL and the interrupt.
 
 A :class:`ChannelProgramRun` fetches CCWs from guest memory and asks a :class:`Unit`, the device, to execute commands.
-Everything it fetches comes from an enemy: addresses, counts, chains and lists are checked, and what is wrong is answered
-as the machine answers it: program check, protection check, incorrect length. A chain ends after
+Everything it fetches comes from an enemy: addresses, counts, chains and lists are checked, and what is wrong is
+answered as the machine answers it: program check, protection check, incorrect length. A chain ends after
 :data:`~vfiod.protocol.limits.MAX_CHANNEL_COMMANDS` CCWs.
 
 Source: Principles of Operation (SA22-7832), chapter 15, "Execution of I/O Operations".
@@ -73,7 +73,7 @@ class Unit(ABC):
 
         """
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - may be left out
         """A program begins: what held for the last one (an extent, a position) is void."""
 
 
@@ -149,6 +149,7 @@ class ChannelProgramRun:
         self._at = orb.cpa
         self._ccw = Ccw(0)
         self._fetched = 0
+        self._executed = 0
         self._after_tic = True  # a program does not begin with one
         self._pieces: list[tuple[int, int]] = []
         self._left = 0
@@ -162,12 +163,13 @@ class ChannelProgramRun:
                 if CcwFlags.SUSPEND in self._ccw.flags:
                     return self._suspended()
                 dstat = self._execute()
+                self._executed += 1
                 if dstat & (Dstat.UNIT_CHECK | Dstat.UNIT_EXCEPTION) or CcwFlags.CHAIN_COMMAND not in self._ccw.flags:
                     return self._irb(dstat, Cstat(0))
                 if Dstat.STATUS_MODIFIER in dstat:
                     self._next += CCW_SIZE
         except _Ended as ended:
-            dstat = Dstat(0) if ended.cstat & Cstat.PROGRAM_CHECK and not self._fetched else NORMAL
+            dstat = Dstat(0) if ended.cstat & Cstat.PROGRAM_CHECK and not self._executed else NORMAL
             return self._irb(dstat, ended.cstat)
 
     # --- one command ------------------------------------------------------------------------------------
@@ -323,7 +325,6 @@ class ChannelProgramRun:
         return Irb(scsw=flagged, esw=Esw(word0=LPUM << 16, erw=Erw(ErwFlags.CONS, 32)), ecw=sense)
 
     def _suspended(self) -> Irb:
-        self._at -= CCW_SIZE  # it has not been executed
         return Irb(scsw=self._scsw(Stctl.INTERMEDIATE, dstat=Dstat(0), cstat=Cstat(0), actl=Actl.SUSPENDED))
 
     def _intermediate(self) -> Irb:

@@ -36,6 +36,7 @@ from vfiod.protocol.channel import (
     Fctl,
     Irb,
     Orb,
+    OrbFlags,
     Pmcw,
     PmcwFlags,
     Schib,
@@ -300,7 +301,7 @@ class ChannelDevice(MediatedDevice):
             generation, orb = job
             try:
                 self._run(generation, orb)
-            except Exception:
+            except Exception:  # noqa: BLE001 - a defect must not leave the guest waiting for ever
                 _log.exception("A channel program of the device %04x failed", self._number)
                 with self._lock:
                     if generation == self._generation:
@@ -325,7 +326,9 @@ class ChannelDevice(MediatedDevice):
             if stopped():
                 return
             self._sense = run.sense
-            if Actl.SUSPENDED in irb.scsw.actl:
+            if Actl.SUSPENDED in irb.scsw.actl and OrbFlags.SSIC in orb.flags:
+                self._scsw = irb.scsw  # it asked for no interrupt
+            elif Actl.SUSPENDED in irb.scsw.actl:
                 self._present(irb)  # until a halt or clear: vfio-ccw has no RESUME SUBCHANNEL
             else:
                 self._end(irb)

@@ -49,9 +49,8 @@ class EventIrqs:
                     self._triggers.pop(request.index).close()
                 if fresh is not None:
                     self._triggers[request.index] = fresh
-            elif request.data is IrqData.NONE or (request.values and request.values[0]):
-                if has is not None:
-                    has.signal()
+            elif has is not None and (request.data is IrqData.NONE or (request.values and request.values[0])):
+                has.signal()
         return 0
 
     def signal(self, index: int) -> bool:
@@ -72,4 +71,4 @@ class EventIrqs:
     def fds(self) -> Mapping[str, int]:
         """What it has open."""
         with self._lock:
-            return {f"irq{index}": trigger.fileno() for index, trigger in self._triggers.items()}
+            return {f"irq{index} trigger": one.number for index, one in self._triggers.items() if one.number >= 0}

@@ -6,7 +6,7 @@ Commands (Linux ``drivers/s390/block/dasd_fba.c`` uses the same)::
     03  NOP    04  SENSE    E4  SENSE ID
     41  WRITE                        the blocks that LOCATE named
     42  READ                         the blocks that LOCATE named
-    43  LOCATE           8 bytes     operation (5 write, 6 read, low half byte), 0, blocks (2), first block of the extent (4)
+    43  LOCATE           8 bytes     operation (low half byte: 5 write, 6 read), 0, blocks (2), first of the extent (4)
     63  DEFINE EXTENT   16 bytes     mask, 0, block size (2), offset (4), first block (4), last block (4)
     64  READ DEVICE CHARACTERISTICS  32 bytes
 

@@ -97,7 +97,7 @@ class _Screen(Unit):
 
     def __init__(self, device: TerminalDevice) -> None:
         self._device = device
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # held at every access to the line, which may find that it was lost
         self.input: deque[bytes] = deque(maxlen=MAX_INPUT)
         self.output = bytearray()
 
@@ -158,15 +158,15 @@ class TerminalDevice(ChannelDevice):
 
     def _ready(self) -> None:
         """On the loop: the line can be read or written."""
-        records = self._records.feed(self.line.read(MAX_RECORD))
+        with self._screen.lock:
+            records = self._records.feed(self.line.read(MAX_RECORD))
+            self._screen.input.extend(records)
         if records:
-            with self._screen.lock:
-                self._screen.input.extend(records)
             self.attention()
         self.pump()
 
     def _carrier(self, there: bool) -> None:
-        """On the loop: somebody came or went. Its channel path did, as far as the guest is concerned."""
+        """Somebody came or went; on the loop, or where a write found it. To the guest its channel path did."""
         if there:
             self.line.want(readable=True, writable=False)
         else:
@@ -178,7 +178,8 @@ class TerminalDevice(ChannelDevice):
 
     def unplug(self) -> None:
         """It is destroyed: the line goes."""
-        self.line.close()
+        with self._screen.lock:
+            self.line.close()
 
     def attributes(self) -> Mapping[str, str]:
         """Where the line leads."""
