@@ -37,6 +37,8 @@ class Guest:
         self.uuid = ""
 
     def add(self, parent: str, type: str, id: str = "dev0", driver: str = "vfio-ccw", **parameters: Any) -> None:
+        if "number" in parameters:
+            parameters["device-number"] = parameters.pop("number")
         self.uuid = self.client.mdev_create(parent=parent, type=type, parameters=parameters).uuid
         self.client.device_add(driver=driver, id=id, mdev=self.uuid)
 
@@ -67,7 +69,7 @@ def guest(manager: Manager) -> Iterator[Guest]:
 def disk(guest: Guest, tmp_path: Path) -> Path:
     path = tmp_path / "disk"
     path.write_bytes(b"".join(bytes([number]) * 512 for number in range(BLOCKS)))
-    guest.add("fba", "fba-ccw", file=str(path), **{"device-number": 0x3F})
+    guest.add("fba", "fba-ccw", file=str(path), number=0x3F)
     return path
 
 
@@ -110,17 +112,17 @@ def test_the_device_is_described(guest: Guest, disk: Path) -> None:
     assert (told.device_number, told.enabled, told.pending, told.can_halt) == (0x3F, True, False, True)
     with pytest.raises(RemoteError, match="belongs to vfiod: it becomes the reply to ccw-request"):
         guest.client.irq_start(device="dev0", index="io")
-    with pytest.raises(RemoteError, match="written by|not writable|cannot be written"):
+    with pytest.raises(RemoteError, match="written"):
         guest.client.region_write(device="dev0", region="io", offset=0, data=bytes(124))
 
 
 @pytest.mark.parametrize("format", [0, 1])
-@pytest.mark.parametrize("idaws", Idaws)
-def test_blocks_are_read(guest: Guest, disk: Path, format: int, idaws: Idaws) -> None:
-    program, step = read_program(5, 20, format=format, idaws=idaws)
-    assert guest.run(program).decoded.summary == "ended normally"  # type: ignore[union-attr]
-    data = guest.memory[step.address : step.address + 20 * 512]
-    assert data == disk.read_bytes()[5 * 512 : 25 * 512]
+def test_blocks_are_read(guest: Guest, disk: Path, format: int) -> None:
+    for idaws in Idaws:
+        program, step = read_program(5, 20, format=format, idaws=idaws)
+        assert guest.run(program).decoded.summary == "ended normally"  # type: ignore[union-attr]
+        data = guest.memory[step.address : step.address + 20 * 512]
+        assert data == disk.read_bytes()[5 * 512 : 25 * 512]
 
 
 def test_blocks_are_written(guest: Guest, disk: Path) -> None:
@@ -167,12 +169,12 @@ BAD_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_PROGRAMS)
-def test_a_program_from_an_enemy_is_a_program_check(guest: Guest, disk: Path, what: str) -> None:
+def test_a_program_from_an_enemy_is_a_program_check(guest: Guest, disk: Path) -> None:
     guest.memory[0x3000:0x3004] = b"\xff\xff\xff\xff"
-    result = guest.ccws(*BAD_PROGRAMS[what])
-    assert "program-check" in result.decoded.subchannel_status, result  # type: ignore[union-attr]
-    test_who_is_there(guest, disk)
+    for what, ccws in BAD_PROGRAMS.items():
+        result = guest.ccws(*ccws)
+        assert "program-check" in result.decoded.subchannel_status, what  # type: ignore[union-attr]
+        test_who_is_there(guest, disk)
 
 
 def test_memory_that_devices_may_not_write_is_a_protection_check(guest: Guest, disk: Path) -> None:
@@ -182,27 +184,27 @@ def test_memory_that_devices_may_not_write_is_a_protection_check(guest: Guest, d
     assert result.decoded.subchannel_status == ["protection-check"]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("count, flags, wrong", [(5, 0, True), (32, 0, True), (7, 0, False), (5, 0x20, False)])
-def test_incorrect_length(guest: Guest, disk: Path, count: int, flags: int, wrong: bool) -> None:
-    result = guest.ccws(Ccw(0xE4, 0x2000, count, CcwFlags(flags)))
-    assert ("incorrect-length" in result.decoded.subchannel_status) is wrong  # type: ignore[union-attr]
-    assert result.decoded.residual_count == max(0, count - 7)  # type: ignore[union-attr]
+def test_incorrect_length(guest: Guest, disk: Path) -> None:
+    for count, flags, wrong in ((5, 0, True), (32, 0, True), (7, 0, False), (5, 0x20, False)):
+        result = guest.ccws(Ccw(0xE4, 0x2000, count, CcwFlags(flags)))
+        assert ("incorrect-length" in result.decoded.subchannel_status) is wrong  # type: ignore[union-attr]
+        assert result.decoded.residual_count == max(0, count - 7)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ({}, "Parameter 'orb' is missing: give the ORB's 12 bytes, or its fields"),
-        ({"orb": bytes(11)}, "An ORB has 12 bytes, got 11"),
-        ({"orb": bytes(12), "orb_fields": OrbFields(cpa=0)}, "exclude each other"),
-        ({"orb_fields": OrbFields(cpa=0x1004)}, "0x1004 is not a multiple of 8"),
-        ({"orb_fields": OrbFields(cpa=1 << 24, format=0)}, "not below 0x1000000"),
-        ({"orb_fields": OrbFields(cpa=0), "scsw": b"short"}, "'scsw' has 12 bytes, got 5"),
-    ],
-)
-def test_orbs_that_cannot_be(guest: Guest, disk: Path, arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(RemoteError, match=words):
-        guest.client.ccw_request(device="dev0", **arguments)
+BAD_ORBS: list[tuple[dict[str, Any], str]] = [
+    ({}, "Parameter 'orb' is missing: give the ORB's 12 bytes, or its fields"),
+    ({"orb": bytes(11)}, "An ORB has 12 bytes, got 11"),
+    ({"orb": bytes(12), "orb_fields": OrbFields(cpa=0)}, "exclude each other"),
+    ({"orb_fields": OrbFields(cpa=0x1004)}, "0x1004 is not a multiple of 8"),
+    ({"orb_fields": OrbFields(cpa=1 << 24, format=0)}, "not below 0x1000000"),
+    ({"orb_fields": OrbFields(cpa=0), "scsw": b"short"}, "'scsw' has 12 bytes, got 5"),
+]
+
+
+def test_orbs_that_cannot_be(guest: Guest, disk: Path) -> None:
+    for arguments, words in BAD_ORBS:
+        with pytest.raises(RemoteError, match=words):
+            guest.client.ccw_request(device="dev0", **arguments)
     test_who_is_there(guest, disk)
 
 
@@ -251,7 +253,7 @@ def unanswered(guest: Guest) -> bytes:
 
 def test_the_time_is_over_and_what_comes_late_is_told(guest: Guest, disk: Path) -> None:
     with guest.client.events("CCW_IO") as events:
-        with pytest.raises(RemoteError, match="No interrupt ended .* ccw-clear ends it") as caught:
+        with pytest.raises(RemoteError, match=r"No interrupt ended .* ccw-clear ends it") as caught:
             guest.client.ccw_request(device="dev0", orb=unanswered(guest), timeout_ms=20)
         assert caught.value.errno == "ETIMEDOUT"
         assert guest.client.query_subchannel(device="dev0").late == 1
@@ -341,24 +343,25 @@ def test_channel_io_is_for_subchannels(guest: Guest) -> None:
 def test_a_disk_is_one(guest: Guest, disk: Path, tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match="no more of type 'fba-ccw'"):
         guest.client.mdev_create(parent="fba", type="fba-ccw", parameters={"file": str(disk)})
-    with pytest.raises(RemoteError, match="in use as device 'dev0'|is in use"):
+    with pytest.raises(RemoteError, match="dev0"):
         guest.client.mdev_destroy(uuid=guest.uuid)
 
 
-@pytest.mark.parametrize(
-    "parameters, words",
-    [
-        ({}, "'file' is the absolute path"),
-        ({"file": "/nowhere"}, "'file': /nowhere: No such file"),
-        ({"file": "/dev/null"}, "regular file of whole blocks"),
-        ({"file": "/dev/null", "readonly": 1}, "'readonly' is true or false"),
-        ({"file": "/dev/null", "device-number": 1 << 16}, "'device-number' is a number"),
-    ],
-)
-def test_disks_that_cannot_be(guest: Guest, parameters: dict[str, Any], words: str) -> None:
+BAD_DISKS: list[tuple[dict[str, Any], str]] = [
+    ({}, "'file' is the absolute path"),
+    ({"file": "/nowhere"}, "'file': /nowhere: No such file"),
+    ({"file": "/dev/null"}, "regular file of whole blocks"),
+    ({"file": "/dev/null", "readonly": 1}, "'readonly' is true or false"),
+    ({"file": "/dev/null", "device-number": 1 << 16}, "'device-number' is a number"),
+]
+
+
+def test_disks_that_cannot_be(guest: Guest) -> None:
+    guest.client.query_mdev_types()
     before = guest.manager.open_fds()
-    with pytest.raises(RemoteError, match=words):
-        guest.client.mdev_create(parent="fba", type="fba-ccw", parameters=parameters)
+    for parameters, words in BAD_DISKS:
+        with pytest.raises(RemoteError, match=words):
+            guest.client.mdev_create(parent="fba", type="fba-ccw", parameters=parameters)
     assert guest.manager.open_fds() == before
 
 
