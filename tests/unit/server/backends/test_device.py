@@ -63,10 +63,10 @@ def test_messages_of_a_kernel_that_has_them(host: Host, device: Backend) -> None
         assert (info.type, info.messages) == (kind, messages)
         assert host.kernel.log.count("VFIO_DEVICE_GET_IRQ_INFO") == asked + 2
     host.kernel.device(NAME).irq_capabilities[index] = (vfio.UnknownCapability(3, 1, b""),)
-    with pytest.raises(OperationFailed, match="EPROTO.*TYPE has"):
+    with pytest.raises(OperationFailed, match=r"EPROTO.*TYPE has"):
         device.irq_info(index)
     host.kernel.device(NAME).irq_capabilities[index] = (vfio.UnknownCapability(9, 1, bytes(2 << 20)),)
-    with pytest.raises(OperationFailed, match="EPROTO.*does not fit"):
+    with pytest.raises(OperationFailed, match=r"EPROTO.*does not fit"):
         device.irq_info(index)
 
 
