@@ -13,7 +13,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from tests.bench.measuring import Line, paired, per_call
-from tests.bench.processes import Process, Wire, compiled_floor, steal_fd, vfiod
+from tests.bench.processes import Process, Wire, compiled, steal_fd, vfiod
 
 from vfiod.protocol.fd import FileDescriptor
 
@@ -86,7 +86,7 @@ def _start(process: Process, wire: Wire, stack: ExitStack, device: str, index: i
 
 def _relayed(process: Process, wire: Wire, rounds: int) -> Iterator[Line]:
     what = "platform, relayed level interrupt and its EOI, to C: epoll, two writes"
-    floor = compiled_floor()
+    floor = compiled("floor")
     if floor is None:
         yield Line(what, None, budget=1.6, note="left out: no C compiler")
         return
