@@ -171,7 +171,7 @@ class Machine:
         return replace(origin, iommufd=IommufdSource(origin.iommufd.object_id, fd))
 
     def check_mediated(self, uuid: str, driver: str) -> Awaitable[tuple[Check, ...]]:
-        """What a dry run says of a mediated device for that device driver."""
+        """What a dry run says of a mediated device."""
         return self._change("device_add (dry run)", lambda: self.sources.mediated.check(uuid, driver))
 
     def _with_container(self, origin: GroupOrigin, container_object: str | None) -> GroupOrigin:
