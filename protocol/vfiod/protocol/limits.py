@@ -39,6 +39,19 @@ MAX_INBAND_QUEUE: Final = 8
 MAX_JSONRPC_IN_FLIGHT: Final = 64
 """JSON-RPC requests in flight per session; beyond it the session is not read."""
 
+MAX_BUS_IN_FLIGHT: Final = 64
+"""Calls in flight for one client of the bus; one more is refused, as a queue without end would hide it."""
+
+MAX_BUS_CALLS: Final = 1024
+"""Calls in flight on the bus; beyond it no further message is taken, and clients' own queues fill."""
+
+BUS_QUEUE: Final = 1000
+"""Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
+whose queue is full misses those that follow, and sees that by their numbers."""
+
+BUS_LINGER_MS: Final = 500
+"""How long, at the end, what waits for peers of the bus may take to leave."""
+
 MAX_REPLY_BACKLOG: Final = 8 * 1024 * 1024
 """Bytes of replies a session may leave unread before vfiod stops reading its requests."""
 
