@@ -381,12 +381,12 @@ class AsyncMethods:
         *,
         device: str | UnsetType = UNSET,
         index: int | str | UnsetType = UNSET,
-        indexes: list[int | str] | UnsetType = UNSET,
         vectors: list[int] | UnsetType = UNSET,
         eventfds: list[values.VectorFds] | UnsetType = UNSET,
         first_number: int | UnsetType = UNSET,
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
@@ -403,10 +403,10 @@ class AsyncMethods:
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
-            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -421,12 +421,12 @@ class AsyncMethods:
             IrqStart(
                 device=device,
                 index=index,
-                indexes=indexes,
                 vectors=vectors,
                 eventfds=eventfds if isinstance(eventfds, UnsetType) else [part.lend(lent) for part in eventfds],
                 first_number=first_number,
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
+                indexes=indexes,
             ),
             fds=lent.named,
             timeout=timeout,

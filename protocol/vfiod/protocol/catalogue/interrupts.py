@@ -94,12 +94,12 @@ class IrqStart(Arguments[IrqStartResult]):
 
     device: str | UnsetType = UNSET
     index: IrqName | UnsetType = UNSET
-    indexes: Indexes | UnsetType = UNSET
     vectors: Vectors | UnsetType = UNSET
     eventfds: Annotated[list[VectorFds], Meta(min_length=1, max_length=MAX_FDS_PER_MESSAGE)] | UnsetType = UNSET
     first_number: Number | UnsetType = UNSET
     routes: list[Route] | UnsetType = UNSET
     mode: IrqMode | UnsetType = UNSET
+    indexes: Indexes | UnsetType = UNSET
 
 
 @command("irq-stop", Family.INTERRUPTS, device="device")
