@@ -102,6 +102,19 @@ CLOSE_TIMEOUT_MS: Final = 10_000
 DEFAULT_MMAP_TIMEOUT_MS: Final = 1_100
 """Milliseconds before the fast path returns after an interrupt (QEMU ``hw/vfio/pci.c``)."""
 
+DEFAULT_CCW_TIMEOUT_MS: Final = 10_000
+"""Milliseconds a ``ccw-request`` waits for its interrupt: longer than a disk's own retries take."""
+
+MAX_CCW_QUEUE: Final = 64
+"""Requests that wait for one subchannel (``queue``). A guest has one outstanding; a person's scripts a few."""
+
+MAX_CRWS: Final = 64
+"""Channel reports read at once, and kept for ``query-crw``: the kernel's own list is short-lived and smaller."""
+
+MAX_CHANNEL_COMMANDS: Final = 4096
+"""CCWs a built-in subchannel follows in one program before it says program check: a guest's loop must end. The kernel
+takes 255 in one chain; a device that loops by status modifier needs more."""
+
 MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
 """Milliseconds: the longest time-out a command takes."""
 

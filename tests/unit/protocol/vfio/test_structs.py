@@ -1,4 +1,7 @@
-"""Structures as bytes: literal ones, round trips, and what an enemy may send."""
+"""Structures as bytes: literal ones, round trips, and what an enemy may send.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Regions: what is refused before any access, the two ways an access goes, and what is given away."""
+"""Regions: what is refused before any access, the two ways an access goes, and what is given away.
+
+Rules are those of behaviour.md, section 3.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""irq-start, irq-stop, irq-route: what is set up in which order, what is refused; failing changes nothing."""
+"""irq-start, irq-stop, irq-route: what is set up in which order, what is refused; failing changes nothing.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

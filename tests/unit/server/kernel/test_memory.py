@@ -1,4 +1,7 @@
-"""Shared memory and windows onto regions, on real files."""
+"""Shared memory and windows onto regions, on real files.
+
+Rules are those of behaviour.md, section 3.
+"""
 
 from __future__ import annotations
 

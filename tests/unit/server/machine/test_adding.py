@@ -1,4 +1,7 @@
-"""``device_add``: what is refused and how, what is undone, what a dry run says."""
+"""``device_add``: what is refused and how, what is undone, what a dry run says.
+
+Rules are those of behaviour.md, sections 1 and 4.
+"""
 
 import asyncio
 import os
