@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import GroupInfo
@@ -22,7 +23,9 @@ from vfiod.server.mdev.space import Piece
 
 __all__ = ["VfioUserBackend", "VfioUserSpace"]
 
-ALL_ADDRESSES = (0, (1 << 64) - 1)
+T = TypeVar("T")
+
+ALL_ADDRESSES: Final = (0, (1 << 64) - 1)
 
 
 class VfioUserSpace:
@@ -95,7 +98,7 @@ class VfioUserBackend:
         """See :class:`Backend`."""
         return self._known(self._peer.facts.irqs, index, "DEVICE_GET_IRQ_INFO")
 
-    def _known[T](self, known: tuple[T | OperationFailed, ...], index: int, operation: str) -> T:
+    def _known(self, known: tuple[T | OperationFailed, ...], index: int, operation: str) -> T:
         if not 0 <= index < len(known):
             raise OperationFailed(f"VFIO_USER_{operation}", f"{self.name} index {index}", errno="EINVAL")
         told = known[index]

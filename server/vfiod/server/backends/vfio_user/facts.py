@@ -133,9 +133,9 @@ _DEADLY: Final = frozenset({"ENOTCONN", "ETIMEDOUT", "EPROTO"})
 
 
 def _ask_region(link: Link, index: int) -> tuple[vfio.RegionInfo, FileDescriptor | None]:
-    argsz = _FIRST_ASK
+    needed = _FIRST_ASK
     for _ in range(2):
-        reply = link.ask(GetRegionInfo(index, argsz))
+        reply = link.ask(GetRegionInfo(index, needed))
         try:
             told = reply.payload
             if not isinstance(told, RegionInfoReply) or told.info.index != index:
@@ -143,15 +143,16 @@ def _ask_region(link: Link, index: int) -> tuple[vfio.RegionInfo, FileDescriptor
             if told.complete:
                 if told.info.size >= 1 << 63:
                     raise _wrong(link, "DEVICE_GET_REGION_INFO", f"region {index} has {told.info.size} bytes")
-                fd = reply.fds.pop(0) if reply.fds else None
-                return told.info, fd
+                return told.info, reply.fds.pop(0) if reply.fds else None
+            needed = told.needed
         finally:
             reply.close()
-        if told.needed > VFIO_USER_MAX_INFO:
+        if needed > VFIO_USER_MAX_INFO:
             break
-        argsz = told.needed
     raise _wrong(
-        link, "DEVICE_GET_REGION_INFO", f"what it has to say of region {index} takes {told.needed} bytes, it never ends"
+        link,
+        "DEVICE_GET_REGION_INFO",
+        f"what it has to say of region {index} takes {needed} bytes, and never comes whole",
     )
 
 
@@ -187,9 +188,7 @@ def _identity(link: Link, regions: tuple[vfio.RegionInfo | OperationFailed, ...]
     region = regions[config] if config < len(regions) else None
     if not isinstance(region, vfio.RegionInfo) or region.size < 64 or not region.readable:
         return b""
-    return b"".join(
-        link.ask_for(RegionRead(config, offset, size), RegionData).data for offset, size in _IDENTITY
-    )
+    return b"".join(link.ask_for(RegionRead(config, offset, size), RegionData).data for offset, size in _IDENTITY)
 
 
 def _wrong(link: Link, operation: str, why: str) -> OperationFailed:

@@ -44,8 +44,6 @@ _ROUNDS: Final = 32
 
 P = TypeVar("P")
 
-P = TypeVar("P")
-
 Serve = Callable[[Request], "Payload | str"]
 """Does what the server asks for; the reply's body, or the name of an errno. In any thread."""
 
@@ -225,14 +223,6 @@ class Link:
         if isinstance(outcome, Failure):
             raise self._refused(outcome)
         return outcome
-
-    def ask_for(self, payload: Payload, kind: type[P], *, command: Command | None = None) -> P:
-        """:meth:`ask` for a reply of one kind, without fds."""
-        reply = self.ask(payload, command=command)
-        reply.close()
-        if not isinstance(reply.payload, kind):
-            raise TypeError(f"The reply to {reply.command.name} is {type(reply.payload).__name__}")
-        return reply.payload
 
     def ask_for(self, payload: Payload, kind: type[P], *, command: Command | None = None) -> P:
         """:meth:`ask` for a reply of one kind, without fds."""

@@ -110,6 +110,7 @@ class Peer:
         self._keeping = threading.RLock()
         self._state = _State.LOST
         self._reason = "it is not connected"
+        self._making: Link | None = None  # a connection that is not usable yet
         self._link, self._agreement, self.facts = self._opened()
         self._state = _State.CONNECTED
         self._watch(self._link)
@@ -243,21 +244,28 @@ class Peer:
 
     def _opened(self) -> tuple[Link, Agreement, Facts]:
         """Connect, shake hands, look. Blocks. Raises OperationFailed, and leaves nothing open then."""
-        link = Link(
-            self._connect(), self.what, timeout_ms=self._timeout_ms, serve=self._serve, lost=lambda _: None
-        )
+        link = Link(self._connect(), self.what, timeout_ms=self._timeout_ms, serve=self._serve, lost=lambda _: None)
         link.on_lost = lambda reason: self.on_loop.soon(lambda: self._lost(link, reason))
+        self._making = link
+        if self._state is _State.CLOSED:
+            link.hang_up()
         try:
             agreement = _shake_hands(link)
             return link, agreement, look(link)
         except BaseException:
             link.close()
             raise
+        finally:
+            self._making = None
 
     def _watch(self, link: Link) -> None:
         def watch() -> None:
+            if link is not self._link or self._state is not _State.CONNECTED:
+                return
             if link.lost is None:
                 self.on_loop.loop.add_reader(link.fileno(), link.ready)
+            else:
+                self._lost(link, link.lost)
 
         self.on_loop.soon(watch)
 
@@ -335,6 +343,9 @@ class Peer:
             return
         former, self._state = self._state, _State.CLOSED
         self._reason = "it is closed"
+        making = self._making
+        if making is not None:
+            making.hang_up()
         if former is _State.CONNECTED:
             self._link.hang_up()  # whoever waits for it, also with the lock held, hears that at once
         with self._keeping:

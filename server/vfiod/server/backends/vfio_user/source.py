@@ -161,5 +161,3 @@ def _passed(origin: VfioUserOrigin, fd: FileDescriptor) -> socket.socket:
         sock.close()
         raise InvalidArgument(f"Parameter 'socket-fd': {origin.what} is not a Unix stream socket")
     return sock
-
-
