@@ -386,6 +386,8 @@ class AsyncMethods:
         Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
         ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
         direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
+        and the reply has the message of each.
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
