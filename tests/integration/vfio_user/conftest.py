@@ -8,13 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vfiod.client.events import Event
 from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -36,6 +35,7 @@ class Bench:
         self.place = place
         self.path = place / "device.sock"
         self.client = Client.connect(server.path, timeout=PATIENCE)
+        self.events = self.client.events()
         self.programs: list[subprocess.Popen[bytes]] = []
         self.fds: list[FileDescriptor] = []
 
@@ -76,8 +76,7 @@ class Bench:
         fd = FileDescriptor(os.memfd_create("guest"))
         self.fds.append(fd)
         os.ftruncate(fd.number, size)
-        self.client.getfd("ram", fd=fd.number) if False else self.client.getfd(fdname="ram", fds=[fd.number])
-        self.client.dma_map(iova=iova, size=size, fd="ram", readonly=readonly)
+        self.client.dma_map(iova=iova, size=size, fd=fd, readonly=readonly)
         return fd
 
     def dma(self, how: int, iova: int, count: int) -> int:
@@ -88,13 +87,19 @@ class Bench:
         self.set(DMA, how)
         return self.get(ERROR)
 
-    def wait(self, name: str, matches: Callable[[Any], bool] = lambda _: True) -> Any:
-        """The data of the next event of this name that matches."""
-        for event in self.client.events(timeout=PATIENCE):
-            assert isinstance(event, Event)
-            if event.name == name and matches(event.data):
-                return event.data
-        raise AssertionError(f"{name} never came")
+    def eventfd(self) -> FileDescriptor:
+        """Blocking: the tests wait for what it says, however long it takes."""
+        self.fds.append(FileDescriptor(os.eventfd(0)))
+        return self.fds[-1]
+
+    def wait(self, name: str) -> Any:
+        """The data of the next event of this name."""
+        while (event := self.events.get(PATIENCE)).name != name:
+            pass
+        return event.data
+
+    def server_fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.server.pid}/fd"))
 
     def close(self) -> None:
         self.client.close()

@@ -180,7 +180,8 @@ class Client:
                 flags |= vfio.IrqFlags.MASKABLE | vfio.IrqFlags.AUTOMASKED
             return vu.IrqInfoReply(vfio.IrqInfo(asked.index, flags, counts.get(asked.index, 0)))
         if isinstance(asked, vu.SetIrqs):
-            return self.set_irqs(request, asked)
+            self.set_irqs(request, asked)
+            return None
         if isinstance(asked, vu.RegionRead):
             data = self.read(asked.region, asked.offset, asked.count)
             return vu.RegionData(asked.region, asked.offset, data)

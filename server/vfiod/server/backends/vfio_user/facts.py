@@ -84,8 +84,14 @@ def _plain(irq: vfio.IrqInfo | OperationFailed) -> object:
     return None if isinstance(irq, OperationFailed) else irq
 
 
-def look(link: Link) -> Facts:
-    """Ask for everything. Blocks. Raises OperationFailed; leaves no fd open then."""
+def look(link: Link, *, takes_fds: bool) -> Facts:
+    """Ask for everything. Blocks. Raises OperationFailed; leaves no fd open then.
+
+    Args:
+        link: after the handshake.
+        takes_fds: the server takes fds. One that does not can signal no interrupt: its device has none.
+
+    """
     info = link.ask_for(GetDeviceInfo(), DeviceInfoReply).info
     if info.num_regions > VFIO_USER_MAX_REGIONS or info.num_irqs > VFIO_USER_MAX_IRQS:
         raise _wrong(
@@ -97,7 +103,7 @@ def look(link: Link) -> Facts:
     files: dict[int, FileDescriptor] = {}
     try:
         regions = tuple(_region(link, index, files) for index in range(info.num_regions))
-        irqs = tuple(_irq(link, index) for index in range(info.num_irqs))
+        irqs = tuple(_irq(link, index, usable=takes_fds) for index in range(info.num_irqs))
         return Facts(info, regions, irqs, files, _identity(link, regions))
     except BaseException:
         for fd in files.values():
@@ -170,7 +176,7 @@ def _why_not(fd: FileDescriptor, info: vfio.RegionInfo) -> str | None:
     return None if stat.S_ISCHR(status.st_mode) else "its fd is neither a file nor a device"
 
 
-def _irq(link: Link, index: int) -> vfio.IrqInfo | OperationFailed:
+def _irq(link: Link, index: int, *, usable: bool) -> vfio.IrqInfo | OperationFailed:
     try:
         info = link.ask_for(GetIrqInfo(index), IrqInfoReply).info
     except OperationFailed as error:
@@ -179,7 +185,9 @@ def _irq(link: Link, index: int) -> vfio.IrqInfo | OperationFailed:
         return error
     if info.index != index:
         raise _wrong(link, "DEVICE_GET_IRQ_INFO", f"it answers for another index than {index}")
-    return info
+    if info.count and not usable:
+        _log.warning("%s: interrupt index %d cannot be used: the server takes no fds (max_msg_fds)", link.what, index)
+    return info if usable else vfio.IrqInfo(index)
 
 
 def _identity(link: Link, regions: tuple[vfio.RegionInfo | OperationFailed, ...]) -> bytes:

@@ -198,14 +198,6 @@ class Peer:
             self._armed.note(request)
 
     def _send_irqs(self, link: Link, agreement: Agreement, request: vfio.SetIrqs) -> None:
-        wants_fds = any(fd >= 0 for fd in request.fds)
-        if wants_fds and not agreement.send_fds:
-            raise OperationFailed(
-                "VFIO_USER_DEVICE_SET_IRQS",
-                self.what,
-                errno="EOPNOTSUPP",
-                advice="the server takes no fds (max_msg_fds is 0), so it can signal no interrupt",
-            )
         messages = split_irqs(request, max(1, agreement.send_fds))
         for place, (message, fds) in enumerate(messages):
             try:
@@ -251,7 +243,7 @@ class Peer:
             link.hang_up()
         try:
             agreement = _shake_hands(link)
-            return link, agreement, look(link)
+            return link, agreement, look(link, takes_fds=agreement.send_fds > 0)
         except BaseException:
             link.close()
             raise
@@ -260,7 +252,7 @@ class Peer:
 
     def _watch(self, link: Link) -> None:
         def watch() -> None:
-            if link is not self._link or self._state is not _State.CONNECTED:
+            if self._state is not _State.CONNECTED or link is not self._link:
                 return
             if link.lost is None:
                 self.on_loop.loop.add_reader(link.fileno(), link.ready)
@@ -274,7 +266,7 @@ class Peer:
 
     def _lost(self, link: Link, reason: str) -> None:
         """On the loop."""
-        if link is not self._link or self._state is not _State.CONNECTED:
+        if self._state is not _State.CONNECTED or link is not self._link:
             return
         self.on_loop.loop.remove_reader(link.fileno())
         self._state = _State.LOST
