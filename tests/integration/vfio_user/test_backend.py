@@ -171,5 +171,5 @@ def test_errors_of_its_own_are_told(bench: Bench) -> None:
     bench.start()
     bench.add()
     assert bench.get(ERROR) == 0
-    with pytest.raises(RemoteError, match="VFIO_USER_REGION_WRITE on .* failed with ENOTCONN: it hung up"):
+    with pytest.raises(RemoteError, match=r"VFIO_USER_REGION_WRITE on .* failed with ENOTCONN: it hung up"):
         bench.set(MISBEHAVE, 2)

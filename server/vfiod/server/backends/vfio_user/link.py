@@ -31,7 +31,7 @@ from msgspec import Struct
 from vfiod.protocol import vfio_user
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FD_BYTES, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all, rights_of
-from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK, VFIO_USER_MAX_BACKLOG
+from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK, VFIO_USER_MAX_UNREAD
 from vfiod.protocol.vfio_user import Broken, Channel, Command, Failure, Outgoing, Payload, Rejected, Reply, Request
 
 __all__ = ["Link", "Serve"]
@@ -390,7 +390,7 @@ class Link:
         except OSError as error:
             self._lose(f"writing to it failed: {error.strerror}")
             return
-        if side.queued - side.gone > VFIO_USER_MAX_BACKLOG:
+        if side.queued - side.gone > VFIO_USER_MAX_UNREAD:
             self._lose(f"it has left {side.queued - side.gone} bytes unread")
 
     # --- the end ----------------------------------------------------------------------------------------------
