@@ -386,21 +386,27 @@ class AsyncMethods:
         first_number: int | UnsetType = UNSET,
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-        Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-        ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-        direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+        interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+        device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+        ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+        resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+        cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
         A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
         and the reply has the message of each.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -420,6 +426,7 @@ class AsyncMethods:
                 first_number=first_number,
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
+                indexes=indexes,
             ),
             fds=lent.named,
             timeout=timeout,
@@ -436,7 +443,7 @@ class AsyncMethods:
         """Stop the interrupts of a device, of one index, or some vectors of it.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -452,7 +459,7 @@ class AsyncMethods:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -469,7 +476,7 @@ class AsyncMethods:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -485,7 +492,7 @@ class AsyncMethods:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -502,7 +509,7 @@ class AsyncMethods:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -526,7 +533,7 @@ class AsyncMethods:
         Without ``number`` the route is disabled: torn down and left so. An unchanged route does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -1218,7 +1225,7 @@ class AsyncMethods:
         """Read a register (``size``), or bytes (``length``). Reading a device may change it.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             length: How many bytes, by the widest accesses that fit (1 to 1048576).
@@ -1246,7 +1253,7 @@ class AsyncMethods:
         """Write a register (``size`` and ``value``), or bytes (``data``).
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
@@ -1271,7 +1278,7 @@ class AsyncMethods:
         completed by the first access: use ``irq-eoi`` or a resample eventfd.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -1291,7 +1298,7 @@ class AsyncMethods:
         cannot know who else has the fd by now.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

@@ -75,6 +75,7 @@ class Device(ABC):
     Attributes:
         driver: which model this is.
         hot_resettable: whether devices of this class share resets with others (``hot-reset``): PCI only.
+        on_platform_bus: whether ``irq-start`` without a device ("machine complete") starts its interrupts.
         lane: the order of its commands.
         claim: who has it for itself: the client of an export.
         state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
@@ -83,6 +84,7 @@ class Device(ABC):
 
     driver: ClassVar[Driver]
     hot_resettable: ClassVar[bool] = False
+    on_platform_bus: ClassVar[bool] = False
 
     def __init__(
         self,

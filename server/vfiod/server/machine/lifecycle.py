@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.devices.environment import Environment
     from vfiod.server.devices.model import Options
     from vfiod.server.devices.regions import Region
+    from vfiod.server.machine.completion import Completion
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -120,6 +121,9 @@ class Devices:
         topology: the lane in which devices come and go.
         on_deleted: called on the loop after each ``DEVICE_DELETED``.
 
+    Attributes:
+        completion: how devices are started that are added after the machine was complete; None: it is not yet.
+
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class Devices:
         self._on_deleted = on_deleted
         self._added: dict[str, _Added] = {}  # by name, oldest first
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.completion: Completion | None = None
         self._anonymous = 0
         self._refusal: CommandError | None = None
         self.on_gone: Callable[[str], None] | None = None
@@ -241,6 +246,8 @@ class Devices:
                 await turn.run(realize)
                 try:
                     device.start()
+                    if self.completion is not None:
+                        self.completion.added(device)
                 except BaseException:
                     await self._shut(added, turn)
                     raise
