@@ -39,6 +39,19 @@ MAX_INBAND_QUEUE: Final = 8
 MAX_JSONRPC_IN_FLIGHT: Final = 64
 """JSON-RPC requests in flight per session; beyond it the session is not read."""
 
+MAX_BUS_IN_FLIGHT: Final = 64
+"""Calls in flight for one client of the bus; one more is refused, as a queue without end would hide it."""
+
+MAX_BUS_CALLS: Final = 1024
+"""Calls in flight on the bus; beyond it no further message is taken, and clients' own queues fill."""
+
+BUS_QUEUE: Final = 1000
+"""Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
+whose queue is full misses those that follow, and sees that by their numbers."""
+
+BUS_LINGER_MS: Final = 500
+"""How long, at the end, what waits for peers of the bus may take to leave."""
+
 MAX_REPLY_BACKLOG: Final = 8 * 1024 * 1024
 """Bytes of replies a session may leave unread before vfiod stops reading its requests."""
 
@@ -76,6 +89,9 @@ MAX_OBJECTS: Final = 4096
 
 MAX_MAPPINGS: Final = 65_535
 """Guest memory mappings: type1's default ``dma_entry_limit`` and vfio-user's ``max_dma_maps``."""
+
+MAX_CLIENT_FILES: Final = 512
+"""Files of memory that all clients of exports have mapped. A VM has one per memory backend (QEMU: 256 slots)."""
 
 MAX_ID: Final = 127
 """Characters of a device's or object's id."""
@@ -170,3 +186,22 @@ VFIO_USER_MAX_PENDING: Final = 4096
 
 VFIO_USER_MAX_INFO: Final = 64 * 1024
 """Bytes of a region's information with its capabilities, or of a region's ioeventfds, that vfiod asks for or sends."""
+
+VFIO_USER_MAX_QUEUE: Final = 4 * 1024 * 1024
+"""Bytes of requests a client may have waiting behind one that takes long; beyond it its socket is not read. While vfiod
+waits for an answer of the same client's, eight times as much: the answer stands behind them."""
+
+VFIO_USER_MAX_BACKLOG: Final = 4 * 1024 * 1024
+"""Bytes of replies a client may leave unread before vfiod stops executing its requests: a few transfers."""
+
+VFIO_USER_DMA_TIMEOUT_MS: Final = 5_000
+"""Milliseconds a device waits for its client to answer DMA_READ or DMA_WRITE: QEMU's own patience with servers."""
+
+VFIO_USER_HANDSHAKE_MS: Final = 5_000
+"""Milliseconds a client may take to send VERSION: it keeps others from coming in."""
+
+VFIO_USER_PARTING_MS: Final = 1_000
+"""Milliseconds a client that is disconnected may take to read the last reply."""
+
+MAX_EXPORTS: Final = 4096
+"""Exports of one machine: as many as devices."""

@@ -39,6 +39,13 @@ from vfiod.protocol.catalogue.devices import (
     Topology,
     TopologyFormat,
 )
+from vfiod.protocol.catalogue.exports import (
+    DeviceExportAdd,
+    DeviceExportDel,
+    ExportInfo,
+    ExportType,
+    QueryDeviceExports,
+)
 from vfiod.protocol.catalogue.fds import (
     AddFd,
     AddFdResult,
@@ -379,21 +386,27 @@ class AsyncMethods:
         first_number: int | UnsetType = UNSET,
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-        Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-        ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-        direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+        interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+        device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+        ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+        resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+        cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
         A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
         and the reply has the message of each.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -413,6 +426,7 @@ class AsyncMethods:
                 first_number=first_number,
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
+                indexes=indexes,
             ),
             fds=lent.named,
             timeout=timeout,
@@ -429,7 +443,7 @@ class AsyncMethods:
         """Stop the interrupts of a device, of one index, or some vectors of it.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -445,7 +459,7 @@ class AsyncMethods:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -462,7 +476,7 @@ class AsyncMethods:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -478,7 +492,7 @@ class AsyncMethods:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -495,7 +509,7 @@ class AsyncMethods:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -519,7 +533,7 @@ class AsyncMethods:
         Without ``number`` the route is disabled: torn down and left so. An unchanged route does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -598,7 +612,7 @@ class AsyncMethods:
         return await self.call(DmaUnmap(iova=iova, size=size), timeout=timeout)
 
     async def query_dma(self, *, oob: bool = False, timeout: float | None = None) -> list[MappingInfo]:
-        """List guest memory mappings, lowest address first. Every address space has all of them.
+        """List guest memory mappings: the machine's, which every address space has, then those of clients of exports.
 
         Args:
             oob: Run out of band, ahead of commands that wait.
@@ -1020,6 +1034,81 @@ class AsyncMethods:
         """
         return await self.call(QueryMachine(), oob=oob, timeout=timeout)
 
+    async def device_export_add(
+        self,
+        *,
+        id: str,
+        type: ExportType | Literal["vfio-user"],
+        device: str,
+        path: str | UnsetType = UNSET,
+        fd: Fd | UnsetType = UNSET,
+        socket_mode: int | UnsetType = UNSET,
+        socket_group: str | UnsetType = UNSET,
+        timeout: float | None = None,
+    ) -> Empty:
+        """Offer a device to a hypervisor by a socket: ``-device vfio-user-pci`` of QEMU attaches there.
+
+        One client at a time; the next may attach when it is gone. While one is attached the monitor may look at the
+        device, but changes nothing of it unless ``force`` is given. Sockets are for the server's own user and root
+        (mode 0600), and for the users of ``--allow-uid`` with a mode and group that let them in.
+
+        Args:
+            id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
+            device: The device's id, or its path.
+            path: Of the socket to make.
+            fd: Instead: a Unix socket that listens, or one that is connected already. An open fd, lent; or a name
+                the server knows (length 1 to 255).
+            socket_mode: Permission bits of the socket file, as a number: 384 is 0600, 432 is 0660 (0 to 511).
+            socket_group: The socket's group, by name or number; its mode is 0660 then.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        lent = LentFds()
+        return await self.call(
+            DeviceExportAdd(
+                id=id,
+                type=ExportType(type),
+                device=device,
+                path=path,
+                fd=lent.name(fd),
+                socket_mode=socket_mode,
+                socket_group=socket_group,
+            ),
+            fds=lent.named,
+            timeout=timeout,
+        )
+
+    async def device_export_del(self, *, id: str, force: bool = False, timeout: float | None = None) -> Empty:
+        """Close an export. Refused while a client is attached, unless ``force`` is given: then it is disconnected.
+
+        Ends in one ``DEVICE_EXPORT_DELETED``. The device stays.
+
+        Args:
+            id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(DeviceExportDel(id=id, force=force), timeout=timeout)
+
+    async def query_device_exports(self, *, oob: bool = False, timeout: float | None = None) -> list[ExportInfo]:
+        """List exports, and who is attached.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QueryDeviceExports(), oob=oob, timeout=timeout)
+
     async def query_mdev_types(self, *, oob: bool = False, timeout: float | None = None) -> list[MdevTypeInfo]:
         """List what mediated devices can be made, and which exist.
 
@@ -1121,7 +1210,7 @@ class AsyncMethods:
         """Read a register (``size``), or bytes (``length``). Reading a device may change it.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             length: How many bytes, by the widest accesses that fit (1 to 1048576).
@@ -1149,7 +1238,7 @@ class AsyncMethods:
         """Write a register (``size`` and ``value``), or bytes (``data``).
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
@@ -1174,7 +1263,7 @@ class AsyncMethods:
         completed by the first access: use ``irq-eoi`` or a resample eventfd.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -1194,7 +1283,7 @@ class AsyncMethods:
         cannot know who else has the fd by now.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

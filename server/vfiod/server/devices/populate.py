@@ -110,8 +110,9 @@ def _irq(device: str, backend: Backend, index: int) -> PciIrqIndex:
     try:
         info = backend.irq_info(index)
     except OperationFailed as error:
-        # The kernel has no ERR on a conventional bus, and none of what it does not know.
-        if index < _LEAST_IRQS or error.errno != "EINVAL":
+        # The kernel has no ERR on a conventional bus, and mediated drivers say EINVAL to whatever they do not have
+        # (mtty to MSI-X, ERR and REQ).
+        if error.errno != "EINVAL":
             raise
         info = vfio.IrqInfo(index)
     one = PciIrqIndex(device, info)

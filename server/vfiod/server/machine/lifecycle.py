@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.devices.device import Device
     from vfiod.server.devices.model import Options
     from vfiod.server.devices.regions import Region
+    from vfiod.server.machine.completion import Completion
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -116,6 +117,9 @@ class Devices:
         topology: the lane in which devices come and go.
         on_deleted: called on the loop after each ``DEVICE_DELETED``.
 
+    Attributes:
+        completion: how devices are started that are added after the machine was complete; None: it is not yet.
+
     """
 
     def __init__(
@@ -133,8 +137,11 @@ class Devices:
         self._on_deleted = on_deleted
         self._added: dict[str, _Added] = {}  # by name, oldest first
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.completion: Completion | None = None
         self._anonymous = 0
         self._refusal: CommandError | None = None
+        self.on_gone: Callable[[str], None] | None = None
+        """Called on the loop with the name of each device that is closed, before its ``DEVICE_DELETED``."""
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -230,6 +237,8 @@ class Devices:
                 await turn.run(realize)
                 try:
                     device.start()
+                    if self.completion is not None:
+                        self.completion.added(device)
                 except BaseException:
                     await self._shut(added, turn)
                     raise
@@ -284,6 +293,8 @@ class Devices:
     def _begin(self, added: _Added, unplug: _Unplug) -> None:
         added.unplug = unplug
         former, added.device.state = added.device.state, DeviceState.UNPLUGGING
+        if added.device.claim is not None:
+            added.device.claim.asked_to_go()
         self._own(self._unplug_logged(added, unplug, former))
 
     async def _unplug_logged(self, added: _Added, unplug: _Unplug, former: DeviceState) -> None:
@@ -357,6 +368,12 @@ class Devices:
 
     # --- the rest of the machine ------------------------------------------------------------------------
 
+    def holder_gone(self, name: str) -> None:
+        """Somebody who held a device has let go of it: a removal may go on."""
+        added = self._added.get(name)
+        if added is not None:
+            self._wake(added)
+
     def session_ended(self, session: int) -> None:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
@@ -415,6 +432,8 @@ class Devices:
         added.lane.on_idle = None
         added.lane.close(DeviceNotFound.named(added.device.name))
         self._added.pop(added.device.name, None)
+        if self.on_gone is not None:
+            self.on_gone(added.device.name)
 
     @staticmethod
     def _wake(added: _Added) -> None:
