@@ -30,6 +30,7 @@ from uuid import UUID
 from tests.unit.server import fake_iommufd
 from tests.unit.server.fake_device import FakeDevice, refuse
 from tests.unit.server.fake_iommufd import FakeCdevFile, FakeIoas, FakeIommufd
+from tests.unit.server.fake_platform import FakePlatformDevice
 
 from vfiod.protocol import vfio
 from vfiod.protocol.fd import FdKind
@@ -119,6 +120,18 @@ class FakeKernel(Syscalls):
     def add_device(self, name: str, group: int, *, noiommu: bool = False, **settings: object) -> FakeDevice:
         """A device of the host; ``settings`` are attributes of :class:`FakeDevice`."""
         device = FakeDevice(name, group, len(self.devices))
+        for key, value in settings.items():
+            getattr(device, key)
+            setattr(device, key, value)
+        self.devices[name] = device
+        self.groups.setdefault(group, FakeGroup(group, noiommu))
+        return device
+
+    def add_platform_device(
+        self, name: str, group: int, *, noiommu: bool = False, **settings: object
+    ) -> FakePlatformDevice:
+        """A platform device of the host; ``settings`` are attributes of :class:`FakePlatformDevice`."""
+        device = FakePlatformDevice(name, group, len(self.devices))
         for key, value in settings.items():
             getattr(device, key)
             setattr(device, key, value)
