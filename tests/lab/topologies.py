@@ -201,9 +201,8 @@ SHORT = Topology(
     devices=(
         INTEL_IOMMU,
         port("port1", 0x11, chassis=1),
-        device(
-            "nvme", "nvme-port", "port1", 0, serial=NVME_SERIAL, drive="disk0", msix_qsize=str(SHORT_NVME_VECTORS)
-        ).replace("msix-qsize", "msix_qsize"),
+        device("nvme", "nvme-port", "port1", 0, serial=NVME_SERIAL, drive="disk0")
+        + f",msix_qsize={SHORT_NVME_VECTORS}",
         *_XHCI,
     ),
     arguments=NVME.arguments,
@@ -231,6 +230,34 @@ NOIOMMU = Topology(
         device("edu", "edu-port", "port1", 0),
     ),
     kernel_arguments=(),
+)
+
+
+# --- for tests/bench -----------------------------------------------------------------------------
+
+#: Three edu, each alone behind a root port: vfiod's, the C program's, and one for a backend without a server.
+BENCH_EDUS = ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
+#: A disk with 2,048 MSI-X vectors, of which the machine has about 380.
+BENCH_NVME = "0000:04:00.0"
+
+BENCH = Topology(
+    name="bench",
+    about="three edu and an NVMe disk, each behind a root port, and memory to map (tests/bench)",
+    devices=(
+        INTEL_IOMMU,
+        *(
+            part
+            for place, _ in enumerate(BENCH_EDUS, 1)
+            for part in (
+                port(f"port{place}", 0x10 + place, chassis=place),
+                device("edu", f"edu{place}", f"port{place}", 0),
+            )
+        ),
+        port("port4", 0x14, chassis=4),
+        device("nvme", "nvme-port", "port4", 0, serial=NVME_SERIAL, drive="disk0") + ",msix_qsize=2048",
+    ),
+    arguments=NVME.arguments,
+    memory="4G",
 )
 
 
@@ -287,7 +314,7 @@ CCW = Topology(
 
 
 TOPOLOGIES: Mapping[str, Topology] = {
-    topology.name: topology for topology in (EDU, IGB, E1000E, NVME, MICROVM, SHORT, NOREMAP, NOIOMMU, CCW)
+    topology.name: topology for topology in (EDU, IGB, E1000E, NVME, MICROVM, SHORT, NOREMAP, NOIOMMU, BENCH, CCW)
 }
 
 

@@ -39,6 +39,19 @@ MAX_INBAND_QUEUE: Final = 8
 MAX_JSONRPC_IN_FLIGHT: Final = 64
 """JSON-RPC requests in flight per session; beyond it the session is not read."""
 
+MAX_BUS_IN_FLIGHT: Final = 64
+"""Calls in flight for one client of the bus; one more is refused, as a queue without end would hide it."""
+
+MAX_BUS_CALLS: Final = 1024
+"""Calls in flight on the bus; beyond it no further message is taken, and clients' own queues fill."""
+
+BUS_QUEUE: Final = 1000
+"""Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
+whose queue is full misses those that follow, and sees that by their numbers."""
+
+BUS_LINGER_MS: Final = 500
+"""How long, at the end, what waits for peers of the bus may take to leave."""
+
 MAX_REPLY_BACKLOG: Final = 8 * 1024 * 1024
 """Bytes of replies a session may leave unread before vfiod stops reading its requests."""
 
@@ -77,6 +90,9 @@ MAX_OBJECTS: Final = 4096
 MAX_MAPPINGS: Final = 65_535
 """Guest memory mappings: type1's default ``dma_entry_limit`` and vfio-user's ``max_dma_maps``."""
 
+MAX_CLIENT_FILES: Final = 512
+"""Files of memory that all clients of exports have mapped. A VM has one per memory backend (QEMU: 256 slots)."""
+
 MAX_ID: Final = 127
 """Characters of a device's or object's id."""
 
@@ -101,6 +117,19 @@ CLOSE_TIMEOUT_MS: Final = 10_000
 
 DEFAULT_MMAP_TIMEOUT_MS: Final = 1_100
 """Milliseconds before the fast path returns after an interrupt (QEMU ``hw/vfio/pci.c``)."""
+
+DEFAULT_CCW_TIMEOUT_MS: Final = 10_000
+"""Milliseconds a ``ccw-request`` waits for its interrupt: longer than a disk's own retries take."""
+
+MAX_CCW_QUEUE: Final = 64
+"""Requests that wait for one subchannel (``queue``). A guest has one outstanding; a person's scripts a few."""
+
+MAX_CRWS: Final = 64
+"""Channel reports read at once, and kept for ``query-crw``: the kernel's own list is short-lived and smaller."""
+
+MAX_CHANNEL_COMMANDS: Final = 4096
+"""CCWs a built-in subchannel follows in one program before it says program check: a guest's loop must end. The kernel
+takes 255 in one chain; a device that loops by status modifier needs more."""
 
 MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
 """Milliseconds: the longest time-out a command takes."""
@@ -157,3 +186,29 @@ VFIO_USER_MAX_PENDING: Final = 4096
 
 VFIO_USER_MAX_INFO: Final = 64 * 1024
 """Bytes of a region's information with its capabilities, or of a region's ioeventfds, that vfiod asks for or sends."""
+
+DEFAULT_MSG_TIMEOUT_MS: Final = 5_000
+"""Milliseconds a vfio-user server has for a reply: QEMU's ``x-msg-timeout`` (1,000 were too few with many VMs starting
+at once, SPDK#2392)."""
+
+VFIO_USER_MAX_UNREAD: Final = 8 * 1024 * 1024
+"""Bytes that wait to be sent to a vfio-user peer. More: it does not read, and the connection ends."""
+
+VFIO_USER_MAX_QUEUE: Final = 4 * 1024 * 1024
+"""Bytes of requests a client may have waiting behind one that takes long; beyond it its socket is not read. While vfiod
+waits for an answer of the same client's, eight times as much: the answer stands behind them."""
+
+VFIO_USER_MAX_BACKLOG: Final = 4 * 1024 * 1024
+"""Bytes of replies a client may leave unread before vfiod stops executing its requests: a few transfers."""
+
+VFIO_USER_DMA_TIMEOUT_MS: Final = 5_000
+"""Milliseconds a device waits for its client to answer DMA_READ or DMA_WRITE: QEMU's own patience with servers."""
+
+VFIO_USER_HANDSHAKE_MS: Final = 5_000
+"""Milliseconds a client may take to send VERSION: it keeps others from coming in."""
+
+VFIO_USER_PARTING_MS: Final = 1_000
+"""Milliseconds a client that is disconnected may take to read the last reply."""
+
+MAX_EXPORTS: Final = 4096
+"""Exports of one machine: as many as devices."""

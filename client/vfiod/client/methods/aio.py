@@ -11,6 +11,18 @@ from msgspec import UNSET, UnsetType
 
 from vfiod.client.fds import Fd, LentFds, OpenFd
 from vfiod.client.methods import values
+from vfiod.protocol.catalogue.ccw import (
+    CcwClear,
+    CcwControlResult,
+    CcwHalt,
+    CcwRequest,
+    CcwResult,
+    CrwInfo,
+    OrbFields,
+    QueryCrw,
+    QuerySubchannel,
+    SubchannelInfo,
+)
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.devices import (
     DeviceAdd,
@@ -26,6 +38,13 @@ from vfiod.protocol.catalogue.devices import (
     QueryTopology,
     Topology,
     TopologyFormat,
+)
+from vfiod.protocol.catalogue.exports import (
+    DeviceExportAdd,
+    DeviceExportDel,
+    ExportInfo,
+    ExportType,
+    QueryDeviceExports,
 )
 from vfiod.protocol.catalogue.fds import (
     AddFd,
@@ -175,6 +194,98 @@ class AsyncMethods:
     ) -> Any:
         raise NotImplementedError  # AsyncClient does it
 
+    async def ccw_request(
+        self,
+        *,
+        device: str,
+        orb: bytes | UnsetType = UNSET,
+        orb_fields: OrbFields | UnsetType = UNSET,
+        scsw: bytes | UnsetType = UNSET,
+        timeout_ms: int = 10000,
+        queue: bool = False,
+        timeout: float | None = None,
+    ) -> CcwResult:
+        """Start a channel program on a subchannel (the guest's START SUBCHANNEL), and wait for its interrupt.
+
+        Give ``orb`` or ``orb-fields``. The program lies in guest memory (``dma-map``), and the kernel, or the mediated
+        device, fetches it there. One program runs at a time: while another request is pending this one is refused with
+        EBUSY, or waits for its turn with ``queue``. When the time is over the program is not stopped: ``ccw-clear`` does
+        that; its late interrupt becomes ``CCW_IO``. A halt or clear meanwhile ends the request with the IRB of that.
+
+        Args:
+            orb: The ORB of START SUBCHANNEL: 12 bytes, big-endian, in base64.
+            scsw: The guest's SCSW, 12 bytes, base64; default: start function accepted.
+            timeout_ms: From the start of the program; with queue, from its turn (0 to 86400000).
+            queue: Wait for a pending request of this subchannel rather than fail.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(
+            CcwRequest(device=device, orb=orb, orb_fields=orb_fields, scsw=scsw, timeout_ms=timeout_ms, queue=queue),
+            timeout=timeout,
+        )
+
+    async def ccw_halt(self, *, device: str, oob: bool = False, timeout: float | None = None) -> CcwControlResult:
+        """Halt what the subchannel does (HALT SUBCHANNEL). Needs the async command region.
+
+        It waits for no other command of the device, in band neither.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(CcwHalt(device=device), oob=oob, timeout=timeout)
+
+    async def ccw_clear(self, *, device: str, oob: bool = False, timeout: float | None = None) -> CcwControlResult:
+        """Clear the subchannel (CLEAR SUBCHANNEL): whatever it did is over. Needs the async command region.
+
+        It waits for no other command of the device, in band neither.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(CcwClear(device=device), oob=oob, timeout=timeout)
+
+    async def query_subchannel(self, *, device: str, oob: bool = False, timeout: float | None = None) -> SubchannelInfo:
+        """Read the SCHIB of a subchannel, which makes the kernel store it, and show what goes on there.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QuerySubchannel(device=device), oob=oob, timeout=timeout)
+
+    async def query_crw(self, *, device: str, oob: bool = False, timeout: float | None = None) -> list[CrwInfo]:
+        """Read the channel-report words that are pending, until there are no more, and those that came last as events.
+
+        Reading takes a report from the kernel, so those that became ``CCW_CRW`` are kept here, the last few of them.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QueryCrw(device=device), oob=oob, timeout=timeout)
+
     async def getfd(self, *, fdname: str, fd: OpenFd | None = None, timeout: float | None = None) -> GetfdResult:
         """Name the oldest fd this session has sent and not yet named.
 
@@ -275,19 +386,27 @@ class AsyncMethods:
         first_number: int | UnsetType = UNSET,
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-        Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-        ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-        direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+        interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+        device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+        ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+        resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+        cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
+        A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
+        and the reply has the message of each.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -307,6 +426,7 @@ class AsyncMethods:
                 first_number=first_number,
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
+                indexes=indexes,
             ),
             fds=lent.named,
             timeout=timeout,
@@ -323,7 +443,7 @@ class AsyncMethods:
         """Stop the interrupts of a device, of one index, or some vectors of it.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -339,7 +459,7 @@ class AsyncMethods:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -356,7 +476,7 @@ class AsyncMethods:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -372,7 +492,7 @@ class AsyncMethods:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -389,7 +509,7 @@ class AsyncMethods:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -413,7 +533,7 @@ class AsyncMethods:
         Without ``number`` the route is disabled: torn down and left so. An unchanged route does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -492,7 +612,7 @@ class AsyncMethods:
         return await self.call(DmaUnmap(iova=iova, size=size), timeout=timeout)
 
     async def query_dma(self, *, oob: bool = False, timeout: float | None = None) -> list[MappingInfo]:
-        """List guest memory mappings, lowest address first. Every address space has all of them.
+        """List guest memory mappings: the machine's, which every address space has, then those of clients of exports.
 
         Args:
             oob: Run out of band, ahead of commands that wait.
@@ -748,6 +868,10 @@ class AsyncMethods:
         fd: Fd | UnsetType = UNSET,
         iommufd: str | UnsetType = UNSET,
         mdev: str | UnsetType = UNSET,
+        socket: str | UnsetType = UNSET,
+        socket_fd: Fd | UnsetType = UNSET,
+        x_msg_timeout: int | UnsetType = UNSET,
+        reconnect_ms: int | UnsetType = UNSET,
         vf_token: str | UnsetType = UNSET,
         romfile: str | UnsetType = UNSET,
         rombar: bool | UnsetType = UNSET,
@@ -768,12 +892,13 @@ class AsyncMethods:
         Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
         none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
         Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
+        Served by another program (vfio-user): ``socket``, or ``socket-fd`` with a socket that is connected to it.
         Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
 
         Args:
-            driver: The device driver: vfio-pci or vfio-platform.
+            driver: The device driver: vfio-pci, vfio-platform, vfio-ccw or vfio-ap.
             id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
             host: Host address: [[DDDD:]BB:]DD.F, or a platform device's name.
             sysfsdev: The host device's directory in sysfs.
@@ -783,6 +908,12 @@ class AsyncMethods:
             fd: The device's own fd (cdev). An open fd, lent; or a name the server knows (length 1 to 255).
             iommufd: The id of an iommufd object.
             mdev: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            socket: The path of a vfio-user server's socket.
+            socket_fd: A socket that is connected to a vfio-user server. An open fd, lent; or a name the server
+                knows (length 1 to 255).
+            x_msg_timeout: vfio-user: how long a reply may take; default 5000 (QEMU's) (0 to 86400000).
+            reconnect_ms: vfio-user: after which time to connect again to a server that went away; 0, default: never
+                (0 to 86400000).
             vf_token: SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
             romfile: A file whose bytes stand in for the device's ROM; empty: no ROM.
             rombar: Whether the guest sees a ROM BAR; default: true.
@@ -815,6 +946,10 @@ class AsyncMethods:
                 fd=lent.name(fd),
                 iommufd=iommufd,
                 mdev=mdev,
+                socket=socket,
+                socket_fd=lent.name(socket_fd),
+                x_msg_timeout=x_msg_timeout,
+                reconnect_ms=reconnect_ms,
                 vf_token=vf_token,
                 romfile=romfile,
                 rombar=rombar,
@@ -913,6 +1048,81 @@ class AsyncMethods:
 
         """
         return await self.call(QueryMachine(), oob=oob, timeout=timeout)
+
+    async def device_export_add(
+        self,
+        *,
+        id: str,
+        type: ExportType | Literal["vfio-user"],
+        device: str,
+        path: str | UnsetType = UNSET,
+        fd: Fd | UnsetType = UNSET,
+        socket_mode: int | UnsetType = UNSET,
+        socket_group: str | UnsetType = UNSET,
+        timeout: float | None = None,
+    ) -> Empty:
+        """Offer a device to a hypervisor by a socket: ``-device vfio-user-pci`` of QEMU attaches there.
+
+        One client at a time; the next may attach when it is gone. While one is attached the monitor may look at the
+        device, but changes nothing of it unless ``force`` is given. Sockets are for the server's own user and root
+        (mode 0600), and for the users of ``--allow-uid`` with a mode and group that let them in.
+
+        Args:
+            id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
+            device: The device's id, or its path.
+            path: Of the socket to make.
+            fd: Instead: a Unix socket that listens, or one that is connected already. An open fd, lent; or a name
+                the server knows (length 1 to 255).
+            socket_mode: Permission bits of the socket file, as a number: 384 is 0600, 432 is 0660 (0 to 511).
+            socket_group: The socket's group, by name or number; its mode is 0660 then.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        lent = LentFds()
+        return await self.call(
+            DeviceExportAdd(
+                id=id,
+                type=ExportType(type),
+                device=device,
+                path=path,
+                fd=lent.name(fd),
+                socket_mode=socket_mode,
+                socket_group=socket_group,
+            ),
+            fds=lent.named,
+            timeout=timeout,
+        )
+
+    async def device_export_del(self, *, id: str, force: bool = False, timeout: float | None = None) -> Empty:
+        """Close an export. Refused while a client is attached, unless ``force`` is given: then it is disconnected.
+
+        Ends in one ``DEVICE_EXPORT_DELETED``. The device stays.
+
+        Args:
+            id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(DeviceExportDel(id=id, force=force), timeout=timeout)
+
+    async def query_device_exports(self, *, oob: bool = False, timeout: float | None = None) -> list[ExportInfo]:
+        """List exports, and who is attached.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QueryDeviceExports(), oob=oob, timeout=timeout)
 
     async def query_mdev_types(self, *, oob: bool = False, timeout: float | None = None) -> list[MdevTypeInfo]:
         """List what mediated devices can be made, and which exist.
@@ -1015,7 +1225,7 @@ class AsyncMethods:
         """Read a register (``size``), or bytes (``length``). Reading a device may change it.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             length: How many bytes, by the widest accesses that fit (1 to 1048576).
@@ -1043,7 +1253,7 @@ class AsyncMethods:
         """Write a register (``size`` and ``value``), or bytes (``data``).
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
@@ -1068,7 +1278,7 @@ class AsyncMethods:
         completed by the first access: use ``irq-eoi`` or a resample eventfd.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -1088,7 +1298,7 @@ class AsyncMethods:
         cannot know who else has the fd by now.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

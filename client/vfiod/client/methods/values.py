@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from vfiod.client.fds import Fd, HoldsFds, LentFds, OwnedFds
 from vfiod.protocol.catalogue import interrupts, regions
+from vfiod.protocol.catalogue.interrupts import IrqMessage
 from vfiod.protocol.catalogue.regions import Area
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.fd import FileDescriptor
@@ -26,7 +27,9 @@ class VectorFds:
     The client's picture of it: fds are open ones, lent, or names the server knows.
     """
 
-    vector: int
+    index: int | str | UnsetType = UNSET
+    """Of a platform device; default: the command's index."""
+    vector: int = 0
     """An interrupt within its index (VFIO sub-index), from 0 (0 to 2047)."""
     trigger: Fd
     """Signalled when the interrupt fires. An open fd, lent; or a name the server knows (length 1 to 255)."""
@@ -36,7 +39,7 @@ class VectorFds:
     def lend(self, lent: LentFds) -> interrupts.VectorFds:
         """As the catalogue has it, with a name for each open fd."""
         return interrupts.VectorFds(
-            vector=self.vector, trigger=lent.name(self.trigger), resample=lent.name(self.resample)
+            index=self.index, vector=self.vector, trigger=lent.name(self.trigger), resample=lent.name(self.resample)
         )
 
 
@@ -54,6 +57,7 @@ class StartedIrq(HoldsFds):
     number: int | UnsetType = UNSET
     trigger_fd: FileDescriptor | UnsetType = UNSET
     resample_fd: FileDescriptor | UnsetType = UNSET
+    x_message: IrqMessage | UnsetType = UNSET
 
     @classmethod
     def own(cls, result: interrupts.StartedIrq, fds: OwnedFds) -> Self:
@@ -66,6 +70,7 @@ class StartedIrq(HoldsFds):
             number=result.number,
             trigger_fd=fds.take(result.trigger_fd),
             resample_fd=fds.take(result.resample_fd),
+            x_message=result.x_message,
         )
 
 

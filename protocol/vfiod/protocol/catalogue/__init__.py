@@ -1,7 +1,9 @@
 """Every command and event of vfiod, declared once. See :mod:`vfiod.protocol.catalogue.declare`."""
 
 from vfiod.protocol.catalogue import (
+    ccw,
     devices,
+    exports,
     fds,
     interrupts,
     mediated,
@@ -38,7 +40,9 @@ __all__ = [
     "Result",
     "command_of",
     "event_of",
+    "ccw",
     "devices",
+    "exports",
     "fds",
     "interrupts",
     "mediated",

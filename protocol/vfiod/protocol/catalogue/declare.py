@@ -49,7 +49,9 @@ class Family(enum.StrEnum):
     REGIONS = "regions"
     INTERRUPTS = "interrupts"
     RESET = "reset"
+    CCW = "ccw"
     MEDIATED = "mediated"
+    EXPORTS = "exports"
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))

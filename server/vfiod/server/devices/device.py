@@ -36,11 +36,19 @@ from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
 from vfiod.protocol.catalogue.reset import DeviceResetDone
 from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
-from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed, PermissionRefused
+from vfiod.protocol.errors import (
+    Busy,
+    CommandError,
+    DeviceNotActive,
+    InvalidArgument,
+    OperationFailed,
+    PermissionRefused,
+)
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
+from vfiod.server.devices.claims import Claim
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.model import Interrupts, Model, Options
@@ -67,13 +75,16 @@ class Device(ABC):
     Attributes:
         driver: which model this is.
         hot_resettable: whether devices of this class share resets with others (``hot-reset``): PCI only.
+        on_platform_bus: whether ``irq-start`` without a device ("machine complete") starts its interrupts.
         lane: the order of its commands.
+        claim: who has it for itself: the client of an export.
         state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
 
     """
 
     driver: ClassVar[Driver]
     hot_resettable: ClassVar[bool] = False
+    on_platform_bus: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -90,17 +101,19 @@ class Device(ABC):
         self.path = path
         self.state = DeviceState.REALIZING
         self.options = options
+        self.claim: Claim | None = None
         self.lane: Final[Lane] = environment.lane
         self._backend_kind = backend_kind
         self._host = host
         self._environment = environment
         self._on_requested = on_requested
         self._model: Model | None = None
+        self._waits = False  # its backend may wait for another program
         self._going = False  # stopped: whatever still runs must leave it alone
         self._requested = 0
         self._fast_path_told = True
         self._mapped_by: dict[int, set[str]] = {}  # by session: names of the regions
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def name(self) -> str:
@@ -115,9 +128,29 @@ class Device(ABC):
     def in_order(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
         """Do something quick on the loop, in the device's order: at once when nothing else is at work on it.
 
-        Else an awaitable is returned, which does it in its turn. Raises what the lane says once the device goes.
+        Else an awaitable is returned, which does it in its turn: on the loop, or in a worker when the device's backend
+        may wait for another program. Raises what the lane says once the device goes.
         """
+        if self._waits:
+            return self._in_worker(what, action)
         return action() if self.lane.free else self._in_turn(what, action)
+
+    def in_order_on_loop(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
+        """:meth:`in_order` for what never waits, whatever the backend: looking, giving fds out, masking."""
+        return action() if self.lane.free else self._in_turn(what, action)
+
+    def on_loop(self, function: Callable[[], T]) -> T:
+        """Do something on the loop, from inside an :meth:`in_order`, which may be in a worker."""
+        return self._environment.on_loop(function)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its backend may wait for another program (``may_block``): then its commands run in a worker."""
+        return self._waits
+
+    async def _in_worker(self, what: str, action: Callable[[], T]) -> T:
+        async with self.lane.turn(what) as turn:
+            return await self._in_thread(turn, action)
 
     async def _in_turn(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what):
@@ -128,6 +161,7 @@ class Device(ABC):
     def realize(self, open_backend: Callable[[], Backend]) -> None:
         """Open the device and read what it has. Blocks; in a worker. On failure closes everything, and raises."""
         backend = open_backend()
+        self._waits = backend.may_block
         try:
             model = self.populate(backend, self._environment)
         except BaseException:
@@ -153,6 +187,8 @@ class Device(ABC):
     def stop(self) -> None:
         """Listen to nothing any more, cancel timers. On the loop."""
         self._going = True
+        if self.claim is not None:
+            self.claim.device_stops()
         model = self._model
         if model is not None:
             model.notices.stop()
@@ -170,6 +206,8 @@ class Device(ABC):
             model.interrupts.close()
             model.notices.close()
             model.regions.close()
+            if self.claim is not None:
+                self.claim.release_memory()
         finally:
             released = model.backend.close()
         return released
@@ -233,7 +271,19 @@ class Device(ABC):
             Holder(kind="mapping", detail=f"session {session}: {', '.join(sorted(names))}")
             for session, names in tuple(self._mapped_by.items())
         ]
-        return operations + mappings
+        return operations + mappings + ([] if self.claim is None else [self.claim.holder()])
+
+    def check_unclaimed(self, what: str, *, force: bool) -> None:
+        """Refuse the monitor what changes a device that belongs to a client of an export. Busy, naming the export."""
+        if self.claim is not None and not force:
+            raise Busy(
+                f"Device '{self.name}' is attached to by the client of {self.claim.name}: {what} would change it under "
+                "its hands; give force=true to do it all the same, or device-export-del first"
+            )
+
+    def stop_dma(self) -> None:
+        """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
+        self._save(self._active())
 
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
@@ -263,7 +313,7 @@ class Device(ABC):
         regions.check(region, offset, length, write=False)
         async with self.lane.turn("region-read") as turn:
             data = await self._in_thread(turn, lambda: regions.read(region, offset, length))
-            self._accessed(region)
+            await self._step(turn, lambda: self._accessed(region))
         return data
 
     async def write(self, region: Region, offset: int, data: bytes) -> None:
@@ -274,10 +324,14 @@ class Device(ABC):
             for at, size, virtual in regions.pieces(region, offset, len(data)):
                 part = data[at - offset : at - offset + size]
                 if virtual:
-                    regions.write(region, at, part)
+                    await self._step(turn, functools.partial(regions.write, region, at, part))
                 else:
                     await self._in_thread(turn, functools.partial(regions.write, region, at, part))
-            self._accessed(region, written=True)
+            await self._step(turn, lambda: self._accessed(region, written=True))
+
+    async def _step(self, turn: Turn, work: Callable[[], T]) -> T:
+        """Do something quick on the loop; in a thread when the backend may wait."""
+        return await self._in_thread(turn, work) if self._waits else work()
 
     async def _in_thread(self, turn: Turn, work: Callable[[], T]) -> T:
         """Do it in a thread. DeviceNotActive when the device was forced away meanwhile, whatever else went wrong."""
@@ -300,18 +354,24 @@ class Device(ABC):
         self._accessed(region, written=True)
 
     def _accessed(self, region: Region, *, written: bool = False) -> None:
-        """A region was accessed through vfiod, successfully. On the loop."""
+        """A region was accessed through vfiod, successfully. On the loop, or where :meth:`in_order` is."""
         model = self._model
         if model is None:
             return
         if region.completes:
-            model.interrupts.accessed()
+            self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:
         """Give out the fd that maps a region, a duplicate. The session holds the device from now on.
 
         Raises PermissionRefused (``share-fd=false``), InvalidArgument (it cannot be mapped), OperationFailed.
         """
+        fd = self.share_region(region)
+        self._mapped_by.setdefault(session, set()).add(region.name)
+        return fd
+
+    def share_region(self, region: Region) -> FileDescriptor:
+        """The fd that maps a region, a duplicate, to be given out. Raises as :meth:`map_region`."""
         model = self._active()
         if not self.options.share_fd:
             raise PermissionRefused(
@@ -327,7 +387,6 @@ class Device(ABC):
         fd = eventfds.duplicate(number, f"region {region.name} of device '{self.name}'")
         model.backend.give_out()
         model.regions.shared = True
-        self._mapped_by.setdefault(session, set()).add(region.name)
         model.interrupts.given_out()
         self._tell_fast_path()
         return fd
@@ -355,10 +414,14 @@ class Device(ABC):
         if not one.requests:
             reason = "The device reported an uncorrectable error (ERR interrupt); reset it or remove it"
             self._environment.emit(DeviceError(device=self.name, reason=reason))
+            if self.claim is not None:
+                self.claim.failed()
             return
         self._requested += count
         action = self.options.on_request
         self._environment.emit(DeviceRequested(device=self.name, count=self._requested, action=action))
+        if self.claim is not None:
+            self.claim.asked_to_go()
         if self._on_requested is not None:
             self._on_requested(self)
 
@@ -401,7 +464,7 @@ class Device(ABC):
     def _why_no_reset(self) -> str:
         return f"Device '{self.name}' cannot be reset (no VFIO_DEVICE_FLAGS_RESET)"
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
+    def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever asked has it, or is gone
@@ -434,12 +497,12 @@ class Device(ABC):
         model = self._active()
         if trace.reset_begin.on:
             trace.reset_begin(device=self.name, method=method)
-        model.interrupts.suspend()
+        await self._step(turn, model.interrupts.suspend)
         try:
             saved = await self._in_thread(turn, lambda: self._save(model))
         except Exception:
             if not self._going:
-                model.interrupts.resume()
+                await self._step(turn, model.interrupts.resume)
             raise
         return Quiesced(model, saved, method)
 
@@ -460,7 +523,7 @@ class Device(ABC):
         if self._going:
             raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
         try:
-            model.interrupts.resume()
+            await self._step(turn, model.interrupts.resume)
         except CommandError as error:
             failure = failure or error
         self._tell_fast_path()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -31,6 +32,13 @@ from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.modes import NOTHING, plan
 
 __all__ = ["DeviceInterrupts"]
+
+
+_OF_VECTORS: Final = (
+    *(trace.direct_ended, trace.vector_released, trace.vector_used),
+    *(trace.direct_started_edge, trace.direct_started_level),
+)
+"""What a change says of its vectors, when anybody listens."""
 
 
 class DeviceInterrupts:
@@ -74,6 +82,8 @@ class DeviceInterrupts:
         self._binder = Binder(device)
         self._numbers: dict[tuple[int, int], int] = {}
         self._unrouted = False  # the INTx would be direct, but its route is disabled
+        self.external = False
+        """A client of an export has them: what the guest's capabilities say changes nothing here."""
 
     # --- looking --------------------------------------------------------------------------------------
 
@@ -146,6 +156,20 @@ class DeviceInterrupts:
         """
         return self._set(one, wanted, mode=mode, numbers=numbers or {})
 
+    def keep_enabled(self, one: IrqIndex, release: Iterable[int]) -> None:
+        """Release vectors for good, as a client of an export does: an MSI-X without vectors stays enabled.
+
+        Raises InvalidArgument, OperationFailed; then everything is as it was.
+        """
+        self.use(one, (), release=release)
+        self._binder.forget_index()  # nothing comes back by itself
+
+    def trigger_of(self, one: IrqIndex, vector: int) -> FileDescriptor | None:
+        """The consumer's eventfd of a vector, lent; None when it is not started."""
+        bound = self._bound
+        found = bound.vectors.get(vector) if bound.index == one.index else None
+        return None if found is None else found.trigger
+
     def use(self, one: IrqIndex, vectors: Iterable[int], *, release: Iterable[int] = ()) -> None:
         """What a guest does by its capabilities and its table: take vectors into use, and release others.
 
@@ -188,8 +212,8 @@ class DeviceInterrupts:
                 del vectors[number]
             if (
                 not same
-                or any(vector is not former.vectors.get(number) for number, vector in vectors.items())
-                or (len(vectors) != len(former.vectors))
+                or any(vector is not former.vectors.get(number) for number, vector in fresh.items())
+                or len(vectors) != len(former.vectors)
             ):
                 self._change(self._next(one, vectors, former if same else None, stay=guest))
         except BaseException:
@@ -448,9 +472,8 @@ class DeviceInterrupts:
         self._bound = new
         self._on_kind(new.kind, new.block)
         self._trace(old, new)
-        kept = set(map(id, new.vectors.values()))
         for number, vector in old.vectors.items():
-            if id(vector) not in kept:
+            if new.vectors.get(number) is not vector:
                 self._relay.drain(old.index, vector, new.vectors.get(number) if new.index == old.index else None)
                 vector.close()
 
@@ -465,6 +488,8 @@ class DeviceInterrupts:
         self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
 
     def _trace(self, old: Bound, new: Bound) -> None:
+        if not any(point.on for point in _OF_VECTORS):
+            return
         device = self.device
         for number, vector in old.vectors.items():
             if vector is new.vectors.get(number):

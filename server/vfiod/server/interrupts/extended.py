@@ -15,10 +15,9 @@ from types import MappingProxyType
 from typing import Final
 
 from vfiod.protocol.vfio.capabilities import MsiMessage
-from vfiod.protocol.vfio.constants import IrqType
 from vfiod.protocol.vfio.structs import IrqInfo
 
-__all__ = ["TRANSITIONS", "Act", "Answer", "Block", "BlockRefused", "MessageBlock", "find_messages"]
+__all__ = ["TRANSITIONS", "Act", "Answer", "Block", "BlockRefused", "MessageBlock"]
 
 
 class Block(enum.StrEnum):
@@ -179,11 +178,3 @@ def _unusable(index: int, messages: Sequence[MsiMessage]) -> str:
     if len(set(messages)) != len(messages):
         return f"index {index} tells the same message for two vectors: nobody could say whose it is"
     return ""
-
-
-def find_messages(infos: Sequence[IrqInfo]) -> int | None:
-    """The index that holds messages, found by its type and not by being last; None: the device has none."""
-    for info in infos:
-        if info.type is not None and info.type.type == IrqType.MSI:
-            return info.index
-    return None

@@ -37,8 +37,10 @@ if TYPE_CHECKING:  # imported with the first device: what a server without one d
     from vfiod.server.backends.base import Backend
     from vfiod.server.backends.cdev import CdevOrigin
     from vfiod.server.backends.group import GroupOrigin, KernelGroups
+    from vfiod.server.backends.vfio_user.source import VfioUserOrigin
     from vfiod.server.devices.device import Device
     from vfiod.server.devices.regions import Region
+    from vfiod.server.machine.doors import Doors
     from vfiod.server.machine.resets import Resets
     from vfiod.server.mdev.bus import MdevBus
 
@@ -60,6 +62,7 @@ class Machine:
         uuid: of the VM; all zeroes when none was given, as in QEMU.
         hub: its events.
         allow_open: whether devices may be opened here, with this process's own rights.
+        allow_uid: users who may come in by exports, besides root and our own.
         syscalls: the kernel; a test may give a model of it.
 
     Attributes:
@@ -73,6 +76,8 @@ class Machine:
         objects: what ``object-add`` made.
         fdsets: what ``add-fd`` made.
         sources: where devices come from.
+        allow_uid: as given.
+        doors: exports; None until the first is made.
 
     """
 
@@ -83,18 +88,21 @@ class Machine:
         *,
         hub: EventHub,
         allow_open: bool = False,
+        allow_uid: frozenset[int] = frozenset(),
         syscalls: Syscalls | None = None,
     ) -> None:
         self.name = name
         self.uuid = uuid
         self.hub = hub
         self.allow_open = allow_open
+        self.allow_uid = allow_uid
+        self.doors: Doors | None = None
         self.loop = asyncio.get_running_loop()
         self.executor = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="vfiod-worker")
         self.topology = Lane("topology", self.executor)
         self.memory = GuestMemory(self._mapping_lost)
         self._calls = syscalls or Syscalls()
-        self.sources = Sources(self._calls, self.memory, hub, self.executor, allow_open=allow_open)
+        self.sources = Sources(self._calls, self.memory, hub, self.executor, loop=self.loop, allow_open=allow_open)
         self.objects = Objects(self.memory, self.sources.container_users, self._devices_on)
         self.fdsets = FdSets()
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
@@ -170,9 +178,13 @@ class Machine:
 
         return replace(origin, iommufd=IommufdSource(origin.iommufd.object_id, fd))
 
-    def check_mediated(self, uuid: str) -> Awaitable[tuple[Check, ...]]:
+    def check_served(self, origin: VfioUserOrigin) -> Awaitable[tuple[Check, ...]]:
+        """What a dry run says of a device of a vfio-user server. Takes the origin's fd over on every path."""
+        return self._change("device_add (dry run)", lambda: self.sources.served.check(origin), *origin.fds())
+
+    def check_mediated(self, uuid: str, driver: str) -> Awaitable[tuple[Check, ...]]:
         """What a dry run says of a mediated device."""
-        return self._change("device_add (dry run)", lambda: self.sources.mediated.check(uuid))
+        return self._change("device_add (dry run)", lambda: self.sources.mediated.check(uuid, driver))
 
     def _with_container(self, origin: GroupOrigin, container_object: str | None) -> GroupOrigin:
         """The origin with the container behind an object's id, as it is now that the lane's turn has come."""
@@ -315,6 +327,10 @@ class Machine:
         for device in devices:
             yield from device.fds()
         yield from self.sources.mdev_fds()
+        for file in self.memory.client_files():
+            yield FdInfo(owner="clients", name=file.name, kind=kind_of(file.number), number=file.number)
+        if self.doors is not None:
+            yield from self.doors.fd_infos()
 
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
@@ -382,10 +398,14 @@ class Machine:
         refusal = DeviceNotActive("The server is shutting down: nothing can be changed any more")
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self.doors is not None:
+            self.doors.begin_end()
         self.topology.close(refusal)
         if not await ending.wait(self.topology.idle()):
             ending.note(f"{self.topology.current} is still running; the devices are closed all the same")
         await self.devices.close(refusal, ending)
+        if self.doors is not None and not await ending.wait(self.doors.ended()):
+            ending.note("A client of an export could not be let go")
         for what, close in self.sources.kernel_closers():
             await ending.step(what, self._in_thread(close))
         await ending.step("Closing mediated devices", self.sources.close_mediation())

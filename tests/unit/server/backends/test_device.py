@@ -1,6 +1,6 @@
 """The device behind an fd: info, regions, interrupts, reset, features, errors that say where.
 
-Rules are those of behaviour.md, sections 3 and 4.
+Rules are those of behaviour.md, sections 3, 4 and 5.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.backends.base import Backend, FewerVectors, Mapping
+from vfiod.server.devices import rom
 from vfiod.server.kernel.memory import RegionWindow, SharedMemory
 
 BAR0, BAR2, CONFIG = vfio.PciRegion.BAR0, vfio.PciRegion.BAR2, vfio.PciRegion.CONFIG
@@ -48,6 +49,26 @@ def test_an_answer_that_always_grows_is_given_up(host: Host) -> None:
     host.kernel.device(NAME).capabilities = (vfio.UnknownCapability(2, 1, bytes(2 << 20)),)
     with pytest.raises(OperationFailed, match=r"VFIO_DEVICE_GET_INFO on 0000:01:00.0 failed with EPROTO"):
         host.groups.open(host.origin(group_fd=host.group_fd(7)))
+
+
+def test_messages_of_a_kernel_that_has_them(host: Host, device: Backend) -> None:
+    """Extended IRQs: asked again with a larger buffer, and each time anew, as messages come and go."""
+    index = vfio.PciIrq.REQ
+    assert device.irq_info(index).type is None
+    kind = vfio.IrqTypeCap(vfio.IrqType.MSI, 0)
+    for count in (0, 3, 200):
+        messages = tuple(vfio.MsiMessage(0x0802_0040, at) for at in range(count))
+        host.kernel.device(NAME).irq_capabilities[index] = (kind, vfio.MsiDescs(messages))
+        asked = host.kernel.log.count("VFIO_DEVICE_GET_IRQ_INFO")
+        info = device.irq_info(index)
+        assert (info.type, info.messages) == (kind, messages)
+        assert host.kernel.log.count("VFIO_DEVICE_GET_IRQ_INFO") == asked + 2
+    host.kernel.device(NAME).irq_capabilities[index] = (vfio.UnknownCapability(3, 1, b""),)
+    with pytest.raises(OperationFailed, match=r"EPROTO.*TYPE has"):
+        device.irq_info(index)
+    host.kernel.device(NAME).irq_capabilities[index] = (vfio.UnknownCapability(9, 1, bytes(2 << 20)),)
+    with pytest.raises(OperationFailed, match=r"EPROTO.*does not fit"):
+        device.irq_info(index)
 
 
 def test_regions(host: Host, device: Backend) -> None:
@@ -173,3 +194,18 @@ def test_dma_really_moves_the_guests_memory(host: Host, memory: SharedMemory) ->
         device.region_write(BAR0, register, value.to_bytes(4, "little"))
     assert memory.read(PAGE + 0x100, 5) == b"guest"
     device.close()
+
+
+def test_a_rom_read_that_is_interrupted_or_put_off_goes_on(
+    host: Host, device: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 5: "The ROM is read until zero bytes or full; EINTR and EAGAIN are retried", at the system call."""
+    monkeypatch.setattr(rom, "_PAUSE_S", 0)
+    image = bytes(range(256)) * (2 * PAGE // 256)
+    device.region_write(BAR2, 0, image)
+    for number in (errno.EINTR, errno.EAGAIN, errno.EAGAIN):
+        host.kernel.fail("pread", number)
+    assert rom.read_rom(device, BAR2, 2 * PAGE) == image
+    host.kernel.fail("pread", errno.EIO)
+    with pytest.raises(OperationFailed, match=r"pread .* EIO"):
+        rom.read_rom(device, BAR2, 2 * PAGE)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfiod.protocol import vfio
-from vfiod.server.interrupts.extended import TRANSITIONS, Act, Answer, Block, BlockRefused, MessageBlock, find_messages
+from vfiod.server.interrupts.extended import TRANSITIONS, Act, Answer, Block, BlockRefused, MessageBlock
 
 INDEX = 5
 TYPE = vfio.IrqTypeCap(vfio.IrqType.MSI, 0)
@@ -124,13 +124,6 @@ def test_every_state_can_be_left() -> None:
     reached = {state for state, _ in TRANSITIONS.values()}
     assert left == reached == set(Block)
     assert {answer for _, answer in TRANSITIONS} == set(Answer)
-
-
-def test_found_by_type_and_not_by_place() -> None:
-    plain = vfio.IrqInfo(2, vfio.IrqFlags.EVENTFD, 1)
-    other = vfio.IrqInfo(1, vfio.IrqFlags.CAPS, 1, (vfio.IrqTypeCap(7, 0),))
-    assert find_messages([other, info(index=0), plain]) == 0
-    assert find_messages([other, plain]) is None
 
 
 # --- against any host -----------------------------------------------------------------------------------
