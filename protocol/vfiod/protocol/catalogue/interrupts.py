@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
-from vfiod.protocol.catalogue.words import UNSET, FdName, IrqKind, IrqMode, IrqName, UnsetType, Vector
+from vfiod.protocol.catalogue.words import UNSET, FdName, Force, IrqKind, IrqMode, IrqName, UnsetType, Vector
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_VECTORS
 
 NUMBERS: Final = 1 << 32
@@ -85,6 +85,7 @@ class IrqStart(Arguments[IrqStartResult]):
     first_number: Number | UnsetType = UNSET
     routes: list[Route] | UnsetType = UNSET
     mode: IrqMode | UnsetType = UNSET
+    force: Force = False
 
 
 @command("irq-stop", Family.INTERRUPTS, device="device")
@@ -94,6 +95,7 @@ class IrqStop(Arguments[Empty]):
     device: str | UnsetType = UNSET
     index: IrqName | UnsetType = UNSET
     vectors: Vectors | UnsetType = UNSET
+    force: Force = False
 
 
 @command("irq-mask", Family.INTERRUPTS, oob=True, device="device")
@@ -103,6 +105,7 @@ class IrqMask(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-unmask", Family.INTERRUPTS, device="device")
@@ -112,6 +115,7 @@ class IrqUnmask(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-eoi", Family.INTERRUPTS, oob=True, device="device")
@@ -121,6 +125,7 @@ class IrqEoi(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-trigger", Family.INTERRUPTS, device="device")
@@ -130,6 +135,7 @@ class IrqTrigger(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-route", Family.INTERRUPTS, device="device")
@@ -143,6 +149,7 @@ class IrqRoute(Arguments[Empty]):
     index: IrqName
     vector: Vector = 0
     number: Number | UnsetType = UNSET
+    force: Force = False
 
 
 class IrqFlags(Result):
