@@ -213,7 +213,8 @@ def test_sockets_are_made_with_the_mode_asked_for_or_passed(server: Server) -> N
     with pytest.raises(RemoteError, match="exported already"):
         add(id="e2", type="vfio-user", device="dev0", path=str(path) + "2")
     server.client.device_export_del(id="e")
-    eventually(lambda: not path.exists())
+    server.event("DEVICE_EXPORT_DELETED")
+    assert not path.exists()
     ours, theirs = socket.socketpair()
     with theirs:
         add(id="e", type="vfio-user", device="dev0", fd=theirs)
