@@ -130,7 +130,7 @@ class TestHypervisor:
 
 
 class TestKvm:
-    @pytest.mark.parametrize("driver", ["vfio-pci"])
+    @pytest.mark.parametrize("driver", ["vfio-platform", "vfio-pci"])
     def test_a_level_interrupt_into_a_guest_and_back(self, tmp_path: Path, driver: str) -> None:
         done = run("kvm_irqfd.py", "--driver", driver, tmp=tmp_path)
         if done.returncode == 77:
@@ -142,3 +142,21 @@ class TestKvm:
         ):  # fmt: skip
             assert said in done.stdout
         assert list(tmp_path.iterdir()) == []
+
+
+class TestMdevParent:
+    def test_it_throws(self, tmp_path: Path) -> None:
+        done = run("mdev_parent.py", tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        said = done.stdout.splitlines()
+        assert said[0] == "casino makes dice: One die; 8 available"
+        assert said[1].endswith("EINVAL: 'sides' is a number from 2 to 255, got 1")
+        throws = [int(word) for word in said[2].removeprefix("thrown: ").split()]
+        assert len(throws) == 10 and all(1 <= one <= 20 for one in throws)
+        assert said[3] == "guessed right: 1 interrupt"
+
+    def test_the_manual_shows_what_is_run(self) -> None:
+        """docs/mediated.md has the parent as it is here, letter by letter."""
+        manual = (EXAMPLES.parent / "docs/mediated.md").read_text()
+        [shown] = [part.partition("```")[0] for part in manual.split("```python\n")[1:]]
+        assert shown in (EXAMPLES / "mdev_parent.py").read_text()

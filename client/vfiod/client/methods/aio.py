@@ -386,22 +386,28 @@ class AsyncMethods:
         first_number: int | UnsetType = UNSET,
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
         force: bool = False,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-        Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-        ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-        direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+        interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+        device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+        ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+        resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+        cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
         A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
         and the reply has the message of each.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -422,6 +428,7 @@ class AsyncMethods:
                 first_number=first_number,
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
+                indexes=indexes,
                 force=force,
             ),
             fds=lent.named,
@@ -440,7 +447,7 @@ class AsyncMethods:
         """Stop the interrupts of a device, of one index, or some vectors of it.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -464,7 +471,7 @@ class AsyncMethods:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             oob: Run out of band, ahead of commands that wait.
@@ -484,7 +491,7 @@ class AsyncMethods:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -508,7 +515,7 @@ class AsyncMethods:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             oob: Run out of band, ahead of commands that wait.
@@ -526,7 +533,7 @@ class AsyncMethods:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -552,7 +559,7 @@ class AsyncMethods:
         Without ``number`` the route is disabled: torn down and left so. An unchanged route does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
@@ -901,6 +908,10 @@ class AsyncMethods:
         fd: Fd | UnsetType = UNSET,
         iommufd: str | UnsetType = UNSET,
         mdev: str | UnsetType = UNSET,
+        socket: str | UnsetType = UNSET,
+        socket_fd: Fd | UnsetType = UNSET,
+        x_msg_timeout: int | UnsetType = UNSET,
+        reconnect_ms: int | UnsetType = UNSET,
         vf_token: str | UnsetType = UNSET,
         romfile: str | UnsetType = UNSET,
         rombar: bool | UnsetType = UNSET,
@@ -922,6 +933,7 @@ class AsyncMethods:
         Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
         none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
         Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
+        Served by another program (vfio-user): ``socket``, or ``socket-fd`` with a socket that is connected to it.
         Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
@@ -937,6 +949,12 @@ class AsyncMethods:
             fd: The device's own fd (cdev). An open fd, lent; or a name the server knows (length 1 to 255).
             iommufd: The id of an iommufd object.
             mdev: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            socket: The path of a vfio-user server's socket.
+            socket_fd: A socket that is connected to a vfio-user server. An open fd, lent; or a name the server
+                knows (length 1 to 255).
+            x_msg_timeout: vfio-user: how long a reply may take; default 5000 (QEMU's) (0 to 86400000).
+            reconnect_ms: vfio-user: after which time to connect again to a server that went away; 0, default: never
+                (0 to 86400000).
             vf_token: SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
             romfile: A file whose bytes stand in for the device's ROM; empty: no ROM.
             rombar: Whether the guest sees a ROM BAR; default: true.
@@ -970,6 +988,10 @@ class AsyncMethods:
                 fd=lent.name(fd),
                 iommufd=iommufd,
                 mdev=mdev,
+                socket=socket,
+                socket_fd=lent.name(socket_fd),
+                x_msg_timeout=x_msg_timeout,
+                reconnect_ms=reconnect_ms,
                 vf_token=vf_token,
                 romfile=romfile,
                 rombar=rombar,
@@ -1246,7 +1268,7 @@ class AsyncMethods:
         """Read a register (``size``), or bytes (``length``). Reading a device may change it.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             length: How many bytes, by the widest accesses that fit (1 to 1048576).
@@ -1275,7 +1297,7 @@ class AsyncMethods:
         """Write a register (``size`` and ``value``), or bytes (``data``).
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
@@ -1302,7 +1324,7 @@ class AsyncMethods:
         completed by the first access: use ``irq-eoi`` or a resample eventfd.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -1323,7 +1345,7 @@ class AsyncMethods:
         cannot know who else has the fd by now.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:

@@ -49,10 +49,11 @@ FdName = Annotated[
     ),
 ]
 RegionName = Annotated[
-    int | str, Meta(description="A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).")
+    int | str, Meta(description="A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).")
 ]
 IrqName = Annotated[
-    int | str, Meta(description="An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).")
+    int | str,
+    Meta(description="An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform)."),
 ]
 Vector = Annotated[
     int, Meta(ge=0, lt=MAX_VECTORS, description="An interrupt within its index (VFIO sub-index), from 0.")
@@ -84,9 +85,10 @@ class IrqMode(enum.StrEnum):
 
 
 class IrqKind(enum.StrEnum):
-    """The kind of interrupt that is active on a PCI device: one at a time."""
+    """The kind of interrupt that is active on a device: one at a time on a PCI device; ``platform`` has no others."""
 
     NONE = "none"
     INTX = "intx"
     MSI = "msi"
     MSIX = "msix"
+    PLATFORM = "platform"
