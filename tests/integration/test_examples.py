@@ -130,7 +130,7 @@ class TestHypervisor:
 
 
 class TestKvm:
-    @pytest.mark.parametrize("driver", ["vfio-pci"])
+    @pytest.mark.parametrize("driver", ["vfio-platform", "vfio-pci"])
     def test_a_level_interrupt_into_a_guest_and_back(self, tmp_path: Path, driver: str) -> None:
         done = run("kvm_irqfd.py", "--driver", driver, tmp=tmp_path)
         if done.returncode == 77:

@@ -868,6 +868,10 @@ class AsyncMethods:
         fd: Fd | UnsetType = UNSET,
         iommufd: str | UnsetType = UNSET,
         mdev: str | UnsetType = UNSET,
+        socket: str | UnsetType = UNSET,
+        socket_fd: Fd | UnsetType = UNSET,
+        x_msg_timeout: int | UnsetType = UNSET,
+        reconnect_ms: int | UnsetType = UNSET,
         vf_token: str | UnsetType = UNSET,
         romfile: str | UnsetType = UNSET,
         rombar: bool | UnsetType = UNSET,
@@ -888,6 +892,7 @@ class AsyncMethods:
         Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
         none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
         Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
+        Served by another program (vfio-user): ``socket``, or ``socket-fd`` with a socket that is connected to it.
         Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
@@ -903,6 +908,12 @@ class AsyncMethods:
             fd: The device's own fd (cdev). An open fd, lent; or a name the server knows (length 1 to 255).
             iommufd: The id of an iommufd object.
             mdev: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            socket: The path of a vfio-user server's socket.
+            socket_fd: A socket that is connected to a vfio-user server. An open fd, lent; or a name the server
+                knows (length 1 to 255).
+            x_msg_timeout: vfio-user: how long a reply may take; default 5000 (QEMU's) (0 to 86400000).
+            reconnect_ms: vfio-user: after which time to connect again to a server that went away; 0, default: never
+                (0 to 86400000).
             vf_token: SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
             romfile: A file whose bytes stand in for the device's ROM; empty: no ROM.
             rombar: Whether the guest sees a ROM BAR; default: true.
@@ -935,6 +946,10 @@ class AsyncMethods:
                 fd=lent.name(fd),
                 iommufd=iommufd,
                 mdev=mdev,
+                socket=socket,
+                socket_fd=lent.name(socket_fd),
+                x_msg_timeout=x_msg_timeout,
+                reconnect_ms=reconnect_ms,
                 vf_token=vf_token,
                 romfile=romfile,
                 rombar=rombar,

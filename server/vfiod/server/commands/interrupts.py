@@ -77,9 +77,14 @@ def irq_start(call: Call, arguments: IrqStart) -> IrqStartResult | Awaitable[Irq
                 "Parameter 'eventfds' is missing: this reply can carry no fds, so none can be handed back; "
                 "ask singly, on a Unix socket, or bring eventfds"
             )
-        wanted = [Wanted(vector) for vector in vectors] if a.eventfds is UNSET else take(call, a.eventfds)
+        eventfds = a.eventfds
+        # The session's fds are the loop's; starting may be in a worker.
+        if eventfds is UNSET:
+            wanted = [Wanted(vector) for vector in vectors]
+        else:
+            wanted = device.on_loop(lambda: take(call, eventfds))
         started = device.interrupts.start(one, wanted, mode, numbers)
-        return IrqStartResult(irqs=replies(call, device, started))
+        return IrqStartResult(irqs=device.on_loop(lambda: replies(call, device, started)))
 
     return device.in_order("irq-start", start)
 
@@ -242,7 +247,7 @@ def irq_unmask(call: Call, arguments: IrqUnmask) -> Empty | Awaitable[Empty]:
     """Unmask one interrupt."""
     device = call.machine.device(arguments.device)
     one = device.interrupts.find(arguments.index)
-    return _do(device, "irq-unmask", lambda: device.interrupts.unmask(one, arguments.vector))
+    return _do_on_loop(device, "irq-unmask", lambda: device.interrupts.unmask(one, arguments.vector))
 
 
 def irq_eoi(call: Call, arguments: IrqEoi) -> Empty | Awaitable[Empty]:
@@ -282,11 +287,22 @@ def _do(device: Device, what: str, action: Callable[[], None]) -> Empty | Awaita
     return device.in_order(what, done)
 
 
-def _now_or_ordered(call: Call, device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
-    if call.oob and not device.lane.closed:
+def _do_on_loop(device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
+    """For what touches the line that relayed interrupts move: both on the loop."""
+
+    def done() -> Empty:
         action()
         return Empty()
-    return _do(device, what, action)
+
+    return device.in_order_on_loop(what, done)
+
+
+def _now_or_ordered(call: Call, device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
+    # A worker may be at the interrupts of a device that waits for another program.
+    if call.oob and not device.lane.closed and not device.waits:
+        action()
+        return Empty()
+    return _do_on_loop(device, what, action)
 
 
 HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {

@@ -119,7 +119,7 @@ def region_map(call: Call, arguments: RegionMap) -> RegionMapResult | Awaitable[
             areas=[Area(offset=offset, size=size) for offset, size in region.areas],
         )
 
-    return device.in_order("region-map", give)
+    return device.in_order_on_loop("region-map", give)
 
 
 def region_unmap(call: Call, arguments: RegionUnmap) -> Empty | Awaitable[Empty]:
