@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import devices, kernel, monitor, platforms, vectors
+from tests.bench import channel, devices, kernel, monitor, platforms, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -19,7 +19,9 @@ def main() -> None:
     """Measure, and print each line as it is known."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
-    parser.add_argument("--only", choices=["monitor", "devices", "vectors", "platforms", "kernel"], help="one part")
+    parser.add_argument(
+        "--only", choices=["monitor", "devices", "vectors", "platforms", "kernel", "channel"], help="one part"
+    )
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
@@ -38,6 +40,10 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
     if only == "kernel":
         yield from kernel.lines(scale)
+    if only == "channel" and not channel.available():
+        raise SystemExit("This is not the lab's s390x machine: python -m tests.lab run ccw")
+    if only == "channel":
+        yield from channel.lines(scale)
 
 
 def _row(line: Line) -> str:

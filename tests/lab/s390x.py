@@ -113,6 +113,7 @@ def write_initrd(target: Path, exchange: Path, last: Path) -> None:
     with _locked():
         layer = cache() / "s390x" / "layer"
         _fill(layer)
+        _compile_c(layer)
         python = cache() / "s390x" / "python"
         # -s and -p: tracebacks show the path the file has in the guest.
         line = [str(python), "-m", "compileall", "-q", "-j1", "-s", str(layer), "-p", "/", str(layer)]
@@ -128,6 +129,15 @@ def write_initrd(target: Path, exchange: Path, last: Path) -> None:
                 shutil.copyfile(path, inside / path.name)
             _append_archive(stream.fileno(), last)
     shutil.rmtree(last)
+
+
+def _compile_c(layer: Path) -> None:
+    """Compile the benchmark's C program, where there is a cross compiler: the guest has none."""
+    source, program = REPO / "tests/bench/channel.c", layer / str(REPO).lstrip("/") / "tests/bench/channel"
+    compiler = shutil.which("s390x-linux-gnu-gcc")
+    if compiler is None or (program.exists() and program.stat().st_mtime > source.stat().st_mtime):
+        return
+    subprocess.run([compiler, "-O2", "-static", "-o", str(program), str(source)], check=True)
 
 
 @contextmanager
@@ -166,7 +176,7 @@ def _fill(layer: Path) -> None:
         source = path.relative_to(layer)
         if path.parent.name == "__pycache__":
             source = source.parent.parent / f"{source.name.partition('.')[0]}.py"
-        if path.is_file() and source not in wanted:
+        if path.is_file() and source not in wanted and path.name != "channel":
             path.unlink()
     for inside, path in wanted.items():
         copy, status = layer / inside, path.stat()

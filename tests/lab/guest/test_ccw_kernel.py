@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 from tests.lab.guest import ccw
-from tests.lab.guest.machine import qemu
 from tests.lab.guest.subchannel import ASYNC, CRW, HIGH, HIGH_SIZE, LOW, LOW_SIZE, SCHIB, Subchannel, Way, opened
-from tests.lab.topologies import CCW_DISK, CCW_IDS, CCW_SPARE, CCW_TERMINAL
+from tests.lab.topologies import CCW_DISK, CCW_TERMINAL
 
 from vfiod.protocol import vfio
 from vfiod.protocol.channel import (
@@ -268,18 +267,3 @@ def test_injected_channel_reports(display: Subchannel) -> None:
         told = Crw.unpack(display.look(CRW)[:4])
         assert (told.rsc, told.erc, told.rsid) == (CrwRsc.CHANNEL_PATH, erc, path)
     assert display.look(CRW) == bytes(8)
-
-
-# --- devices that go --------------------------------------------------------------------------
-
-
-def test_unplugged_while_open(way: Way) -> None:
-    spare = CCW_SPARE[0 if way == "group" else 1]
-    with opened(spare, way) as subchannel:
-        qemu().execute("device_del", id=CCW_IDS[spare])
-        subchannel.wait(CcwIrq.REQ)
-        assert subchannel.start(Orb(LOW)) == errno.EIO
-        assert subchannel.reset() == errno.EINVAL
-        with pytest.raises(OSError) as caught:
-            subchannel.look(SCHIB)
-        assert caught.value.errno == errno.ENODEV
