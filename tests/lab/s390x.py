@@ -24,9 +24,9 @@ from tests.lab.places import GUEST_EXCHANGE, QEMU_MINIMUM, REPO, LabUnavailableE
 from tests.lab.topologies import Topology
 
 #: What of this virtual environment goes into the guest, with all it depends on.
-PACKAGES = ("pytest", "hypothesis", "jsonrpcserver")
-#: Not needed there, or there already, as Debian's packages: jsonrpcserver's validator has parts in Rust.
-LEFT_OUT = {"jsonschema", "msgspec", "msgpack", "pyzmq"}
+PACKAGES = ("pytest", "jsonrpcserver")
+#: Not needed there, or there already, as Debian's packages: some have parts in Rust.
+LEFT_OUT = {"hypothesis", "jsonschema", "msgspec", "msgpack", "pyzmq"}
 #: What stays of pygments, which pytest colours tracebacks with: every file is a piece of the guest's memory.
 LEXERS = {"__init__", "_mapping", "diff", "python", "special"}
 #: What of the checkout goes into the guest.

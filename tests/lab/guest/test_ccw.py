@@ -134,8 +134,6 @@ def nop() -> Laid:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     directory = tmp_path_factory.mktemp("vm")
-    for one in (directory, *directory.parents[:2]):
-        one.chmod(0o755)
     ram = os.memfd_create("guest", os.MFD_CLOEXEC)
     os.ftruncate(ram, 2 * SIZE)
     with running_vm(directory) as vm, opened("/dev/iommu") as iommu:
