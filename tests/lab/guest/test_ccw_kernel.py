@@ -141,8 +141,11 @@ def test_data_is_spread_over_idaws(disk: Subchannel, idaws: Idaws) -> None:
     sense = Ccw(Command.SENSE_ID, listed, 7, CcwFlags.INDIRECT | CcwFlags.SUPPRESS_LENGTH)
     irb = disk.run(Laid(Orb(LOW, flags=flags), ((LOW, sense.pack()),), (sense,)))
     assert (irb.scsw.dstat, irb.scsw.cstat) == (END, Cstat(0))
-    told = SenseId.unpack(disk.read(place, 3) + disk.read(elsewhere, 4))
-    assert (told.cu_type, told.cu_model) == (VIRTIO, VIRTIO_DISK)
+    whole = bytes([0xFF]) + VIRTIO.to_bytes(2, "big") + bytes([VIRTIO_DISK]) + bytes(3)
+    assert disk.read(place, 3) == whole[:3]
+    # QEMU 10.0 begins with its own data again at every IDAW (hw/s390x/css.c, ccw_dstream_rw_ida), and what is to be
+    # seen here is the place: that the kernel translated the second IDAW, too.
+    assert disk.read(elsewhere, 4) in (whole[3:], whole[:4])
 
 
 @pytest.mark.parametrize(("length", "result"), [(255, 0), (256, 0), (257, errno.EINVAL)])
