@@ -99,6 +99,13 @@ def test_a_stopped_one_gives_its_place_to_the_next() -> None:
     assert words(both.remove(0)) == ["lower 0", "raise 1"]
 
 
+def test_one_that_came_while_masked_switches_the_fast_path_off_when_its_turn_comes() -> None:
+    one = lines(EDGE)
+    assert words(one.mask(0)) == ["host_mask 0"]
+    assert words(one.fired(0)) == []
+    assert words(one.unmask(0)) == ["host_unmask 0", "raise 0", "fast_path_off", "start_timer"]
+
+
 def test_clear_forgets_who_waited() -> None:
     both = lines(LEVEL, EDGE)
     both.fired(0)
