@@ -715,8 +715,8 @@ class FakeKernel(Syscalls):
                 raise refuse(errno.EINVAL)
             numbers.add(group.number)
         for one in affected:
-            if not (one.driver and "vfio" in one.driver):
-                raise refuse(errno.EINVAL)
+            if one.vf_of is not None or not (one.driver and "vfio" in one.driver):
+                raise refuse(errno.EINVAL)  # a VF is in no set but its own (vfio_pci_dev_set_resettable)
             if file is not None and file.iommufd is not None:
                 owned = self._owner_id(one, file.iommufd) >= 0
             else:
@@ -817,6 +817,8 @@ class FakeKernel(Syscalls):
                 return ""
             case ["driver"]:
                 return f"../../bus/{device.bus}/drivers/{device.driver}" if device.driver else None
+            case ["physfn"]:
+                return f"../{device.vf_of}" if device.vf_of is not None else None
             case ["iommu_group"]:
                 return f"../../kernel/iommu_groups/{device.group}" if device.group >= 0 else None
             case ["subsystem"]:

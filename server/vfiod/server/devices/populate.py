@@ -74,7 +74,7 @@ def populate(
     place_rom(device, backend, regions[ROM], shown)
     virtual = virtual_config(device, backend, regions, has_intx=indexes[INTX].info.count > 0, shown=shown)
     migratable = backend.probe_feature(int(vfio.Feature.MIGRATION))
-    model_regions = Regions(device, backend, regions, no_mmap=no_mmap)
+    model_regions = Regions(device, backend, regions, no_mmap=no_mmap, foreign=backend.foreign)
     model_regions.decodes = config.decodes()
     interrupts = DeviceInterrupts(
         device,
