@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vfiod.server.interrupts.intx import Action, FastState
+from vfiod.server.interrupts import tables
+from vfiod.server.interrupts.intx import FAST_PATH, Action, FastState
 from vfiod.server.interrupts.platform import RELAYED, Act, IrqEvent, IrqState, Line, PlatformLines
 
 S, E, A = IrqState, IrqEvent, Action
@@ -57,6 +60,14 @@ def test_what_is_not_relayed_is_an_error(move: str) -> None:
 def test_added_twice_is_an_error() -> None:
     with pytest.raises(KeyError):
         lines(LEVEL).add(0, EDGE)
+
+
+def test_the_documentation_has_the_tables() -> None:
+    """``make docs`` writes the page again."""
+    page = tables.page()
+    assert (Path(__file__).parents[4] / "docs" / "platform-interrupts.md").read_text() == page
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(RELAYED) + len(FAST_PATH) + 2
 
 
 # --- single stories ---------------------------------------------------------------------------------

@@ -39,9 +39,14 @@ def test_the_callers_eventfds_are_the_kernels(play: Play) -> None:
 def test_setting_up_is_bracketed_by_mask_and_unmask(play: Play) -> None:
     async def scenario(world: Any) -> None:
         device = await world.add("p0", "le")
-        said = []
+        said: list[tuple[int, str]] = []
         do = device.set_irqs
-        device.set_irqs = lambda request: (said.append((request.index, request.describe())), do(request))[1]
+
+        def say(request: Any) -> Any:
+            said.append((request.index, request.describe()))
+            return do(request)
+
+        device.set_irqs = say
         await world.start(device="p0")
         assert said == [
             (0, "MASK of 0"),
