@@ -168,7 +168,21 @@ NVME = Topology(
 )
 
 
-TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB, E1000E, NVME)}
+# --- a hypervisor in the guest -----------------------------------------------------------------
+
+NESTED = Topology(
+    name="nested",
+    about="an edu behind a root port, and memory enough for a QEMU of the guest's own",
+    devices=(
+        INTEL_IOMMU,
+        port("port1", 0x11, chassis=1),
+        device("edu", "edu-port", "port1", 0),
+    ),
+    memory="2G",
+)
+
+
+TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB, E1000E, NVME, NESTED)}
 
 
 def find_topology(name: str) -> Topology:
