@@ -182,7 +182,63 @@ NESTED = Topology(
 )
 
 
-TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in (EDU, IGB, E1000E, NVME, NESTED)}
+# --- machines that lack something ------------------------------------------------------------
+
+#: A USB controller with sixteen MSI vectors and no MSI-X, behind a root port.
+XHCI_PORT = "0000:02:00.0"
+XHCI_IDS: Mapping[str, str] = {XHCI_PORT: "xhci-port"}
+XHCI_VECTORS = 16
+#: The disk that takes the vectors away, on the machine that has few.
+SHORT_NVME = "0000:01:00.0"
+SHORT_NVME_VECTORS = 2048
+
+_XHCI = (
+    port("port2", 0x12, chassis=2),
+    device("nec-usb-xhci", "xhci-port", "port2", 0, msi="on", msix="off", intrs=str(XHCI_VECTORS)),
+)
+
+SHORT = Topology(
+    name="short",
+    about="one processor, so about 200 interrupt vectors: an NVMe disk that can use 2,048, and a device with 16 MSI",
+    devices=(
+        INTEL_IOMMU,
+        port("port1", 0x11, chassis=1),
+        device(
+            "nvme", "nvme-port", "port1", 0, serial=NVME_SERIAL, drive="disk0", msix_qsize=str(SHORT_NVME_VECTORS)
+        ).replace("msix-qsize", "msix_qsize"),
+        *_XHCI,
+    ),
+    arguments=NVME.arguments,
+    cpus=1,
+)
+
+NOREMAP = Topology(
+    name="noremap",
+    about="an IOMMU without interrupt remapping: edu, and a device with 16 MSI vectors",
+    devices=(
+        "intel-iommu,intremap=off,caching-mode=on",
+        port("port1", 0x11, chassis=1),
+        device("edu", "edu-port", "port1", 0),
+        *_XHCI,
+    ),
+    machine="q35,kernel-irqchip=off",
+)
+
+NOIOMMU = Topology(
+    name="noiommu",
+    about="no IOMMU at all: edu on the root bus and behind a root port",
+    devices=(
+        device("edu", "edu-root", "pcie.0", 0x10),
+        port("port1", 0x11, chassis=1),
+        device("edu", "edu-port", "port1", 0),
+    ),
+    kernel_arguments=(),
+)
+
+
+TOPOLOGIES: Mapping[str, Topology] = {
+    topology.name: topology for topology in (EDU, IGB, E1000E, NVME, SHORT, NOREMAP, NOIOMMU, NESTED)
+}
 
 
 def find_topology(name: str) -> Topology:

@@ -86,6 +86,13 @@ MAX_REGION_TRANSFER: Final = 1024 * 1024
 MAX_VECTORS: Final = 2048
 """Vectors of one index: MSI-X's table size is eleven bits (PCI 3.0, 6.8.2.3)."""
 
+MAX_REGION_INDEXES: Final = 64
+"""Regions of a device that counts its own: far above the kernel's (PCI 9, a platform device a few)."""
+
+MAX_IRQ_INDEXES: Final = 1024
+"""Interrupt indexes of a device that counts its own: a platform device has one for each of its IRQs, and an
+interrupt controller 1,020 (GIC, IHI 0048B 2.2.1)."""
+
 DEFAULT_UNPLUG_TIMEOUT_MS: Final = 5_000
 """Milliseconds ``device_del`` waits for holders: libvirt's unplug time-out on x86."""
 
@@ -104,5 +111,49 @@ EVENT_RATE_PERIOD_MS: Final = 1_000
 MAX_MDEVS: Final = 1024
 """Mediated devices of one parent type, whatever it claims to have available."""
 
+MDEV_CALL_MS: Final = 10_000
+"""Milliseconds a parent in Python has for one callback. Then its caller is told, and nothing more is asked of it until
+that call returns: a card that is slow to make is not given up, a deadlock does not hold a command for ever."""
+
+MDEV_LOOP_CALL_MS: Final = 500
+"""The same for a callback on the loop's thread (interrupts, config space): for so long everybody waits, once."""
+
+MDEV_LOOK_MS: Final = 1_000
+"""The same for what is only published (``attributes``, ``available_instances``): a query does not wait for long."""
+
 WORKER_THREADS: Final = 8
 """Threads for calls that block in the kernel. They wait there and compute nothing (GIL)."""
+
+# --- vfio-user ----------------------------------------------------------------------------------
+VFIO_USER_MAX_TRANSFER: Final = MAX_REGION_TRANSFER
+"""Bytes of data in one vfio-user message, received or sent: the specification's default of ``max_data_xfer_size``,
+which QEMU and libvfio-user send as theirs."""
+
+VFIO_USER_MAX_MESSAGE: Final = VFIO_USER_MAX_TRANSFER + 4096
+"""Bytes of one whole vfio-user message: the most data there may be, and room for any header (libvfio-user's
+``SERVER_MAX_MSG_SIZE``). A header that says more ends the connection: nothing after it can be trusted."""
+
+VFIO_USER_MAX_FDS: Final = 16
+"""fds of one vfio-user message, received: our ``max_msg_fds``. QEMU calls more than 16 malformed
+(``VFIO_USER_MAX_MAX_FDS``, ``hw/vfio-user/protocol.h``)."""
+
+VFIO_USER_MAX_DMA_MAPS: Final = MAX_MAPPINGS
+"""DMA mappings of one vfio-user client: the specification's default; QEMU takes no more (``check_max_dma``)."""
+
+VFIO_USER_MAX_REGIONS: Final = 100
+"""Regions a vfio-user server may say its device has: QEMU's ``VFIO_USER_MAX_REGIONS`` (``hw/vfio-user/device.c``)."""
+
+VFIO_USER_MAX_IRQS: Final = 50
+"""Interrupt indexes a vfio-user server may say its device has: QEMU's ``VFIO_USER_MAX_IRQS``."""
+
+VFIO_USER_MAX_VERSION: Final = 4096
+"""Bytes of the JSON of a VERSION message; QEMU's has 205."""
+
+VFIO_USER_MAX_WRITES: Final = 1024
+"""Writes in one WRITE_MULTI; QEMU sends up to 200 (``VFIO_USER_MULTI_MAX``)."""
+
+VFIO_USER_MAX_PENDING: Final = 4096
+"""Requests of one connection that wait for replies, or whose replies nobody waits for any more. Ids have 16 bits."""
+
+VFIO_USER_MAX_INFO: Final = 64 * 1024
+"""Bytes of a region's information with its capabilities, or of a region's ioeventfds, that vfiod asks for or sends."""

@@ -12,6 +12,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level, format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr)
     try:
         refuse_overflow_uid()
+        raise_open_files()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
@@ -67,6 +69,21 @@ def refuse_overflow_uid(own: int | None = None) -> None:
     own = os.geteuid() if own is None else own
     if own == overflow_uid():
         raise StartError(f"vfiod does not run as uid {own}, the kernel's overflow uid: give it a user of its own")
+
+
+def raise_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: devices and their vectors take many, and ``select`` none.
+
+    The usual soft limit (1,024) is there for programs that call ``select(2)``; see ``setrlimit(2)`` and systemd's
+    "File Descriptor Limits".
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("The limit of open files stays %d: it cannot be raised to %d: %s", soft, hard, error)
 
 
 ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)

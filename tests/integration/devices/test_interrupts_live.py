@@ -1,4 +1,7 @@
-"""A hypervisor's life with the interrupts of one device, through a real server process and real eventfds."""
+"""A hypervisor's life with the interrupts of one device, through a real server process and real eventfds.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

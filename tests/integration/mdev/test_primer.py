@@ -252,6 +252,30 @@ def test_a_device_lives_and_dies_and_nothing_is_left(manager: Manager) -> None:
         assert manager.open_fds() == before
 
 
+def test_its_own_fds_are_listed_as_the_mediated_devices(manager: Manager) -> None:
+    primer = Primer(manager)
+    trigger, resample = manager.eventfd(), manager.eventfd()
+    manager.client.irq_start(device="dev0", eventfds=[VectorFds(vector=0, trigger=trigger, resample=resample)])
+
+    def own() -> dict[str, str]:
+        infos = [info for info in manager.client.query_fds() if info.owner == f"mdev:{primer.uuid}"]
+        links = {str(info.name): os.readlink(f"/proc/{manager.process.pid}/fd/{info.number}") for info in infos}
+        assert {info.name for info in infos if info.kind == "eventfd"} == links.keys() - {"bar2"}
+        return links
+
+    fds = own()
+    assert fds.keys() == {"bar2", "intx trigger", "req trigger", "err trigger", "watch[0]"}
+    assert fds["bar2"].startswith("/memfd:vfiod-primer")
+    manager.client.irq_stop(device="dev0")
+    # What it watched is closed on the loop, a moment later.
+    assert own().keys() == {"bar2", "req trigger", "err trigger"}
+    # Together with the others' these are all the server has of eventfds and memory: nothing is held unlisted.
+    listed = {info.number for info in manager.client.query_fds()}
+    others = set(map(int, os.listdir(f"/proc/{manager.process.pid}/fd"))) - listed
+    links = [os.readlink(f"/proc/{manager.process.pid}/fd/{number}") for number in others]
+    assert [link for link in links if "eventfd" in link or "memfd" in link] == []
+
+
 def test_start_and_shutdown(manager: Manager) -> None:
     uuids = sorted(
         manager.client.mdev_create(parent="primer", type="primer-pci", parameters={"hot-unplug": False}).uuid

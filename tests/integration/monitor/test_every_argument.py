@@ -36,6 +36,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "mdev-create": {"parent": "primer", "type": "nothing"},
     "object-add": {"qom-type": "memory-backend-fd", "id": "ram0", "fd": "memory"},
     "region-map": {"device": "n0", "region": "bar0"},
+    "region-unmap": {"device": "n0", "region": "bar2"},
     "region-read": {"device": "n0", "region": "bar0", "offset": 0, "size": 4},
     "region-write": {"device": "n0", "region": "bar2", "offset": 0, "size": 4, "value": 0},
     "remove-fd": {"fdset-id": 77},

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -266,3 +267,14 @@ from vfiod.server.program import main
 os.setuid({uid})
 sys.exit(main(["--name", "vm0", "--qmp", "unix:q"]))
 """
+
+
+def test_the_limit_of_open_files_is_raised_to_the_hard_one(start: Start, tmp_path: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(64, hard), hard))
+
+    process = start("--name", "v", "--qmp", "unix:q", preexec_fn=lower)
+    _ready(process, tmp_path / "q")
+    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)

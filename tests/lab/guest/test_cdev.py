@@ -1,6 +1,8 @@
 """cdevs and iommufd on the real kernel, as backends and through an unprivileged vfiod.
 
 Rules are those of behaviour.md, by section; what the fake kernel of the unit tests claims, the kernel says here.
+
+Rules are those of behaviour.md, sections 1 and 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The kernel-group backend on a real kernel: what the fake of the unit tests claims, the kernel says here."""
+"""The kernel-group backend on a real kernel: what the fake of the unit tests claims, the kernel says here.
+
+Rules are those of behaviour.md, section 1.
+"""
 
 from __future__ import annotations
 

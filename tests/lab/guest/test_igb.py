@@ -9,6 +9,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.lab.guest import pci
@@ -228,3 +229,71 @@ def test_a_vf_whose_pf_is_vfios_needs_its_token(vm: Vm) -> None:
             print(held(report))
             vm.remove("vf")
         vm.remove("pf")
+
+
+def test_a_vf_whose_pf_is_vfios_needs_its_token_by_cdev(vm: Vm) -> None:
+    """Issue 3: "the VF token (DEVICE_FEATURE) as a device_add property", by cdev: it goes with the bind."""
+    one, _ = IGB_VIRTUAL[0]
+    with vm.bound(FIRST):
+        add_iommufd(vm)
+        with opened(str(pci.vfio_cdev(FIRST))) as fd:
+            vm.client.device_add(driver="vfio-pci", id="pf", fd=fd, iommufd="i0", vf_token=TOKEN)
+        with virtual_functions(FIRST, 1):
+            pci.wait_until(lambda: pci.driver_of(one) == "vfio-pci", "VFs of vfio-pci's are vfio-pci's")
+            with opened(str(pci.vfio_cdev(one))) as fd:
+                for wrong in (UNSET, OTHER_TOKEN):
+                    with pytest.raises(RemoteError, match="token") as refused:
+                        vm.client.device_add(driver="vfio-pci", id="vf", fd=fd, iommufd="i0", vf_token=wrong)
+                    assert refused.value.errno == "EACCES"
+                vm.client.device_add(driver="vfio-pci", id="vf", fd=fd, iommufd="i0", vf_token=TOKEN)
+            assert sorted(device.id for device in vm.client.query_devices()) == ["pf", "vf"]
+            assert vm.remove("vf")
+        assert vm.remove("pf")
+        vm.client.object_del(id="i0")
+
+
+@pytest.mark.parametrize("way", ["group", "cdev"])
+def test_a_hot_reset_while_there_are_virtual_functions(vm: Vm, way: str) -> None:
+    """Section 6: a VF is a function of its PF's bus: without it the reset is refused, with it it is carried out."""
+    one, _ = IGB_VIRTUAL[0]
+
+    def add(address: str, name: str) -> None:
+        if way == "cdev":
+            with opened(str(pci.vfio_cdev(address))) as fd:
+                vm.client.device_add(driver="vfio-pci", id=name, fd=fd, iommufd="i0", vf_token=token(address))
+        else:
+            with opened_group(address) as group:
+                vm.client.device_add(driver="vfio-pci", id=name, host=address, group_fd=group, vf_token=token(address))
+
+    def token(address: str) -> Any:
+        return UNSET if address == SECOND else TOKEN
+
+    with vm.bound(FIRST, SECOND):
+        if way == "cdev":
+            add_iommufd(vm)
+        add(FIRST, "pf")
+        add(SECOND, "n1")
+        with virtual_functions(FIRST, 1):
+            pci.wait_until(lambda: pci.driver_of(one) == "vfio-pci", "VFs of vfio-pci's are vfio-pci's")
+            mark(vm, "pf")
+            report = vm.client.query_hot_reset(id="pf")
+            assert not report.possible
+            assert one in [function.address for function in report.affected]
+            with pytest.raises(RemoteError, match=one.replace(".", r"\.")):
+                vm.client.hot_reset(id="pf")
+            assert not was_reset(vm, "pf"), "refused: nothing is touched"
+            add(one, "vf")
+            vendor = vm.client.query_devices()[-1].vendor_id
+            with told_resets(vm) as events:
+                report = vm.client.hot_reset(id="pf")
+                assert held(report) == {FIRST: "pf", SECOND: "n1", one: "vf"}
+                assert resets(events) == [("n1", "hot"), ("pf", "hot"), ("vf", "hot")]
+            assert was_reset(vm, "pf")
+            # The kernel gives the PF its VFs back, and the VF answers.
+            assert vm.client.region_read(device="vf", region="config", offset=0, size=2).value == vendor
+            assert vm.read("vf", 0x8) != 0xFFFF_FFFF
+            assert vm.remove("vf")
+        assert vm.remove("pf")
+        assert vm.remove("n1")
+        if way == "cdev":
+            vm.client.object_del(id="i0")

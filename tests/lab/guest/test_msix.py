@@ -213,14 +213,24 @@ def test_romfile_and_rombar(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_reset_keeps_what_the_guest_sees_and_its_vectors(vm: Vm, way: str) -> None:
+@pytest.mark.parametrize("kind", ["device-reset", "hot-reset"])
+def test_a_reset_keeps_what_the_guest_sees_and_its_vectors(vm: Vm, way: str, kind: str) -> None:
     """Section 6: "interrupts are disabled, before they are set up again; ... BARs and virtualised state restored"."""
     with added(vm, E1000E_PORT, way):
         set_config(vm, "dev", 0x10, 4, 0xFE00_0000)
         with vm.client.irq_start(device="dev", index="msix", vectors=[0, 2]) as started:
             eventfds = triggers(started)
-            vm.client.device_reset(id="dev")
+            rom = vm.client.region_read(device="dev", region="rom", offset=0, length=4096).data
+            set_config(vm, "dev", 0x30, 4, 0xFEB0_0001)
+            if kind == "hot-reset":
+                report = vm.client.query_hot_reset(id="dev")
+                assert (report.possible, [one.address for one in report.affected]) == (True, [E1000E_PORT])
+                assert vm.client.hot_reset(id="dev").possible
+            else:
+                vm.client.device_reset(id="dev")
             drained(eventfds)
+            assert config(vm, "dev", 0x30, 4) & 1, "the ROM's address and enable bit are the guest's"
+            assert vm.client.region_read(device="dev", region="rom", offset=0, length=4096).data == rom
             assert config(vm, "dev", 0x10, 4) == 0xFE00_0000
             assert config(vm, "dev", nics.find(vm, "dev", nics.MSIX_ID) + 2, 2) & nics.MSIX_ENABLE
             prepare(vm)

@@ -1,6 +1,8 @@
 """The main job on the real kernel: root opens VFIO groups and passes them, an unprivileged vfiod serves the devices.
 
 Rules are those of behaviour.md, by section.
+
+Rules are those of behaviour.md, sections 1, 3, 4 and 6.
 """
 
 from __future__ import annotations

@@ -116,21 +116,24 @@ def opened_group(address: str) -> Iterator[FileDescriptor]:
 
 
 @contextmanager
-def running_vm(directory: Path, *, memlock: int = MEMLOCK) -> Iterator[Vm]:
-    """Start vfiod as an unprivileged user with an inherited socket; end it by SIGTERM and look at its status."""
+def running_vm(directory: Path, *, memlock: int = MEMLOCK, root: bool = False) -> Iterator[Vm]:
+    """Start vfiod as an unprivileged user with an inherited socket; end it by SIGTERM and look at its status.
+
+    ``root``: as root, with all capabilities, for what the kernel allows to nobody else.
+    """
     path = directory / "monitor.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
         os.set_inheritable(listener.fileno(), True)
-        process = unprivileged(
-            [sys.executable, "-m", "vfiod.server", "--name", "lab", "--qmp", f"fd={listener.fileno()}"],
-            pass_fds=[listener.fileno()],
-            memlock=memlock,
-        )
+        command = [sys.executable, "-m", "vfiod.server", "--name", "lab", "--qmp", f"fd={listener.fileno()}"]
+        if root:
+            process = subprocess.Popen(command, pass_fds=[listener.fileno()])
+        else:
+            process = unprivileged(command, pass_fds=[listener.fileno()], memlock=memlock)
     try:
         with Client.connect(path, timeout=100) as client:
-            assert f"\nUid:\t{UNPRIVILEGED_UID}\t" in Path(f"/proc/{process.pid}/status").read_text()
+            assert f"\nUid:\t{0 if root else UNPRIVILEGED_UID}\t" in Path(f"/proc/{process.pid}/status").read_text()
             yield Vm(process, client, path)
     finally:
         killed = process.poll()

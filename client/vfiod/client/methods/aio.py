@@ -92,6 +92,7 @@ from vfiod.protocol.catalogue.regions import (
     RegionMap,
     RegionRead,
     RegionReadResult,
+    RegionUnmap,
     RegionWrite,
 )
 from vfiod.protocol.catalogue.reset import DeviceReset, HotReset, HotResetReport, QueryHotReset, SystemReset
@@ -749,14 +750,15 @@ class AsyncMethods:
         mdev: str | UnsetType = UNSET,
         vf_token: str | UnsetType = UNSET,
         romfile: str | UnsetType = UNSET,
-        rombar: bool = True,
+        rombar: bool | UnsetType = UNSET,
         multifunction: bool | UnsetType = UNSET,
         mmap_timeout_ms: int | UnsetType = UNSET,
         x_intx_mmap_timeout_ms: int | UnsetType = UNSET,
         share_fd: bool = True,
         on_request: OnRequest | Literal["event", "delete"] = OnRequest.EVENT,
         on_request_timeout_ms: int = 5000,
-        x_no_mmap: bool = False,
+        x_irqfd: bool | UnsetType = UNSET,
+        x_no_mmap: bool | UnsetType = UNSET,
         x_noiommu: bool = False,
         x_dry_run: bool = False,
         timeout: float | None = None,
@@ -771,7 +773,7 @@ class AsyncMethods:
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
 
         Args:
-            driver: The device driver: vfio-pci.
+            driver: The device driver: vfio-pci or vfio-platform.
             id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
             host: Host address: [[DDDD:]BB:]DD.F, or a platform device's name.
             sysfsdev: The host device's directory in sysfs.
@@ -783,14 +785,15 @@ class AsyncMethods:
             mdev: A UUID in its 8-4-4-4-12 form (RFC 9562).
             vf_token: SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
             romfile: A file whose bytes stand in for the device's ROM; empty: no ROM.
-            rombar: Whether the guest sees a ROM BAR.
+            rombar: Whether the guest sees a ROM BAR; default: true.
             multifunction: Set or clear the multifunction bit; default: cleared (QEMU's).
-            mmap_timeout_ms: Before the fast path returns after an INTx; default 1100 (0 to 86400000).
+            mmap_timeout_ms: Before the fast path returns after a level interrupt; default 1100 (0 to 86400000).
             x_intx_mmap_timeout_ms: QEMU's name for mmap-timeout-ms (0 to 86400000).
             share_fd: Whether region-map may give the device's fd away.
             on_request_timeout_ms: With on-request=delete: how long to wait for holders before forcing (0 to
                 86400000).
-            x_no_mmap: Never map regions: every access is a read or write.
+            x_irqfd: Whether interrupts may be direct, signalled by the kernel to the hypervisor; default: true.
+            x_no_mmap: Never map regions: every access is a read or write; default: false.
             x_noiommu: Accept a noiommu group: the device can reach all memory.
             x_dry_run: Make every check and report it; change nothing.
             timeout: Seconds to wait for the answer; None: the client's own default.
@@ -821,6 +824,7 @@ class AsyncMethods:
                 share_fd=share_fd,
                 on_request=OnRequest(on_request),
                 on_request_timeout_ms=on_request_timeout_ms,
+                x_irqfd=x_irqfd,
                 x_no_mmap=x_no_mmap,
                 x_noiommu=x_noiommu,
                 x_dry_run=x_dry_run,
@@ -1075,6 +1079,23 @@ class AsyncMethods:
 
         """
         return await self.call(RegionMap(device=device, region=region), timeout=timeout)
+
+    async def region_unmap(self, *, device: str, region: int | str, timeout: float | None = None) -> Empty:
+        """This session no longer holds a region that ``region-map`` gave it: it has unmapped it and closed the fd.
+
+        A session that ends does so by itself. Nothing is taken back: an fd that is kept nevertheless keeps the device
+        (``released`` of ``DEVICE_DELETED`` says so), and the slow path stays until the device is gone, because vfiod
+        cannot know who else has the fd by now.
+
+        Args:
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(RegionUnmap(device=device, region=region), timeout=timeout)
 
     async def device_reset(self, *, id: str, timeout: float | None = None) -> Empty:
         """Reset one device (``VFIO_DEVICE_RESET``): interrupts off, bus mastering off, reset, state restored.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
@@ -30,6 +31,25 @@ class Driver(enum.StrEnum):
     """Device drivers, by QEMU's names."""
 
     VFIO_PCI = "vfio-pci"
+    VFIO_PLATFORM = "vfio-platform"
+
+
+ONLY_OF: Final[Mapping[str, frozenset[Driver]]] = {
+    "vf-token": frozenset({Driver.VFIO_PCI}),
+    "romfile": frozenset({Driver.VFIO_PCI}),
+    "rombar": frozenset({Driver.VFIO_PCI}),
+    "multifunction": frozenset({Driver.VFIO_PCI}),
+    "x-intx-mmap-timeout-ms": frozenset({Driver.VFIO_PCI}),
+    "mmap-timeout-ms": frozenset({Driver.VFIO_PCI, Driver.VFIO_PLATFORM}),
+    "x-irqfd": frozenset({Driver.VFIO_PLATFORM}),
+    "x-no-mmap": frozenset({Driver.VFIO_PCI, Driver.VFIO_PLATFORM}),
+}
+"""Properties of ``device_add`` that not every driver has; those that are not here, every driver has."""
+
+
+def has_property(driver: Driver, name: str) -> bool:
+    """Whether a driver has the property of this name (as on the wire)."""
+    return driver in ONLY_OF.get(name, (driver,))
 
 
 class OnRequest(enum.StrEnum):
@@ -69,7 +89,7 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     """
 
     # A plain string: QEMU's error for an unknown driver names it as a device model.
-    driver: Annotated[str, Meta(description="The device driver: vfio-pci.")]
+    driver: Annotated[str, Meta(description="The device driver: vfio-pci or vfio-platform.")]
     id: Id | UnsetType = UNSET
     host: Annotated[
         str | UnsetType, Meta(description="Host address: [[DDDD:]BB:]DD.F, or a platform device's name.")
@@ -90,13 +110,13 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     romfile: Annotated[
         str | UnsetType, Meta(description="A file whose bytes stand in for the device's ROM; empty: no ROM.")
     ] = UNSET
-    rombar: Annotated[bool, Meta(description="Whether the guest sees a ROM BAR.")] = True
+    rombar: Annotated[bool | UnsetType, Meta(description="Whether the guest sees a ROM BAR; default: true.")] = UNSET
     multifunction: Annotated[
         bool | UnsetType, Meta(description="Set or clear the multifunction bit; default: cleared (QEMU's).")
     ] = UNSET
     mmap_timeout_ms: Annotated[
         Milliseconds | UnsetType,
-        Meta(description=f"Before the fast path returns after an INTx; default {DEFAULT_MMAP_TIMEOUT_MS}."),
+        Meta(description=f"Before the fast path returns after a level interrupt; default {DEFAULT_MMAP_TIMEOUT_MS}."),
     ] = UNSET
     x_intx_mmap_timeout_ms: Annotated[
         Milliseconds | UnsetType, Meta(description="QEMU's name for mmap-timeout-ms.")
@@ -106,7 +126,13 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     on_request_timeout_ms: Annotated[
         Milliseconds, Meta(description="With on-request=delete: how long to wait for holders before forcing.")
     ] = DEFAULT_UNPLUG_TIMEOUT_MS
-    x_no_mmap: Annotated[bool, Meta(description="Never map regions: every access is a read or write.")] = False
+    x_irqfd: Annotated[
+        bool | UnsetType,
+        Meta(description="Whether interrupts may be direct, signalled by the kernel to the hypervisor; default: true."),
+    ] = UNSET
+    x_no_mmap: Annotated[
+        bool | UnsetType, Meta(description="Never map regions: every access is a read or write; default: false.")
+    ] = UNSET
     x_noiommu: Annotated[bool, Meta(description="Accept a noiommu group: the device can reach all memory.")] = False
     x_dry_run: Annotated[bool, Meta(description="Make every check and report it; change nothing.")] = False
 

@@ -85,7 +85,9 @@ class QueryFdsets(Arguments[list[FdsetInfo]]):
 class FdInfo(Result, kw_only=True):
     """One fd the server holds, and for whom."""
 
-    owner: Annotated[str, Meta(description="session:N, fdset:N, device:ID, object:ID, group:N, container:N, server")]
+    owner: Annotated[
+        str, Meta(description="session:N, fdset:N, device:ID, object:ID, group:N, container:N, mdev:UUID, server")
+    ]
     name: str | UnsetType = UNSET
     kind: FdKind
     number: int

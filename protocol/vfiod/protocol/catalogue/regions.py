@@ -101,6 +101,19 @@ class RegionMap(Arguments[RegionMapResult]):
     region: RegionName
 
 
+@command("region-unmap", Family.REGIONS, device="device")
+class RegionUnmap(Arguments[Empty]):
+    """This session no longer holds a region that ``region-map`` gave it: it has unmapped it and closed the fd.
+
+    A session that ends does so by itself. Nothing is taken back: an fd that is kept nevertheless keeps the device
+    (``released`` of ``DEVICE_DELETED`` says so), and the slow path stays until the device is gone, because vfiod
+    cannot know who else has the fd by now.
+    """
+
+    device: str
+    region: RegionName
+
+
 @event("REGION_MMAP_CHANGED", Family.REGIONS, rate_key=("device",))
 class RegionMmapChanged(EventData):
     """The fast path of a device's regions went off (an INTx is pending) or came back."""

@@ -1,7 +1,8 @@
 """VFIO's kernel interface as values: numbers, structures, capability chains. Opens nothing, calls nothing.
 
 Source: ``include/uapi/linux/vfio.h`` (Linux 7.2). Groups, containers, type1 and PCI are here; cdev and iommufd
-(``iommufd.h``) in :mod:`vfiod.protocol.vfio.iommufd`. CCW and AP get modules of their own beside these.
+(``iommufd.h``) in :mod:`vfiod.protocol.vfio.iommufd`; CCW and AP in :mod:`vfiod.protocol.vfio.ccw`, which is
+imported by those who need it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from vfiod.protocol.vfio.capabilities import (
     Capability,
     DmaAvailable,
     IovaRanges,
+    IrqTypeCap,
     MigrationInfo,
+    MsiDescs,
+    MsiMessage,
     MsixMappable,
     PciAtomicCompletion,
     RegionTypeCap,
@@ -37,7 +41,9 @@ from vfiod.protocol.vfio.constants import (
     GroupFlags,
     HotResetFlags,
     IrqFlags,
+    IrqInfoCap,
     IrqSetFlags,
+    IrqType,
     PciIrq,
     PciRegion,
     RegionFlags,
@@ -119,8 +125,13 @@ __all__ = [
     "IrqData",
     "IrqFlags",
     "IrqInfo",
+    "IrqInfoCap",
     "IrqSetFlags",
+    "IrqType",
+    "IrqTypeCap",
     "MigrationInfo",
+    "MsiDescs",
+    "MsiMessage",
     "MsixMappable",
     "PciAtomicCompletion",
     "PciIrq",

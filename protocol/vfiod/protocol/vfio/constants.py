@@ -26,7 +26,9 @@ __all__ = [
     "GroupFlags",
     "HotResetFlags",
     "IrqFlags",
+    "IrqInfoCap",
     "IrqSetFlags",
+    "IrqType",
     "MigrationFlags",
     "PciIrq",
     "PciRegion",
@@ -133,6 +135,21 @@ class IrqFlags(enum.IntFlag):
     MASKABLE = 1 << 1
     AUTOMASKED = 1 << 2
     NORESIZE = 1 << 3
+    CAPS = 1 << 4
+    """RFC only ("vfio/platform: add support for msi", v3, 2020): no kernel has it."""
+
+
+class IrqInfoCap(enum.IntEnum):
+    """``VFIO_IRQ_INFO_CAP_*`` of the same RFC."""
+
+    TYPE = 3
+    MSI_DESCS = 4
+
+
+class IrqType(enum.IntEnum):
+    """``VFIO_IRQ_TYPE_*`` of the same RFC: what an index beyond a device's own IRQs is."""
+
+    MSI = 1
 
 
 class IrqSetFlags(enum.IntFlag):

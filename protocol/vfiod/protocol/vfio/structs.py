@@ -197,22 +197,46 @@ class RegionInfo(Struct, frozen=True):
 
 
 class IrqInfo(Struct, frozen=True):
-    """``struct vfio_irq_info``: how many interrupts an index has, and what they can do."""
+    """``struct vfio_irq_info``: how many interrupts an index has, and what they can do.
+
+    ``cap_offset`` and the capabilities are an RFC's (:class:`~vfiod.protocol.vfio.constants.IrqFlags`, CAPS).
+    """
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIII")
+    WITH_CAPS: ClassVar[struct.Struct] = struct.Struct("=IIIII")
     index: int
     flags: IrqFlags = _NO_IRQ_FLAGS
     count: int = 0
+    capabilities: tuple[Capability, ...] = ()
 
     def pack(self) -> bytes:
-        """With ``argsz``."""
-        return self.LAYOUT.pack(self.LAYOUT.size, self.flags, self.index, self.count)
+        """With ``argsz``, and the chain when there are capabilities."""
+        if not self.capabilities:
+            return self.LAYOUT.pack(self.LAYOUT.size, self.flags & ~IrqFlags.CAPS, self.index, self.count)
+        size = self.WITH_CAPS.size
+        chain = caps.pack_chain(self.capabilities, size)
+        return self.WITH_CAPS.pack(size + len(chain), self.flags | IrqFlags.CAPS, self.index, self.count, size) + chain
 
     @classmethod
     def unpack(cls, buffer: bytes) -> Self:
         """Raises :class:`BadStructure`."""
         _, flags, index, count = _fields(cls.LAYOUT, buffer, "vfio_irq_info")
-        return cls(index, IrqFlags(flags), count)
+        chain: tuple[Capability, ...] = ()
+        if flags & IrqFlags.CAPS:
+            first = _fields(cls.WITH_CAPS, buffer, "vfio_irq_info")[4]
+            chain = caps.walk_chain(buffer, first, cls.WITH_CAPS.size, caps.IRQ_CAPABILITIES)
+        return cls(index, IrqFlags(flags), count, chain)
+
+    @property
+    def type(self) -> caps.IrqTypeCap | None:
+        """What an index beyond the device's own IRQs is."""
+        return _find(self.capabilities, caps.IrqTypeCap)
+
+    @property
+    def messages(self) -> tuple[caps.MsiMessage, ...]:
+        """The message of each vector that was granted; none before."""
+        found = _find(self.capabilities, caps.MsiDescs)
+        return () if found is None else found.messages
 
     @property
     def maskable(self) -> bool:
@@ -361,12 +385,6 @@ class Type1Info(Struct, frozen=True):
         """(first, last) inclusive, in bytes; empty when the kernel does not say."""
         found = _find(self.capabilities, caps.IovaRanges)
         return () if found is None else found.ranges
-
-    @property
-    def mappings_left(self) -> int | None:
-        """How many more mappings the container takes; None when the kernel does not say."""
-        found = _find(self.capabilities, caps.DmaAvailable)
-        return None if found is None else found.avail
 
 
 class DmaMap(Struct, frozen=True):

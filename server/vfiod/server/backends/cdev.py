@@ -26,7 +26,7 @@ from vfiod.protocol.errors import Busy, OperationFailed
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server.backends.base import AddressSpace, Backend
 from vfiod.server.backends.cdev_origin import CdevOrigin, IommufdSource, find_cdev, is_bound, open_cdev
-from vfiod.server.backends.checks import CdevDryRun
+from vfiod.server.backends.checks import CdevDryRun, CdevHoldings
 from vfiod.server.backends.device import KernelDevice
 from vfiod.server.backends.group import HeldFd
 from vfiod.server.backends.ioctls import Advice, call, failed
@@ -362,8 +362,7 @@ class KernelCdevs:
             if origin.fd is not None:
                 passed.callback(origin.fd.close)
             iommufd = self._iommufds.get(origin.iommufd.object_id)
-            run = CdevDryRun(
-                self._calls,
+            holdings = CdevHoldings(
                 attached=frozenset(self._devices),
                 resumable=frozenset(self._still_bound),
                 group_in_use=self._group_in_use,
@@ -371,7 +370,7 @@ class KernelCdevs:
                 allow_open=self._allow_open,
                 mapped_bytes=self._mapped_bytes(),
             )
-            return run.checks(origin)
+            return CdevDryRun(self._calls, holdings).checks(origin)
 
     def attached(self, name: str) -> bool:
         """Whether a host device is open here by its cdev."""

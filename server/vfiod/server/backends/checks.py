@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Final
+from typing import Final, Generic, TypeVar
+
+from msgspec import Struct
 
 from vfiod.protocol.catalogue.devices import Check
 from vfiod.protocol.errors import CommandError, InvalidArgument
@@ -30,7 +32,7 @@ from vfiod.server.backends.origin import (
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import HostDevice, Sysfs
 
-__all__ = ["ADVISORY", "CdevDryRun", "DryRun", "possible"]
+__all__ = ["ADVISORY", "CdevDryRun", "CdevHoldings", "DryRun", "GroupHoldings", "possible"]
 
 ADVISORY: Final = frozenset({"reset"})
 """Checks that may fail and the device is added all the same."""
@@ -44,24 +46,70 @@ def possible(checks: Sequence[Check]) -> bool:
     return all(check.ok or check.name in ADVISORY for check in checks)
 
 
-class HostChecks:
+class Holdings(Struct, frozen=True):
+    """What the machine has at the moment of a dry run, by either interface.
+
+    Attributes:
+        attached: names of the host devices it has by this interface.
+        allow_open: whether files of VFIO may be opened here.
+        mapped_bytes: guest memory mapped.
+
+    """
+
+    attached: frozenset[str]
+    allow_open: bool
+    mapped_bytes: int
+
+
+class GroupHoldings(Holdings, frozen=True):
+    """What it has by groups.
+
+    Attributes:
+        groups: numbers of the groups in use.
+        lingering: numbers of the groups that are held without a device.
+        containers: those there are.
+
+    """
+
+    groups: frozenset[int]
+    lingering: frozenset[int]
+    containers: tuple[Container, ...]
+
+
+class CdevHoldings(Holdings, frozen=True):
+    """What it has by cdevs.
+
+    Attributes:
+        resumable: names of the devices that are still bound to an iommufd and can be taken up again.
+        group_in_use: whether a group is held through its group file.
+        ioases: names of the IOASes in the iommufd.
+
+    """
+
+    resumable: frozenset[str]
+    group_in_use: Callable[[int], bool]
+    ioases: tuple[str, ...]
+
+
+H = TypeVar("H", bound=Holdings)
+
+
+class HostChecks(Generic[H]):
     """What is checked of every device of the kernel.
 
     Args:
         calls: the system calls.
-        attached: names of the host devices the machine has by this interface.
-        mapped_bytes: guest memory mapped at this moment.
+        holdings: what the machine has.
 
     """
 
-    def __init__(self, calls: Syscalls, *, attached: frozenset[str], mapped_bytes: int) -> None:
+    def __init__(self, calls: Syscalls, holdings: H) -> None:
         self._calls = calls
         self._sysfs = Sysfs(calls)
-        self._attached = attached
-        self._mapped_bytes = mapped_bytes
+        self._has = holdings
 
     def _host_device(self, device: HostDevice) -> Check:
-        if device.name in self._attached:
+        if device.name in self._has.attached:
             return Check(
                 name="host-device",
                 ok=False,
@@ -81,8 +129,8 @@ class HostChecks:
         limit = self._calls.memory_lock_limit()
         locked = self._calls.memory_locked()
         # Memory is pinned once per container: one that is there already has it.
-        need = locked + (0 if shared else self._mapped_bytes)
-        detail = f"{need} bytes needed ({locked} locked now, {self._mapped_bytes} of guest memory mapped)"
+        need = locked + (0 if shared else self._has.mapped_bytes)
+        detail = f"{need} bytes needed ({locked} locked now, {self._has.mapped_bytes} of guest memory mapped)"
         if limit is None:
             return Check(name="memory-lock", ok=True, detail=f"no limit; {detail}")
         if self._calls.may_lock_any_memory():
@@ -108,36 +156,8 @@ class HostChecks:
         return Check(name="reset", ok=True, detail=f"by {methods}")
 
 
-class DryRun(HostChecks):
-    """One dry run of a device of a group.
-
-    Args:
-        calls: the system calls.
-        attached: names of the host devices the machine has.
-        groups: numbers of the groups in use here.
-        lingering: numbers of the groups that are held here without a device.
-        containers: those the machine has.
-        allow_open: whether groups may be opened here.
-        mapped_bytes: guest memory mapped at this moment.
-
-    """
-
-    def __init__(
-        self,
-        calls: Syscalls,
-        *,
-        attached: frozenset[str],
-        groups: frozenset[int],
-        lingering: frozenset[int],
-        containers: tuple[Container, ...],
-        allow_open: bool,
-        mapped_bytes: int,
-    ) -> None:
-        super().__init__(calls, attached=attached, mapped_bytes=mapped_bytes)
-        self._groups = groups
-        self._lingering = lingering
-        self._containers = containers
-        self._allow_open = allow_open
+class DryRun(HostChecks[GroupHoldings]):
+    """One dry run of a device of a group."""
 
     def checks(self, origin: GroupOrigin) -> tuple[Check, ...]:
         """Make every check; those that need a failed one's result are left out. Lends the origin's fds."""
@@ -162,20 +182,20 @@ class DryRun(HostChecks):
             yield Check(name="noiommu", ok=origin.noiommu, detail="accepted" if origin.noiommu else refusal)
         yield from self._group(origin, device, number, noiommu=noiommu)
         yield self._container(origin.container, noiommu=noiommu)
-        shared = any(container.noiommu == noiommu for container in self._containers) and origin.container is None
+        shared = any(container.noiommu == noiommu for container in self._has.containers) and origin.container is None
         if not noiommu:
             yield self._interrupt_remapping()
             yield self._memory_lock(shared=shared)
 
     def _group(self, origin: GroupOrigin, device: HostDevice, number: int, *, noiommu: bool) -> Iterator[Check]:
         passed = origin.group_fd
-        if number in self._groups:
+        if number in self._has.groups:
             detail = f"group {number} is held here already"
             yield Check(
                 name="group", ok=passed is None, detail=detail if passed is None else f"{detail}: leave group-fd out"
             )
             return
-        if number in self._lingering:
+        if number in self._has.lingering:
             detail = f"group {number} is still held here since its last device left: it is taken up again"
             yield Check(name="group", ok=True, detail=detail)
             return
@@ -196,7 +216,7 @@ class DryRun(HostChecks):
                 yield Check(name="viable", ok=False, detail=str(error))
 
     def _open_group(self, opened: ExitStack, device: HostDevice, number: int, *, noiommu: bool) -> FileDescriptor:
-        fd = open_group(self._calls, number, device, noiommu=noiommu, allowed=self._allow_open)
+        fd = open_group(self._calls, number, device, noiommu=noiommu, allowed=self._has.allow_open)
         opened.callback(fd.close)
         return fd
 
@@ -208,10 +228,10 @@ class DryRun(HostChecks):
 
     def _container_found(self, source: ContainerSource | None, *, noiommu: bool) -> str:
         """Words for the container it would enter. Raises what ``device_add`` would raise."""
-        fitting = [container for container in self._containers if container.noiommu == noiommu]
+        fitting = [container for container in self._has.containers if container.noiommu == noiommu]
         if source is None and fitting:
             return f"{fitting[0].name} is tried first, then a new one"
-        for container in self._containers if source is not None else ():
+        for container in self._has.containers if source is not None else ():
             if source is not None and self._calls.same_file(source.fd.number, container.fd.number):
                 if container.noiommu != noiommu:
                     raise InvalidArgument(f"{container.name} and the group do not mix: one of them has no IOMMU")
@@ -225,36 +245,8 @@ class DryRun(HostChecks):
             return f"{'passed' if source is not None else 'a new one'}, {kind.name}"
 
 
-class CdevDryRun(HostChecks):
-    """One dry run of a device of a cdev.
-
-    Args:
-        calls: the system calls.
-        attached: names of the host devices the machine has by their cdevs.
-        resumable: those that are still bound to an iommufd here and can be taken up again.
-        group_in_use: whether a group is held here through its group file.
-        ioases: names of the IOASes the machine has in the iommufd.
-        allow_open: whether cdevs may be opened here.
-        mapped_bytes: guest memory mapped at this moment.
-
-    """
-
-    def __init__(
-        self,
-        calls: Syscalls,
-        *,
-        attached: frozenset[str],
-        resumable: frozenset[str],
-        group_in_use: Callable[[int], bool],
-        ioases: tuple[str, ...],
-        allow_open: bool,
-        mapped_bytes: int,
-    ) -> None:
-        super().__init__(calls, attached=attached, mapped_bytes=mapped_bytes)
-        self._resumable = resumable
-        self._group_in_use = group_in_use
-        self._ioases = ioases
-        self._allow_open = allow_open
+class CdevDryRun(HostChecks[CdevHoldings]):
+    """One dry run of a device of a cdev."""
 
     def checks(self, origin: CdevOrigin) -> tuple[Check, ...]:
         """Make every check; those that need a failed one's result are left out. Lends the origin's fd."""
@@ -272,28 +264,28 @@ class CdevDryRun(HostChecks):
         yield self._cdev(origin, device)
         if device.group is not None:
             yield self._group(device.group)
-        found = f"{self._ioases[0]} is tried first, then a new one" if self._ioases else "a new one"
+        found = f"{self._has.ioases[0]} is tried first, then a new one" if self._has.ioases else "a new one"
         yield Check(name="ioas", ok=True, detail=found)
         yield self._interrupt_remapping()
-        yield self._memory_lock(shared=bool(self._ioases))
+        yield self._memory_lock(shared=bool(self._has.ioases))
 
     def _cdev(self, origin: CdevOrigin, device: HostDevice) -> Check:
         with ExitStack() as opened:
             fd = origin.fd
             if fd is None:
                 try:
-                    fd = open_cdev(self._calls, self._sysfs, device, allowed=self._allow_open)
+                    fd = open_cdev(self._calls, self._sysfs, device, allowed=self._has.allow_open)
                 except CommandError as error:
                     return Check(name="cdev", ok=False, detail=str(error))
                 opened.callback(fd.close)
             if not is_bound(self._calls, fd):
                 return Check(name="cdev", ok=True, detail="it is not bound to an iommufd yet")
-        resumable = device.name in self._resumable
+        resumable = device.name in self._has.resumable
         detail = "bound to an iommufd already" + (": here, it is taken up again" if resumable else ": open it anew")
         return Check(name="cdev", ok=resumable, detail=detail)
 
     def _group(self, number: int) -> Check:
-        if self._group_in_use(number):
+        if self._has.group_in_use(number):
             detail = f"group {number} is held here through its group file: never both interfaces"
             return Check(name="viable", ok=False, detail=detail)
         members = ", ".join(map(str, self._sysfs.members(number))) or "members not known"

@@ -27,7 +27,7 @@ from vfiod.protocol.errors import Busy, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server import trace
 from vfiod.server.backends.base import AddressSpace, Backend
-from vfiod.server.backends.checks import DryRun
+from vfiod.server.backends.checks import DryRun, GroupHoldings
 from vfiod.server.backends.container import Container
 from vfiod.server.backends.device import KernelDevice
 from vfiod.server.backends.ioctls import call, failed
@@ -393,8 +393,7 @@ class KernelGroups:
         with ExitStack() as passed:
             for fd in origin.fds():
                 passed.callback(fd.close)
-            run = DryRun(
-                self._calls,
+            holdings = GroupHoldings(
                 attached=frozenset(self._attached),
                 groups=frozenset(group.id for group in self._groups.values() if group.devices),
                 lingering=frozenset(self.lingering),
@@ -402,7 +401,7 @@ class KernelGroups:
                 allow_open=self._allow_open,
                 mapped_bytes=self._mapped_bytes(),
             )
-            return run.checks(origin)
+            return DryRun(self._calls, holdings).checks(origin)
 
     @property
     def lingering(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Devices that are made by parents in Python, as backends: to a device model they look like the kernel's vfio.
 
-:class:`MediatedDevices` is the driver of the mediated bus for ``vfio-pci``: the bus probes it with each device that is
-made, and ``device_add mdev=UUID`` opens one of them. Each opened device has an address space of its own.
+:class:`ApiDriver` is the driver of the mediated bus for one device API: the bus probes it with each device that is
+made. ``device_add mdev=UUID`` opens one (:class:`MediatedDevices`). Each opened device has an address space of its own.
 
 What the kernel's ``vfio`` core checks before it calls a driver is checked here; what the parent gives back is checked
 too, because a wrong answer of a parent must be the parent's failure and not vfiod's.
@@ -10,30 +10,27 @@ too, because a wrong answer of a parent must be the parent's failure and not vfi
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
-import os
-import stat
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Check, GroupInfo
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.errors import CommandError, DeviceNotActive, OperationFailed
-from vfiod.server.backends.base import AddressSpace, Backend, FewerVectors, Mapping
-from vfiod.server.kernel.syscalls import PAGE_SIZE
+from vfiod.server.backends.base import AddressSpace, Backend, FewerVectors
+from vfiod.server.backends.mediated_drivers import DRIVEN_APIS, ApiDriver, checked_info, checked_irq
+from vfiod.server.backends.mediated_regions import MediatedRegions, wrong
+from vfiod.server.backends.mediated_space import MediatedSpace
 from vfiod.server.mdev.bus import MdevBus
-from vfiod.server.mdev.instance import Instance, guarded, quietly
-from vfiod.server.mdev.parent import Area, DeviceInfo, IrqInfo, MapRequest, MediatedDevice, RegionInfo
-from vfiod.server.mdev.space import Piece, Translation
+from vfiod.server.mdev.instance import Instance
+from vfiod.server.mdev.parent import DeviceInfo, IrqInfo, MediatedDevice
 
-__all__ = ["MediatedBackend", "MediatedDevices", "MediatedSpace"]
+__all__ = ["MediatedBackend", "MediatedDevices"]
 
 _log: Final = logging.getLogger(__name__)
 
-MAX_INDEXES: Final = 64
-"""Region and interrupt indexes a mediated device may have: far above the kernel's (PCI 9 and 5, platform a few)."""
+T = TypeVar("T")
 
 
 class MediatedDevices:
@@ -46,38 +43,20 @@ class MediatedDevices:
 
     """
 
-    name = "vfio-mdev"
-    device_api = DeviceApi.VFIO_PCI
-
     def __init__(
         self, bus: MdevBus, attach_space: Callable[[AddressSpace], None], detach_space: Callable[[AddressSpace], None]
     ) -> None:
         self._bus = bus
         self._attach_space = attach_space
         self._detach_space = detach_space
-        bus.register_driver(self)
-
-    # --- driver of the mediated bus -----------------------------------------------------------------
-
-    def probe(self, instance: Instance) -> None:
-        """Look whether the device can be what its type says."""
-        info = _checked_info(instance)
-        if info.regions < vfio.VFIO_PCI_NUM_REGIONS or info.irqs < vfio.VFIO_PCI_NUM_IRQS:
-            raise OperationFailed(
-                "device_info",
-                instance.what,
-                errno=errno.EINVAL,
-                advice=f"a vfio-pci device has at least {vfio.VFIO_PCI_NUM_REGIONS} regions and "
-                f"{vfio.VFIO_PCI_NUM_IRQS} interrupt indexes, it has {info.regions} and {info.irqs}",
-            )
-
-    def remove(self, instance: Instance) -> None:
-        """Nothing is kept of a device that is not open."""
+        self._drivers: dict[str, ApiDriver] = {api.value: ApiDriver(api) for api in DRIVEN_APIS}
+        for driver in self._drivers.values():
+            bus.register_driver(driver)
 
     # --- for device_add -------------------------------------------------------------------------------
 
-    def check(self, uuid: str) -> tuple[Check, ...]:
-        """What ``device_add`` with ``x-dry-run`` says of it. Changes nothing; from any thread."""
+    def check(self, uuid: str, driver: str = DeviceApi.VFIO_PCI) -> tuple[Check, ...]:
+        """What ``device_add`` of that driver with ``x-dry-run`` says of it. Changes nothing; from any thread."""
         try:
             instance = self._bus.look(uuid)
         except CommandError as error:
@@ -91,12 +70,12 @@ class MediatedDevices:
                 detail="nobody uses it" if user is None else f"it is in use as device '{user}'; device_del that first",
             )
         )
-        if instance.driver is not self:
-            detail = f"its device API is {instance.mdev_type.device_api}, vfio-pci takes {self.device_api}"
+        if instance.driver is not self._drivers.get(driver):
+            detail = f"its device API is {instance.mdev_type.device_api}: use that driver, not {driver}"
             checks.append(Check(name="driver", ok=False, detail=detail))
             return tuple(checks)
         try:
-            info = _checked_info(instance)
+            info = checked_info(instance)
         except CommandError as error:
             checks.append(Check(name="device", ok=False, detail=str(error)))
         else:
@@ -104,84 +83,44 @@ class MediatedDevices:
             checks.append(Check(name="reset", ok=info.reset, detail=detail))
         return tuple(checks)
 
-    def open(self, uuid: str, user: str) -> Backend:
-        """Open a device for a user (a device's id or path). Blocks: in the topology lane. Unwinds on failure.
+    def open(self, uuid: str, user: str, driver: str = DeviceApi.VFIO_PCI) -> Backend:
+        """Open a device for a user (a device's id or path), with the device driver that is to have it.
+
+        Blocks: in the topology lane. Unwinds on failure.
 
         Raises DeviceNotFound (no such mediated device), Busy (another user has it), DeviceNotActive (its device API
         is another driver's), OperationFailed (the parent, or mapping guest memory into it).
         """
         instance = self._bus.acquire(uuid, user)
         try:
-            return self._opened(instance)
+            return self._opened(instance, driver)
         except BaseException:
             self._bus.release(instance)
             raise
 
-    def _opened(self, instance: Instance) -> MediatedBackend:
-        if instance.driver is not self:
+    def _opened(self, instance: Instance, driver: str) -> MediatedBackend:
+        used = self._drivers.get(driver)
+        if used is None or instance.driver is not used:
             raise DeviceNotActive(
-                f"{instance.what} has the device API {instance.mdev_type.device_api}, "
-                f"the driver vfio-pci takes {self.device_api}"
+                f"{instance.what} has the device API {instance.mdev_type.device_api}: use that driver, not {driver}"
             )
-        guarded("open", instance.what, instance.device.open)
+        instance.call("open", instance.device.open, late=lambda _: instance.device.close())
+        space = MediatedSpace(instance)
         try:
-            space = MediatedSpace(instance)
             self._attach_space(space)
             try:
-                return MediatedBackend(instance, space, _checked_info(instance), self._close)
+                return MediatedBackend(instance, space, used.flags, checked_info(instance), self._close)
             except BaseException:
                 self._detach_space(space)
                 raise
         except BaseException:
-            _close_device(instance)
+            _close_device(instance, space)
             raise
 
     def _close(self, instance: Instance, space: MediatedSpace) -> None:
-        _close_device(instance)
+        _close_device(instance, space)
         self._detach_space(space)
         self._bus.release(instance)
-
-
-class MediatedSpace:
-    """The address space of one mediated device: what its DMA can reach (:class:`AddressSpace`)."""
-
-    page_size = PAGE_SIZE
-
-    def __init__(self, instance: Instance) -> None:
-        self.name = f"mdev:{instance.uuid}"
-        self._instance = instance
-        self._translation = Translation()
-        instance.host.memory = self._translation
-
-    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
-        """Everything below 2**64: there is no IOMMU that could be narrower."""
-        return ((0, (1 << 64) - 1),)
-
-    def map(self, mapping: Mapping) -> None:
-        """Make it reachable, unless the device refuses. Raises OperationFailed; then nothing has changed."""
-        instance = self._instance
-        if instance.gone is None:
-            guarded(
-                "memory_mapped",
-                f"{instance.what} at 0x{mapping.iova:x} ({mapping.size} bytes)",
-                instance.device.memory_mapped,
-                mapping.iova,
-                mapping.size,
-                mapping.readonly,
-            )
-        self._translation.add(
-            Piece(mapping.iova, mapping.size, mapping.memory, mapping.offset, mapping.readonly),
-        )
-
-    def unmap(self, iova: int, size: int) -> None:
-        """Take pieces back, whole ones. When it returns, no DMA touches them."""
-        instance = self._instance
-        try:
-            if instance.gone is None:
-                guarded("memory_unmapped", instance.what, instance.device.memory_unmapped, iova, size)
-        finally:
-            # Whatever the device says: the memory is no longer its own.
-            self._translation.remove(iova, size)
 
 
 class MediatedBackend:
@@ -194,6 +133,7 @@ class MediatedBackend:
         self,
         instance: Instance,
         space: MediatedSpace,
+        flags: vfio.DeviceFlags,
         info: DeviceInfo,
         close: Callable[[Instance, MediatedSpace], None],
     ) -> None:
@@ -203,10 +143,11 @@ class MediatedBackend:
         self._space = space
         self._close = close
         self._info = vfio.DeviceInfo(
-            vfio.DeviceFlags.PCI | (vfio.DeviceFlags.RESET if info.reset else vfio.DeviceFlags(0)),
+            flags | (vfio.DeviceFlags.RESET if info.reset else vfio.DeviceFlags(0)),
             info.regions,
             info.irqs,
         )
+        self._shown = MediatedRegions(instance)
         self._regions: dict[int, vfio.RegionInfo] = {}
         self._irqs: dict[int, vfio.IrqInfo] = {}
         self._closed = False
@@ -235,8 +176,7 @@ class MediatedBackend:
         known = self._regions.get(index)
         if known is None:
             self._present(index, self._info.num_regions, "VFIO_DEVICE_GET_REGION_INFO")
-            told = guarded("region_info", self._what(index), self._device.region_info, index)
-            known = self._regions[index] = guarded("region_info", self._what(index), self._region, index, told)
+            known = self._regions[index] = self._shown.info(index)
         return known
 
     def irq_info(self, index: int) -> vfio.IrqInfo:
@@ -245,14 +185,14 @@ class MediatedBackend:
         if known is None:
             self._present(index, self._info.num_irqs, "VFIO_DEVICE_GET_IRQ_INFO")
             what = f"{self._instance.what} interrupt index {index}"
-            told = guarded("irq_info", what, self._device.irq_info, index)
-            if not isinstance(told, IrqInfo) or not 0 <= told.count <= 2048:
-                raise _wrong("irq_info", what, f"it gave {told!r}")
+            told = checked_irq(what, self._call("irq_info", lambda: self._device.irq_info(index), what))
             flags = vfio.IrqFlags.EVENTFD if told.count else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.MASKABLE if told.maskable else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.AUTOMASKED if told.automasked else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.NORESIZE if told.noresize else vfio.IrqFlags(0)
-            known = self._irqs[index] = vfio.IrqInfo(index, flags, told.count)
+            known = vfio.IrqInfo(index, flags, told.count, _irq_capabilities(told))
+            if told.type is None:
+                self._irqs[index] = known  # its messages come and go; everything else is constant
         return known
 
     def hot_reset_info(self) -> vfio.HotResetInfo:
@@ -281,9 +221,9 @@ class MediatedBackend:
         if not info.readable or offset < 0 or length < 0 or offset + length > info.size:
             raise self._refused("read", info, offset, length)
         device = self._ready()
-        data = guarded("read", self._what(index), device.read, index, offset, length)
+        data = self._call("read", lambda: device.read(index, offset, length), self._what(index))
         if not isinstance(data, bytes) or len(data) != length:
-            raise _wrong("read", self._what(index), f"{length} bytes were asked for at offset 0x{offset:x}")
+            raise wrong("read", self._what(index), f"{length} bytes were asked for at offset 0x{offset:x}")
         return data
 
     def region_read_some(self, index: int, offset: int, length: int) -> bytes:
@@ -296,14 +236,14 @@ class MediatedBackend:
         if not info.writable or offset < 0 or offset + len(data) > info.size:
             raise self._refused("write", info, offset, len(data))
         device = self._ready()
-        guarded("write", self._what(index), device.write, index, offset, data)
+        self._call("write", lambda: device.write(index, offset, data), self._what(index))
 
     def region_fd(self, index: int) -> int | None:
         """See :class:`Backend`."""
         if not self.region_info(index).mappable:
             return None
         self._ready()
-        return self._file(index)
+        return self._shown.file(index)
 
     def set_irqs(self, request: vfio.SetIrqs) -> None:
         """See :class:`Backend`."""
@@ -323,9 +263,9 @@ class MediatedBackend:
                 advice=f"it has {info.count} interrupts, asked for {request.count} from {request.start}",
             )
         device = self._ready()
-        granted = guarded("VFIO_DEVICE_SET_IRQS", what, device.set_irqs, request)
+        granted = self._call("VFIO_DEVICE_SET_IRQS", lambda: device.set_irqs(request), what)
         if not isinstance(granted, int) or granted < 0:
-            raise _wrong("set_irqs", what, f"it returned {granted!r}")
+            raise wrong("set_irqs", what, f"it returned {granted!r}")
         if granted:
             raise FewerVectors(what, asked=request.start + request.count, granted=granted)
 
@@ -336,7 +276,7 @@ class MediatedBackend:
             raise OperationFailed(
                 "VFIO_DEVICE_RESET", self._instance.what, errno=errno.ENOTTY, advice="this device cannot be reset"
             )
-        guarded("VFIO_DEVICE_RESET", self._instance.what, device.reset)
+        self._call("VFIO_DEVICE_RESET", device.reset, self._instance.what)
 
     def close(self) -> bool:
         """See :class:`Backend`. True: nothing but vfiod itself holds a mediated device."""
@@ -346,6 +286,9 @@ class MediatedBackend:
         return True
 
     # --- inside ---------------------------------------------------------------------------------------------
+
+    def _call(self, operation: str, function: Callable[[], T], what: str) -> T:
+        return self._instance.calls.run(operation, what, function)
 
     def _ready(self) -> MediatedDevice:
         if self._closed or self._instance.gone is not None:
@@ -372,96 +315,16 @@ class MediatedBackend:
             f"{'' if info.writable else ', not writable'}",
         )
 
-    def _region(self, index: int, told: RegionInfo) -> vfio.RegionInfo:
-        what = self._what(index)
-        if not isinstance(told, RegionInfo) or not 0 <= told.size < 1 << 63:
-            raise _wrong("region_info", what, f"it gave {told!r}")
-        flags = vfio.RegionFlags.READ if told.readable else vfio.RegionFlags(0)
-        flags |= vfio.RegionFlags.WRITE if told.writable else vfio.RegionFlags(0)
-        # As the kernel: an index's region begins at its number times 2**40 of the device fd.
-        offset = index << 40
-        capabilities: tuple[vfio.Capability, ...] = ()
-        if not told.size or not told.areas:
-            return vfio.RegionInfo(index, flags if told.size else vfio.RegionFlags(0), told.size, offset)
-        granted, offset = self._granted(index, told)
-        if not granted:
-            return vfio.RegionInfo(index, flags, told.size, offset)
-        flags |= vfio.RegionFlags.MMAP
-        if granted != (Area(0, told.size),):
-            capabilities = (vfio.SparseMmap(granted),)
-        return vfio.RegionInfo(index, flags, told.size, offset, capabilities)
 
-    def _file(self, index: int) -> int | None:
-        number = guarded("region_fd", self._what(index), self._device.region_fd, index)
-        if number is not None and (not isinstance(number, int) or number < 0):
-            raise _wrong("region_fd", self._what(index), f"it gave {number!r}")
-        return number
-
-    def _file_length(self, index: int) -> int:
-        """Bytes that can be mapped of the file behind a region; a file whose end can move is refused."""
-        what = self._what(index)
-        number = self._file(index)
-        if number is None:
-            raise _wrong("region_fd", what, "it says that the region can be mapped, and has no file")
-        try:
-            status = os.fstat(number)
-            if not stat.S_ISREG(status.st_mode):
-                return 1 << 63  # a real device's file: its driver looks after its end
-            seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
-        except OSError as error:
-            raise _wrong("region_fd", what, f"{number} is no memfd that can be sealed: {error.strerror}") from error
-        if not seals & fcntl.F_SEAL_SHRINK:
-            # Whoever gets it by region-map could cut it, and the next access here would be SIGBUS.
-            raise _wrong("region_fd", what, "its file must be sealed against shrinking (F_SEAL_SHRINK)")
-        return status.st_size
-
-    def _granted(self, index: int, told: RegionInfo) -> tuple[tuple[Area, ...], int]:
-        """What may be mapped of a region, as the device's ``validate_map_request`` leaves it, and where in its file."""
-        what = self._what(index)
-        length = self._file_length(index)
-        areas: list[Area] = []
-        base: int | None = None
-        for area in told.areas:
-            asked = MapRequest(index, area.offset, area.size, file_offset=area.offset)
-            try:
-                granted = guarded("validate_map_request", what, self._device.validate_map_request, asked)
-            except CommandError as error:
-                _log.info("%s; it is left out of what may be mapped", error)
-                continue
-            if (
-                not isinstance(granted, MapRequest)
-                or granted.region != index
-                or granted.size <= 0
-                or granted.offset % PAGE_SIZE
-                or granted.size % PAGE_SIZE
-                or granted.file_offset % PAGE_SIZE
-                or granted.offset < area.offset
-                or granted.offset + granted.size > min(area.offset + area.size, told.size)
-                or granted.file_offset < granted.offset
-                or granted.file_offset + granted.size > length
-            ):
-                raise _wrong("validate_map_request", what, f"asked for {asked}, it granted {granted}")
-            # One offset for the whole region: struct vfio_region_info has room for one.
-            if base is not None and granted.file_offset - granted.offset != base:
-                raise _wrong("validate_map_request", what, "areas of one region were moved by different distances")
-            base = granted.file_offset - granted.offset
-            areas.append(Area(granted.offset, granted.size))
-        return tuple(areas), base or 0
+def _irq_capabilities(told: IrqInfo) -> tuple[vfio.Capability, ...]:
+    if told.type is None:
+        return ()
+    return (told.type, vfio.MsiDescs(told.messages)) if told.messages else (told.type,)
 
 
-def _checked_info(instance: Instance) -> DeviceInfo:
-    info = guarded("device_info", instance.what, instance.device.device_info)
-    if not isinstance(info, DeviceInfo) or not 0 <= info.regions <= MAX_INDEXES or not 0 <= info.irqs <= MAX_INDEXES:
-        raise _wrong("device_info", instance.what, f"it gave {info!r}, at most {MAX_INDEXES} indexes of each are taken")
-    return info
-
-
-def _close_device(instance: Instance) -> None:
+def _close_device(instance: Instance, space: MediatedSpace) -> None:
     """The user is gone, whatever the device says."""
     instance.host.memory = None
     if instance.gone is None:
-        quietly("close", instance.what, instance.device.close)
-
-
-def _wrong(callback: str, what: str, detail: str) -> OperationFailed:
-    return OperationFailed(callback, what, errno=errno.EIO, advice=f"the parent's answer cannot be: {detail}")
+        instance.calls.quietly("close", instance.what, instance.device.close)
+    space.close()

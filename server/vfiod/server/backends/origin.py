@@ -48,7 +48,10 @@ class _DeviceClass(Struct, frozen=True):
     words: str
 
 
-_CLASSES: Final = {"vfio-pci": _DeviceClass(vfio.DeviceFlags.PCI, "pci", "PCI devices")}
+_CLASSES: Final = {
+    "vfio-pci": _DeviceClass(vfio.DeviceFlags.PCI, "pci", "PCI devices"),
+    "vfio-platform": _DeviceClass(vfio.DeviceFlags.PLATFORM, "platform", "platform devices"),
+}
 
 
 def group_path(group: int, *, noiommu: bool) -> str:
@@ -75,7 +78,7 @@ class GroupOrigin(Struct, frozen=True):
     """What ``device_add`` was told.
 
     Attributes:
-        driver: ``vfio-pci``.
+        driver: ``vfio-pci``, ``vfio-platform``.
         host: ``[[DDDD:]BB:]DD.F``, or a platform device's name; exactly one of ``host`` and ``sysfsdev``.
         sysfsdev: the device's directory in sysfs.
         group_fd: a duplicate of the group's fd, for the first device of a group.

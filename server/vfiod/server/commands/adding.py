@@ -15,14 +15,13 @@ from vfiod.protocol.catalogue.devices import Check, DeviceAdd, DeviceAddResult, 
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FdKind, FileDescriptor, close_all
-from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS
 from vfiod.server.backends.cdev import CdevOrigin, IommufdSource
 from vfiod.server.backends.checks import possible
 from vfiod.server.backends.group import ContainerSource, GroupOrigin
 from vfiod.server.commands.call import Call
-from vfiod.server.commands.romfile import open_romfile
-from vfiod.server.devices.guest_view import Shown
-from vfiod.server.devices.pci import PciDevice, PciOptions
+from vfiod.server.commands.properties import check_properties, options
+from vfiod.server.devices.device import Device
+from vfiod.server.devices.model import Options
 from vfiod.server.machine import NewDevice
 
 __all__ = ["add"]
@@ -41,22 +40,22 @@ def add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
     a = arguments
     if a.driver not in set(Driver):
         raise InvalidArgument(f"'{a.driver}' is not a valid device model name")
+    check_properties(a)
     _check_origin(a)
-    options = _options(call, a)
-    romfile = options.shown.romfile
+    chosen = options(call, a)
     try:
         if a.mdev is not UNSET:
-            work = _add_mediated(call, a, options, a.mdev.lower())
+            work = _add_mediated(call, a, chosen, a.mdev.lower())
         elif a.iommufd is not UNSET:
-            work = _add_cdev(call, a, options, a.iommufd)
+            work = _add_cdev(call, a, chosen, a.iommufd)
         else:
-            work = _add_from_group(call, a, options)
+            work = _add_from_group(call, a, chosen)
     except BaseException:
-        if romfile is not None:
-            romfile.close()
+        if chosen.romfile is not None:
+            chosen.romfile.close()
         raise
-    if a.x_dry_run and romfile is not None:
-        romfile.close()
+    if a.x_dry_run and chosen.romfile is not None:
+        chosen.romfile.close()
     return work
 
 
@@ -85,34 +84,13 @@ def _refuse(a: DeviceAdd, names: tuple[str, ...], why: str) -> None:
             raise InvalidArgument(f"Parameter '{name.replace('_', '-')}' {why}")
 
 
-def _options(call: Call, a: DeviceAdd) -> PciOptions:
-    timeout = a.mmap_timeout_ms
-    if timeout is UNSET:
-        timeout = a.x_intx_mmap_timeout_ms
-    elif a.x_intx_mmap_timeout_ms not in (UNSET, timeout):
-        raise InvalidArgument(
-            "Parameters 'mmap-timeout-ms' and 'x-intx-mmap-timeout-ms' are two names of one property;"
-            f" they differ: {timeout} and {a.x_intx_mmap_timeout_ms}"
-        )
-    return PciOptions(
-        mmap_timeout_ms=DEFAULT_MMAP_TIMEOUT_MS if timeout is UNSET else timeout,
-        share_fd=a.share_fd,
-        no_mmap=a.x_no_mmap,
-        on_request=a.on_request,
-        shown=Shown(
-            multifunction=a.multifunction is True,
-            rombar=a.rombar and a.romfile != "",
-            romfile=None if not a.romfile else open_romfile(call, a.romfile),
-        ),
-    )
-
-
-def _add_mediated(call: Call, a: DeviceAdd, options: PciOptions, uuid: str) -> Awaitable[DeviceAddResult]:
+def _add_mediated(call: Call, a: DeviceAdd, options: Options, uuid: str) -> Awaitable[DeviceAddResult]:
     machine = call.machine
     if a.x_dry_run:
         return _report(call, a, machine.check_mediated(uuid))
     new = NewDevice(
         id="" if a.id is UNSET else a.id,
+        driver=Driver(a.driver),
         backend_kind="mdev",
         host=uuid,
         options=options,
@@ -127,7 +105,7 @@ def _token(a: DeviceAdd) -> UUID | None:
     return None if a.vf_token is UNSET else UUID(a.vf_token)
 
 
-def _add_cdev(call: Call, a: DeviceAdd, options: PciOptions, iommufd: str) -> Awaitable[DeviceAddResult]:
+def _add_cdev(call: Call, a: DeviceAdd, options: Options, iommufd: str) -> Awaitable[DeviceAddResult]:
     machine = call.machine
     source = IommufdSource(iommufd, machine.objects.iommufd(iommufd))  # an unknown id is said before the fd is taken
     origin = CdevOrigin(
@@ -143,6 +121,7 @@ def _add_cdev(call: Call, a: DeviceAdd, options: PciOptions, iommufd: str) -> Aw
         return _report(call, a, machine.check_cdev(origin))
     new = NewDevice(
         id="" if a.id is UNSET else a.id,
+        driver=Driver(a.driver),
         backend_kind="kernel-cdev",
         host=origin.host or origin.sysfsdev,
         options=options,
@@ -153,7 +132,7 @@ def _add_cdev(call: Call, a: DeviceAdd, options: PciOptions, iommufd: str) -> Aw
     return _added(machine.add_device(_with_romfile(new)))
 
 
-def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[DeviceAddResult]:
+def _add_from_group(call: Call, a: DeviceAdd, options: Options) -> Awaitable[DeviceAddResult]:
     machine = call.machine
     container_object = None if a.container is UNSET else a.container
     if container_object is not None:
@@ -185,6 +164,7 @@ def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[
 
     new = NewDevice(
         id="" if a.id is UNSET else a.id,
+        driver=Driver(a.driver),
         backend_kind="kernel-group",
         host=origin.host or origin.sysfsdev,
         options=options,
@@ -196,7 +176,7 @@ def _add_from_group(call: Call, a: DeviceAdd, options: PciOptions) -> Awaitable[
 
 
 def _with_romfile(new: NewDevice) -> NewDevice:
-    romfile = new.options.shown.romfile
+    romfile = new.options.romfile
     if romfile is None:
         return new
 
@@ -207,7 +187,7 @@ def _with_romfile(new: NewDevice) -> NewDevice:
     return replace(new, open=romfile.before(new.open, new.discard), discard=discard)
 
 
-async def _added(work: Awaitable[PciDevice]) -> DeviceAddResult:
+async def _added(work: Awaitable[Device]) -> DeviceAddResult:
     await work
     return DeviceAddResult()
 

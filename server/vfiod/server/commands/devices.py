@@ -19,6 +19,7 @@ from vfiod.protocol.catalogue.devices import (
     PropertyInfo,
     QueryDevices,
     QueryMachine,
+    has_property,
 )
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import DeviceNotFound
@@ -65,7 +66,8 @@ def device_list_properties(call: Call, arguments: DeviceListProperties) -> list[
     if arguments.typename not in set(Driver):
         raise DeviceNotFound.named(arguments.typename)
     properties = msgspec.convert(argument_properties(command_of(DeviceAdd)), list[PropertyInfo])
-    return [one for one in properties if one.name not in NOT_PROPERTIES]
+    driver = Driver(arguments.typename)
+    return [one for one in properties if one.name not in NOT_PROPERTIES and has_property(driver, one.name)]
 
 
 def query_machine(call: Call, arguments: QueryMachine) -> MachineInfo:

@@ -29,9 +29,9 @@ from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 from vfiod.server.commands.call import Call, Handler
 
 if TYPE_CHECKING:  # later: see Machine
+    from vfiod.server.devices.device import Device
     from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
-    from vfiod.server.devices.irqs import DeviceInterrupts
-    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.model import Interrupts
 
 __all__ = ["HANDLERS"]
 
@@ -102,7 +102,7 @@ def _list(vectors: list[int]) -> str:
     return ", ".join(map(str, sorted(vectors)))
 
 
-def _numbers(interrupts: DeviceInterrupts, one: IrqIndex, a: IrqStart, vectors: list[int]) -> dict[int, int]:
+def _numbers(interrupts: Interrupts, one: IrqIndex, a: IrqStart, vectors: list[int]) -> dict[int, int]:
     """The interrupt numbers of the machine, by vector."""
     if a.first_number is not UNSET:
         if a.routes is not UNSET:
@@ -153,7 +153,7 @@ def _take(call: Call, entries: list[VectorFds]) -> list[Wanted]:
     return wanted
 
 
-def _replies(call: Call, device: PciDevice, started: list[Started]) -> list[StartedIrq]:
+def _replies(call: Call, device: Device, started: list[Started]) -> list[StartedIrq]:
     return [
         StartedIrq(
             device=device.name,
@@ -196,7 +196,7 @@ async def _stop_all(call: Call) -> Empty:
     return Empty()
 
 
-def _stop_one(device: PciDevice) -> Empty | Awaitable[Empty]:
+def _stop_one(device: Device) -> Empty | Awaitable[Empty]:
     return _do(device, "irq-stop", lambda: device.interrupts.stop(reason="irq-stop"))
 
 
@@ -243,7 +243,7 @@ def query_irqs(call: Call, arguments: QueryIrqs) -> list[IrqInfo]:
     return [info for device in call.machine.devices.all() for info in device.irq_infos()]
 
 
-def _do(device: PciDevice, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
+def _do(device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
     def done() -> Empty:
         action()
         return Empty()
@@ -251,7 +251,7 @@ def _do(device: PciDevice, what: str, action: Callable[[], None]) -> Empty | Awa
     return device.in_order(what, done)
 
 
-def _now_or_ordered(call: Call, device: PciDevice, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
+def _now_or_ordered(call: Call, device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
     if call.oob and not device.lane.closed:
         action()
         return Empty()

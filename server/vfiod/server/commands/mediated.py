@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Final
 
 from vfiod.protocol.catalogue import Empty
@@ -20,18 +21,11 @@ from vfiod.server.commands.call import Call, Handlers
 __all__ = ["HANDLERS"]
 
 
-def query_mdev_types(call: Call, arguments: QueryMdevTypes) -> list[MdevTypeInfo] | object:
-    """Out of band it answers at once, with the parents that are known by then."""
+def query_mdev_types(call: Call, arguments: QueryMdevTypes) -> list[MdevTypeInfo] | Awaitable[list[MdevTypeInfo]]:
+    """Out of band it answers at once, with the parents that are known by then and what they last said."""
     del arguments
     bus = call.machine.mdevs
-    if call.oob or bus.discovered:
-        return bus.types()
-
-    async def discover() -> list[MdevTypeInfo]:
-        await bus.discover()
-        return bus.types()
-
-    return discover()
+    return bus.types() if call.oob else bus.ask()
 
 
 async def mdev_create(call: Call, arguments: MdevCreate) -> MdevCreateResult:

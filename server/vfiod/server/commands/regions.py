@@ -14,6 +14,7 @@ from vfiod.protocol.catalogue.regions import (
     RegionMapResult,
     RegionRead,
     RegionReadResult,
+    RegionUnmap,
     RegionWrite,
 )
 from vfiod.protocol.catalogue.words import UNSET
@@ -21,7 +22,7 @@ from vfiod.protocol.errors import InvalidArgument
 from vfiod.server.commands.call import Call, Handler
 
 if TYPE_CHECKING:  # with the first device
-    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.device import Device
     from vfiod.server.devices.regions import Region
 
 __all__ = ["HANDLERS"]
@@ -55,11 +56,11 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
     return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
 
 
-async def _read_sized(device: PciDevice, region: Region, offset: int, size: int) -> RegionReadResult:
+async def _read_sized(device: Device, region: Region, offset: int, size: int) -> RegionReadResult:
     return RegionReadResult(value=int.from_bytes(await device.read(region, offset, size), "little"))
 
 
-async def _read_long(device: PciDevice, region: Region, offset: int, length: int) -> RegionReadResult:
+async def _read_long(device: Device, region: Region, offset: int, length: int) -> RegionReadResult:
     return RegionReadResult(data=await device.read(region, offset, length))
 
 
@@ -85,7 +86,7 @@ def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]
     return device.in_order("region-write", store)
 
 
-def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
+def _write_bytes(device: Device, region: Region, offset: int, data: bytes) -> Empty | Awaitable[Empty]:
     from vfiod.server.devices.regions import INLINE_BYTES
 
     def write() -> Empty:
@@ -97,7 +98,7 @@ def _write_bytes(device: PciDevice, region: Region, offset: int, data: bytes) ->
     return _write_long(device, region, offset, data)
 
 
-async def _write_long(device: PciDevice, region: Region, offset: int, data: bytes) -> Empty:
+async def _write_long(device: Device, region: Region, offset: int, data: bytes) -> Empty:
     await device.write(region, offset, data)
     return Empty()
 
@@ -121,9 +122,19 @@ def region_map(call: Call, arguments: RegionMap) -> RegionMapResult | Awaitable[
     return device.in_order("region-map", give)
 
 
+def region_unmap(call: Call, arguments: RegionUnmap) -> Empty | Awaitable[Empty]:
+    """This session no longer holds a region. At once, whatever the device is at: nothing of the device is touched."""
+    device = call.machine.device(arguments.device)
+    region = device.regions.find(arguments.region)
+    session = call.session
+    call.machine.unmap_region(device, region, None if session is None else session.id)
+    return Empty()
+
+
 HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {
     QueryRegions: query_regions,
     RegionRead: region_read,
     RegionWrite: region_write,
     RegionMap: region_map,
+    RegionUnmap: region_unmap,
 }

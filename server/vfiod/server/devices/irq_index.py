@@ -12,7 +12,7 @@ from vfiod.protocol.catalogue.words import IrqKind, IrqMode
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FileDescriptor
 
-__all__ = ["ERR", "INTX", "IRQ_NAMES", "REQ", "IrqIndex", "Started", "Wanted"]
+__all__ = ["ERR", "INTX", "IRQ_NAMES", "REQ", "IrqIndex", "PciIrqIndex", "Started", "Wanted"]
 
 IRQ_NAMES: Final = ("intx", "msi", "msix", "err", "req")
 """Names of the PCI interrupt indexes; one beyond them is ``irqN``."""
@@ -48,17 +48,22 @@ class IrqIndex(Struct, frozen=True):
     @property
     def name(self) -> str:
         """As commands know it."""
-        return IRQ_NAMES[self.index] if self.index < len(IRQ_NAMES) else f"irq{self.index}"
+        return f"irq{self.index}"
 
     @property
     def kind(self) -> IrqKind:
         """Which kind it is when it is active; none for one that is no interrupt of the guest."""
-        return _KINDS.get(self.index, IrqKind.NONE)
+        return IrqKind.NONE
 
     @property
     def reserved(self) -> bool:
         """Vfiod's own."""
-        return self.index in (ERR, REQ)
+        return False
+
+    @property
+    def requests(self) -> bool:
+        """Whether it is REQ: the host wants the device back."""
+        return False
 
     def __str__(self) -> str:
         return f"Interrupt index {self.name} of device '{self.device}'"
@@ -66,7 +71,7 @@ class IrqIndex(Struct, frozen=True):
     def check_free(self) -> None:
         """Refuse what belongs to vfiod. InvalidArgument."""
         if self.reserved:
-            event = "DEVICE_REQUESTED" if self.index == REQ else "DEVICE_ERROR"
+            event = "DEVICE_REQUESTED" if self.requests else "DEVICE_ERROR"
             raise InvalidArgument(f"{self} belongs to vfiod: it becomes the event {event}")
 
     def check_vector(self, vector: int) -> None:
@@ -87,11 +92,7 @@ class IrqIndex(Struct, frozen=True):
     def check_start(self, wanted: Sequence[Wanted]) -> None:
         """Refuse what could never be started. InvalidArgument."""
         self.check_free()
-        if self.kind is IrqKind.NONE:
-            raise InvalidArgument(f"{self} cannot be started: a PCI device's interrupts are intx, msi and msix")
-        if not self.info.count:
-            none = "it has no interrupt pin" if self.index == INTX else "it has no such capability"
-            raise InvalidArgument(f"Device '{self.device}' has no {self.name}: {none}")
+        self._check_present()
         if not self.info.flags & vfio.IrqFlags.EVENTFD:
             raise InvalidArgument(f"{self} cannot signal eventfds (VFIO_IRQ_INFO_EVENTFD)")
         seen: set[int] = set()
@@ -105,6 +106,42 @@ class IrqIndex(Struct, frozen=True):
                     f"{self} is edge triggered: a resample eventfd (vector {want.vector}) completes level interrupts "
                     "only; leave it out"
                 )
+
+    def _check_present(self) -> None:
+        """Refuse to start what is not there, or is no interrupt of the guest. InvalidArgument."""
+        if not self.info.count:
+            raise InvalidArgument(f"{self} has no interrupt (VFIO_DEVICE_GET_IRQ_INFO counts 0)")
+
+
+class PciIrqIndex(IrqIndex, frozen=True):
+    """One interrupt index of a PCI device: intx, msi, msix; err and req are vfiod's own."""
+
+    @property
+    def name(self) -> str:
+        """As commands know it."""
+        return IRQ_NAMES[self.index] if self.index < len(IRQ_NAMES) else f"irq{self.index}"
+
+    @property
+    def kind(self) -> IrqKind:
+        """Which kind it is when it is active."""
+        return _KINDS.get(self.index, IrqKind.NONE)
+
+    @property
+    def reserved(self) -> bool:
+        """Vfiod's own."""
+        return self.index in (ERR, REQ)
+
+    @property
+    def requests(self) -> bool:
+        """Whether it is REQ."""
+        return self.index == REQ
+
+    def _check_present(self) -> None:
+        if self.kind is IrqKind.NONE:
+            raise InvalidArgument(f"{self} cannot be started: a PCI device's interrupts are intx, msi and msix")
+        if not self.info.count:
+            none = "it has no interrupt pin" if self.index == INTX else "it has no such capability"
+            raise InvalidArgument(f"Device '{self.device}' has no {self.name}: {none}")
 
 
 class Wanted(Struct, frozen=True):

@@ -341,15 +341,21 @@ class DeviceInterrupts:
             self._tell_mode(IrqMode.RELAYED, "its route was disabled")
 
     def _set_up_route(self) -> None:
-        vector = self._bound.vectors[0]
-        if vector.mode is IrqMode.DIRECT or self._unrouted:
+        unrouted = self._unrouted
+        if unrouted or self._bound.vectors[0].mode is IrqMode.DIRECT:
             self._rebind_line(IrqMode.DIRECT)
-            if self._unrouted:
-                self._unrouted = False
-                self._tell_mode(IrqMode.DIRECT, "it has a route again")
         bound = self._bound
-        if bound.line is not None:
-            self._relay.step(bound.line, bound.line.eoi, bound.vectors[0])
+        try:
+            if bound.line is not None:
+                self._relay.step(bound.line, bound.line.eoi, bound.vectors[0])
+        except BaseException:
+            if unrouted:
+                # It had no route before, and has none now.
+                self._rebind_line(IrqMode.RELAYED)
+            raise
+        if unrouted:
+            self._unrouted = False
+            self._tell_mode(IrqMode.DIRECT, "it has a route again")
 
     def _rebind_line(self, mode: IrqMode) -> None:
         """The same eventfds, set up anew."""

@@ -10,21 +10,20 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from msgspec import Struct
-
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.guest_view import Shown, lay_over, place_rom, virtual_config
-from vfiod.server.devices.irq_index import INTX, IRQ_NAMES, IrqIndex
+from vfiod.server.devices.irq_index import INTX, IRQ_NAMES, PciIrqIndex
 from vfiod.server.devices.irqs import DeviceInterrupts
+from vfiod.server.devices.model import Model
 from vfiod.server.devices.notices import Notices
 from vfiod.server.devices.pci_config import HEADER_BYTES, ConfigSpace
-from vfiod.server.devices.regions import CONFIG, ROM, VGA, Region, Regions, describe
+from vfiod.server.devices.regions import CONFIG, ROM, VGA, Region, Regions, describe_pci
 
-__all__ = ["Model", "populate"]
+__all__ = ["PciModel", "populate"]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -35,27 +34,15 @@ _LEAST_IRQS: Final = int(vfio.PciIrq.MSIX) + 1
 """INTx, MSI, MSI-X: ERR and REQ came later."""
 
 
-class Model(Struct, frozen=True):
-    """Everything of a device that is open.
+class PciModel(Model, frozen=True, kw_only=True):
+    """Everything of a PCI device that is open.
 
     Attributes:
-        backend: where it comes from.
-        info: of the device.
         config: configuration space.
-        regions: its regions.
-        interrupts: its interrupts.
-        notices: REQ and ERR.
-        migratable: whether it has ``VFIO_DEVICE_FEATURE_MIGRATION``.
 
     """
 
-    backend: Backend
-    info: vfio.DeviceInfo
     config: ConfigSpace
-    regions: Regions
-    interrupts: DeviceInterrupts
-    notices: Notices
-    migratable: bool
 
 
 def populate(
@@ -67,7 +54,7 @@ def populate(
     mmap_timeout_ms: int,
     on_trap: Callable[[bool], None],
     shown: Shown,
-) -> Model:
+) -> PciModel:
     """Read a device and arm its REQ and ERR. Blocks; in a worker. On failure nothing is armed; the backend stays open.
 
     Raises CommandError: it is no PCI device, or has less than one must have; OperationFailed.
@@ -102,7 +89,7 @@ def populate(
     lay_over(device, regions, virtual, interrupts, environment)
     notices = Notices(device, backend, tuple(one for one in indexes if one.reserved and one.info.count))
     notices.arm()
-    return Model(backend, info, config, model_regions, interrupts, notices, migratable)
+    return PciModel(backend, info, model_regions, interrupts, notices, migratable, config=config)
 
 
 def _region(device: str, backend: Backend, index: int) -> Region:
@@ -113,13 +100,13 @@ def _region(device: str, backend: Backend, index: int) -> Region:
         if index < VGA or error.errno != "EINVAL":
             raise
         info = vfio.RegionInfo(index)
-    region = describe(index, info)
+    region = describe_pci(index, info)
     if trace.device_populated_region.on:
         trace.device_populated_region(device=device, region=region.name, size=f"0x{info.size:x}", flags=info.flags)
     return region
 
 
-def _irq(device: str, backend: Backend, index: int) -> IrqIndex:
+def _irq(device: str, backend: Backend, index: int) -> PciIrqIndex:
     try:
         info = backend.irq_info(index)
     except OperationFailed as error:
@@ -127,7 +114,7 @@ def _irq(device: str, backend: Backend, index: int) -> IrqIndex:
         if index < _LEAST_IRQS or error.errno != "EINVAL":
             raise
         info = vfio.IrqInfo(index)
-    one = IrqIndex(device, info)
+    one = PciIrqIndex(device, info)
     if one.reserved and not info.count and index < len(IRQ_NAMES):
         _log.info("Device %s has no %s interrupt", device, one.name)
     if trace.device_populated_irq.on:

@@ -27,7 +27,18 @@ from vfiod.server.devices.overlays import Overlay
 from vfiod.server.kernel.memory import ACCESS_SIZES, RegionWindow
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
-__all__ = ["BAR_COUNT", "CONFIG", "INLINE_BYTES", "REGION_NAMES", "ROM", "VGA", "Region", "Regions"]
+__all__ = [
+    "BAR_COUNT",
+    "CONFIG",
+    "INLINE_BYTES",
+    "REGION_NAMES",
+    "ROM",
+    "VGA",
+    "Region",
+    "Regions",
+    "describe",
+    "describe_pci",
+]
 
 _log: Final = logging.getLogger(__name__)
 _calls: Final = Syscalls()
@@ -40,7 +51,7 @@ ROM: Final = int(vfio.PciRegion.ROM)
 CONFIG: Final = int(vfio.PciRegion.CONFIG)
 VGA: Final = int(vfio.PciRegion.VGA)
 REGION_NAMES: Final = ("bar0", "bar1", "bar2", "bar3", "bar4", "bar5", "rom", "config", "vga")
-"""Names of the PCI regions, by index; a device-specific region N is ``regionN``."""
+"""Names of the PCI regions, by index; any other region N, of any device, is ``regionN``."""
 
 INLINE_BYTES: Final = 4096
 """Bytes of a transfer that are moved at once on the loop: config space whole. More goes to a thread, and there by
@@ -58,6 +69,8 @@ class Region(Struct, eq=False):
         note: why it is slow or absent, when that needs saying.
         windows: the mapped areas, once one was needed.
         overlay: what the guest sees in place of the device's own bytes.
+        completes: whether an access to it can complete an interrupt.
+        by_bytes: it is configuration space: read and written as bytes, at any offset.
 
     """
 
@@ -68,6 +81,8 @@ class Region(Struct, eq=False):
     note: str | None = None
     windows: tuple[tuple[int, int, RegionWindow], ...] | None = None
     overlay: Overlay | None = None
+    completes: bool = False
+    by_bytes: bool = False
 
     @property
     def ready(self) -> bool:
@@ -85,16 +100,10 @@ class Region(Struct, eq=False):
             self.note = why
         self.areas = tuple(kept)
 
-    @property
-    def is_bar(self) -> bool:
-        """Whether an access to it can complete an INTx (a BAR, or VGA: QEMU's ``vfio_region_ops``)."""
-        return self.index < BAR_COUNT or self.index == VGA
 
-
-def describe(index: int, info: vfio.RegionInfo) -> Region:
+def describe(index: int, info: vfio.RegionInfo, name: str | None = None) -> Region:
     """A region as the device describes it: which whole pages of it may be mapped, and why not."""
-    name = REGION_NAMES[index] if index < len(REGION_NAMES) else f"region{index}"
-    region = Region(index, name, info)
+    region = Region(index, f"region{index}" if name is None else name, info)
     if not info.present or not info.mappable:
         return region
     if info.size < PAGE_SIZE:
@@ -112,6 +121,15 @@ def describe(index: int, info: vfio.RegionInfo) -> Region:
     elif info.offset % PAGE_SIZE:
         region.areas = ()
         region.note = "it does not begin on a page of its fd: every access is a read or write"
+    return region
+
+
+def describe_pci(index: int, info: vfio.RegionInfo) -> Region:
+    """A region of a PCI device: with its name there, and what an access to it means."""
+    region = describe(index, info, REGION_NAMES[index] if index < len(REGION_NAMES) else None)
+    # QEMU's vfio_region_ops, which carry vfio_eoi, serve the BARs and VGA.
+    region.completes = index < BAR_COUNT or index == VGA
+    region.by_bytes = index == CONFIG
     return region
 
 
@@ -240,7 +258,7 @@ class Regions:
         if size not in ACCESS_SIZES:
             raise InvalidArgument(f"An access has 1, 2, 4 or 8 bytes, not {size}")
         self.check(region, offset, size, write=write)
-        if offset % size and region.index != CONFIG:  # configuration space is read and written as bytes
+        if offset % size and not region.by_bytes:  # configuration space is read and written as bytes
             raise InvalidArgument(
                 f"Offset {offset} (0x{offset:x}) of region {region.name} of device '{self.device}' is not a multiple "
                 f"of {size}: no single access can do that; ask for smaller accesses, or for bytes "
@@ -384,13 +402,13 @@ class Regions:
             raise self._explained(region, error) from error
 
     def _explained(self, region: Region, error: OperationFailed) -> OperationFailed:
-        if region.is_bar and not self.decodes and error.errno == "EIO" and not error.advice:
+        if region.completes and not self.decodes and error.errno == "EIO" and not error.advice:
             advice = "the device decodes no memory: set bit 1 of the command register (config, offset 4)"
             return OperationFailed(error.operation, error.what, errno="EIO", advice=advice)
         return error
 
     def _trace(self, region: Region, offset: int, size: int, value: str, mapped: bool, *, write: bool) -> None:
-        if region.index == CONFIG:
+        if region.by_bytes:
             point = trace.config_write if write else trace.config_read
         else:
             point = trace.region_write if write else trace.region_read

@@ -16,6 +16,7 @@ from typing import Final
 
 from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.kernel.pins import PinnedMemory
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
 __all__ = ["ACCESS_SIZES", "RegionWindow", "SharedMemory"]
@@ -84,11 +85,6 @@ class SharedMemory:
         """Whether it was closed."""
         return self._fd.closed
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether :meth:`address` or :meth:`view` has mapped it into this process."""
-        return self._map is not None
-
     def _mapped(self) -> mmap.mmap:
         # Two threads may be here at once only if two lanes use one memory: only the topology lane does.
         if self._map is None:
@@ -155,6 +151,27 @@ class SharedMemory:
                 with self.view() as view:
                     view[offset + done : offset + len(data)] = data[done:]
                 return
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
+        """A part of it in this process's memory, for long, until it is taken back. OperationFailed.
+
+        EPERM: its owner could cut the file (no F_SEAL_SHRINK), and a touch of what is gone would be the end of this
+        process (SIGBUS).
+        """
+        self._check(offset, length, "pin")
+        if writable and self.readonly:
+            raise OperationFailed("pin", self._where(offset, length), errno="EACCES", advice="it is read-only")
+        try:
+            sealed = fcntl.fcntl(self._fd.number, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        except OSError:
+            sealed = 0
+        if not sealed:
+            advice = "its owner could cut the file: seal it against shrinking (F_SEAL_SHRINK)"
+            raise OperationFailed("pin", self._where(offset, length), errno="EPERM", advice=advice)
+        try:
+            return PinnedMemory(self._calls, self._fd.number, offset, length, writable=writable)
+        except OSError as error:
+            raise OperationFailed("mmap", self._where(offset, length), errno=error.errno or 0) from error
 
     def _check(self, offset: int, length: int, operation: str) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:

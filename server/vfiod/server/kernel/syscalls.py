@@ -35,6 +35,9 @@ _KCMP_FILE: Final = 0
 _KCMP_NUMBERS: Final = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "s390x": 343, "ppc64le": 354}
 """``kcmp(2)`` per machine (``<asm/unistd.h>``), for kernels before 6.10."""
 
+_MAP_FIXED: Final = 0x10
+"""``<linux/mman.h>``; Python has no name for it."""
+
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
@@ -44,6 +47,8 @@ def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
     libc.ioctl.restype = ctypes.c_int
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.mmap.restype = ctypes.c_void_p
     return libc
 
 
@@ -87,6 +92,16 @@ class Syscalls:
         """Map a piece of a file, shared. Offset and size in bytes, whole pages."""
         prot = (mmap.PROT_READ if readable else 0) | (mmap.PROT_WRITE if writable else 0)
         return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot, offset=offset)
+
+    def blank(self, address: int, size: int) -> None:
+        """Put empty private pages in the place of a mapping. Bytes; from its start."""
+        # mmap(2): the old mapping is taken away in the same moment, so nobody can hit a hole.
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        if _libc().mmap(address, size, protection, flags, -1, 0) != address:
+            import ctypes
+
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def eventfd(self) -> int:
         """Make an eventfd: counter 0, non-blocking, close-on-exec. Returns the fd."""

@@ -25,6 +25,7 @@ from vfiod.protocol.catalogue.devices import (
     DeviceAdded,
     DeviceDeleted,
     DeviceUnplugError,
+    Driver,
     Holder,
     OnRequest,
 )
@@ -39,7 +40,9 @@ from vfiod.server.machine.environment import LoopEnvironment
 
 if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.backends.base import Backend
-    from vfiod.server.devices.pci import PciDevice, PciOptions
+    from vfiod.server.devices.device import Device
+    from vfiod.server.devices.model import Options
+    from vfiod.server.devices.regions import Region
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -54,6 +57,7 @@ class NewDevice(Struct, frozen=True):
 
     Attributes:
         id: the user's; ``""`` for none.
+        driver: which model it is.
         backend_kind: ``kernel-group`` or ``mdev``.
         host: host address or UUID, when known before it is open.
         options: properties of the device model.
@@ -65,9 +69,10 @@ class NewDevice(Struct, frozen=True):
     """
 
     id: str
+    driver: Driver
     backend_kind: str
     host: str | None
-    options: PciOptions
+    options: Options
     open: Callable[[str], Backend]
     discard: Callable[[], None]
     on_request_timeout_ms: int = DEFAULT_UNPLUG_TIMEOUT_MS
@@ -95,7 +100,7 @@ class _Unplug(Struct, eq=False):
 class _Added(Struct, eq=False):
     """One device, and what its life needs besides."""
 
-    device: PciDevice
+    device: Device
     lane: Lane
     new: NewDevice
     unplug: _Unplug | None = None
@@ -136,11 +141,11 @@ class Devices:
     def __len__(self) -> int:
         return len(self._added)
 
-    def get(self, name: str) -> PciDevice:
+    def get(self, name: str) -> Device:
         """The device with this id or path. Raises DeviceNotFound."""
         return self._find(name).device
 
-    def all(self) -> tuple[PciDevice, ...]:
+    def all(self) -> tuple[Device, ...]:
         """Every device, in the order they were added; those being added too."""
         return tuple(added.device for added in self._added.values())
 
@@ -150,7 +155,7 @@ class Devices:
 
     # --- adding ---------------------------------------------------------------------------------------
 
-    def add(self, new: NewDevice) -> Awaitable[PciDevice]:
+    def add(self, new: NewDevice) -> Awaitable[Device]:
         """Open a device, read what it has, and start it; or leave nothing behind.
 
         It goes on to its end when the caller is cancelled: the device is the machine's, not the session's. What
@@ -189,10 +194,10 @@ class Devices:
             path = ANONYMOUS.format(self._anonymous)
             self._anonymous += 1
         name = new.id or path
-        from vfiod.server.devices.pci import PciDevice
+        from vfiod.server.devices.models import device_class
 
         lane = Lane(f"device {name}", self._executor)
-        device = PciDevice(
+        device = device_class(new.driver)(
             id=new.id,
             path=path,
             backend_kind=new.backend_kind,
@@ -205,7 +210,7 @@ class Devices:
         lane.on_idle = lambda: self._wake(added)
         return added
 
-    async def _realize(self, added: _Added) -> PciDevice:
+    async def _realize(self, added: _Added) -> Device:
         device = added.device
         taken_over = False
 
@@ -263,7 +268,7 @@ class Devices:
             )
         self._begin(added, _Unplug(self._loop.time() + timeout_ms / 1000, force=force, insist=False))
 
-    def _requested(self, device: PciDevice) -> None:
+    def _requested(self, device: Device) -> None:
         """The host wants the device back (REQ). With ``on-request=delete`` it gets it, by force when time is over."""
         added = self._added.get(device.name)
         if added is None or added.new.options.on_request is not OnRequest.DELETE:
@@ -311,7 +316,7 @@ class Devices:
                     self._tell_deleted(device, released)
                     return
 
-    async def _wait_for_holders(self, device: PciDevice, unplug: _Unplug) -> list[Holder]:
+    async def _wait_for_holders(self, device: Device, unplug: _Unplug) -> list[Holder]:
         """Wait until nobody holds it, somebody forces, or time is over; who still holds it then."""
         while not unplug.force:
             unplug.wake.clear()
@@ -344,7 +349,7 @@ class Devices:
             _log.exception("Closing device %s failed", device.name)
             return False
 
-    def _tell_deleted(self, device: PciDevice, released: bool) -> None:
+    def _tell_deleted(self, device: Device, released: bool) -> None:
         self._hub.emit(DeviceDeleted(device=_id(device), path=device.path, released=released))
         if trace.device_removed.on:
             trace.device_removed(device=device.name, released=released)
@@ -356,6 +361,13 @@ class Devices:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
             added.device.session_ended(session)
+            self._wake(added)
+
+    def unmap_region(self, device: Device, region: Region, session: int | None) -> None:
+        """A session no longer holds a region of a device. InvalidArgument when it does not hold it."""
+        device.unmap_region(region, session)
+        added = self._added.get(device.name)
+        if added is not None:
             self._wake(added)
 
     async def close(self, refusal: CommandError, ending: Ending) -> None:
@@ -418,7 +430,7 @@ class Devices:
         return task
 
 
-def _id(device: PciDevice) -> str | UnsetType:
+def _id(device: Device) -> str | UnsetType:
     return device.id or UNSET
 
 

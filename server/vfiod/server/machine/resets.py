@@ -23,7 +23,7 @@ from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.server.backends.base import Backend
 from vfiod.server.backends.cdev import KernelCdev
 from vfiod.server.backends.hot_reset import Held, Lent, Surroundings, Verdict, judge, look_at_lent
-from vfiod.server.devices.pci import PciDevice, Quiesced
+from vfiod.server.devices.device import Device, Quiesced
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import Sysfs
 from vfiod.server.lanes import Lane, Turn
@@ -69,6 +69,8 @@ class Resets:
         """
         device = self._devices.get(name)
         backend = device.backend
+        if not device.hot_resettable:
+            return HotResetReport(possible=False, reason=_no_hot_reset(device), affected=[])
         around = self._surroundings({})
         try:
             verdict = await self._in_thread(lambda: self._judge(device.name, backend, around))
@@ -80,7 +82,9 @@ class Resets:
 
     async def domains(self) -> dict[str, HotResetReport]:
         """What a hot reset of each device would touch, by its name; those that cannot be hot reset are left out."""
-        opened = [(device.name, device.backend) for device in self._devices.all() if device.realized]
+        opened = [
+            (device.name, device.backend) for device in self._devices.all() if device.realized and device.hot_resettable
+        ]
         around = self._surroundings({})
 
         def look() -> dict[str, HotResetReport]:
@@ -155,6 +159,8 @@ class Resets:
         async with self._topology.turn(f"hot-reset {name}") as turn:
             device = self._devices.get(name)
             backend = device.backend
+            if not device.hot_resettable:
+                raise CommandError(_no_hot_reset(device), errno="EOPNOTSUPP")
             if group_fds and isinstance(backend, KernelCdev):
                 raise InvalidArgument(
                     f"Parameter 'group-fds' is for devices of a group: '{name}' was added by its cdev, and the two do "
@@ -178,7 +184,7 @@ class Resets:
         """Quiesce all, reset once, restore all. In a turn of the topology lane."""
         fds = self._fds(verdict, lent)
         failure: Exception | None = None
-        quiesced: list[tuple[PciDevice, Turn, Quiesced]] = []
+        quiesced: list[tuple[Device, Turn, Quiesced]] = []
         async with AsyncExitStack() as stays:
             turns = []
             for name in verdict.devices:
@@ -240,8 +246,11 @@ class Resets:
                 + "; ".join(f"device '{name}': {why}" for name, why in failed.items())
             )
 
-    async def _reset_bus_of(self, device: PciDevice, turn: Turn, tried: set[str], failed: dict[str, str]) -> None:
+    async def _reset_bus_of(self, device: Device, turn: Turn, tried: set[str], failed: dict[str, str]) -> None:
         """Hot reset the bus of a device that cannot be reset alone, with what else is on it."""
+        if not device.hot_resettable:
+            _log.info("system_reset passes over device %s, which cannot be reset", device.name)
+            return
         backend = device.backend
         around = self._surroundings({})
         try:
@@ -275,7 +284,7 @@ class Resets:
         return asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
-async def _revive(quiesced: Sequence[tuple[PciDevice, Turn, Quiesced]], failure: Exception | None) -> list[str]:
+async def _revive(quiesced: Sequence[tuple[Device, Turn, Quiesced]], failure: Exception | None) -> list[str]:
     """Bring every one of them back, the last first; what goes wrong with one keeps no other from it."""
     troubles, defects = [], []
     for device, own, one in reversed(quiesced):
@@ -290,6 +299,13 @@ async def _revive(quiesced: Sequence[tuple[PciDevice, Turn, Quiesced]], failure:
     if failure is None and defects:
         raise defects[0]
     return troubles
+
+
+def _no_hot_reset(device: Device) -> str:
+    return (
+        f"Device '{device.name}' cannot be hot reset: that is for PCI devices, and driver {device.driver} has no bus "
+        "reset that others share; device-reset resets it where the host can"
+    )
 
 
 def _held(name: str, backend: Backend) -> Held:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:  # imported with the first device: what a server without one d
     from vfiod.server.backends.base import Backend
     from vfiod.server.backends.cdev import CdevOrigin
     from vfiod.server.backends.group import GroupOrigin, KernelGroups
-    from vfiod.server.devices.pci import PciDevice
+    from vfiod.server.devices.device import Device
+    from vfiod.server.devices.regions import Region
     from vfiod.server.machine.resets import Resets
     from vfiod.server.mdev.bus import MdevBus
 
@@ -122,11 +123,11 @@ class Machine:
 
     # --- devices ------------------------------------------------------------------------------------
 
-    def device(self, name: str) -> PciDevice:
+    def device(self, name: str) -> Device:
         """The device with this id or path. Raises DeviceNotFound."""
         return self.devices.get(name)
 
-    def add_device(self, new: NewDevice) -> Awaitable[PciDevice]:
+    def add_device(self, new: NewDevice) -> Awaitable[Device]:
         """See :meth:`Devices.add`."""
         return self.devices.add(new)
 
@@ -196,6 +197,10 @@ class Machine:
     def session_ended(self, session: int) -> None:
         """A monitor session ended: what it mapped no longer holds a device."""
         self.devices.session_ended(session)
+
+    def unmap_region(self, device: Device, region: Region, session: int | None) -> None:
+        """See :meth:`Devices.unmap_region`."""
+        self.devices.unmap_region(device, region, session)
 
     # --- memory and objects ---------------------------------------------------------------------------
 
@@ -309,6 +314,7 @@ class Machine:
             yield FdInfo(owner=names.get(held.owner, held.owner), kind=held.kind, number=held.number)
         for device in devices:
             yield from device.fds()
+        yield from self.sources.mdev_fds()
 
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""

@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from vfiod.protocol.catalogue.devices import ContainerInfo
+from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.syscalls import Syscalls
@@ -144,6 +145,11 @@ class Sources:
             groups, cdevs = self._kernel
             yield from groups.fds()
             yield from cdevs.fds()
+
+    def mdev_fds(self) -> Iterator[FdInfo]:
+        """The fds that mediated devices have open themselves."""
+        if self._mediation:
+            yield from self._mediation[0].fd_infos()
 
     # --- the end ----------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ A device's life, and what may come in between (behaviour: section 8 of the refer
                    parent.destroy; refused: back to visible
                    group and name free, MDEV_REMOVED      loop
 
-Every parent has a lane of its own: a slow one holds nobody up but itself. ``start`` and ``shutdown`` take the lanes of
-all parents that have devices, so that create, destroy and unregister wait until it is decided.
+Every parent has a lane of its own: a slow one holds nobody up but itself, and one that hangs is given up after a time
+(``calls``). ``start`` and ``shutdown`` take the lanes of all parents that have devices (``starting``).
 """
 
 from __future__ import annotations
@@ -22,28 +22,36 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.devices import DeviceError
-from vfiod.protocol.catalogue.mediated import MdevInfo, MdevRemoved, MdevStarted, MdevStopped, MdevTypeInfo
-from vfiod.protocol.catalogue.words import UNSET, UUID_PATTERN
+from vfiod.protocol.catalogue.fds import FdInfo
+from vfiod.protocol.catalogue.mediated import MdevRemoved, MdevTypeInfo
+from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNotFound, InvalidArgument, OperationFailed
+from vfiod.protocol.limits import MDEV_CALL_MS
 from vfiod.server import trace
+from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.lanes import Turn
-from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost, guarded, published, quietly
+from vfiod.server.mdev.calls import guarded
+from vfiod.server.mdev.discovery import Discovery, find_type
+from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost
 from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent
-from vfiod.server.mdev.registered import Registered, load_parents
+from vfiod.server.mdev.registered import CallLimits, Registered
+from vfiod.server.mdev.starting import Starting
 
 __all__ = ["BUILT_IN", "MdevBus"]
 
 _log: Final = logging.getLogger(__name__)
 
-BUILT_IN: Final[Mapping[str, str]] = {"primer": "vfiod.server.mdev.samples.pci:Primer"}
+BUILT_IN: Final[Mapping[str, str]] = {
+    "primer": "vfiod.server.mdev.samples.pci:Primer",
+    "platform": "vfiod.server.mdev.samples.platform:Platform",
+}
 """The parents that come with vfiod. Imported when somebody first looks for parents."""
 
 PATIENCE: Final = 1.0
@@ -63,6 +71,7 @@ class MdevBus:
         executor: the machine's pool of threads.
         built_in: parents to load at :meth:`discover`, ``name: "module:attribute"``.
         entry_points: the group of entry points to load parents from; None: none.
+        call_limit_s: seconds after which a call into a parent is given up.
 
     """
 
@@ -73,11 +82,10 @@ class MdevBus:
         executor: Executor,
         built_in: Mapping[str, str] = BUILT_IN,
         entry_points: str | None = ENTRY_POINTS,
+        call_limit_s: float = MDEV_CALL_MS / 1000,
     ) -> None:
         self._emit = emit
         self._executor = executor
-        self._built_in = built_in
-        self._entry_points = entry_points
         self._parents: dict[str, Registered] = {}
         self._leaving: set[str] = set()
         self._names: set[str] = set()
@@ -86,9 +94,10 @@ class MdevBus:
         # Visible devices. The lock makes "who has it" one decision: acquire and release come from workers too.
         self._visible: dict[str, Instance] = {}
         self._lock = threading.Lock()
-        self._deciding = asyncio.Lock()
+        self._limits = CallLimits(threading.get_ident(), call_limit_s)
+        self._starting = Starting(self._parents, emit)
+        self._discovery = Discovery(built_in, entry_points, executor, self._limits, self._admit)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._discovery: asyncio.Task[None] | None = None
         self._closed = False
 
     # --- parents and drivers ----------------------------------------------------------------------
@@ -99,7 +108,10 @@ class MdevBus:
         Raises OperationFailed with EEXIST when one of that name is there (or still leaving), InvalidArgument when its
         name or types cannot be, DeviceNotActive when the bus is closed.
         """
-        record = guarded("register", f"mdev parent {type(parent).__name__}", Registered, parent, self._executor)
+        what = f"mdev parent {type(parent).__name__}"
+        self._admit(guarded("register", what, Registered, parent, self._executor, self._limits))
+
+    def _admit(self, record: Registered) -> None:
         if self._closed:
             raise DeviceNotActive(f"{record.what} comes too late: vfiod ends")
         if record.name in self._parents or record.name in self._leaving:
@@ -131,11 +143,18 @@ class MdevBus:
     async def discover(self) -> None:
         """Load the built-in parents and those of other packages (entry points), once.
 
-        A parent that cannot be loaded is logged and left out.
+        A parent that cannot be loaded is logged and left out, and named in the errors of those who ask for it.
         """
-        if self._discovery is None:
-            self._discovery = asyncio.get_running_loop().create_task(self._discover())
-        await asyncio.shield(self._discovery)
+        await self._discovery.everything()
+
+    async def find_type(self, name: str) -> tuple[str, MdevType]:
+        """The type of this name, ``TYPE`` or ``PARENT/TYPE``, and its parent's name: what :meth:`create` takes.
+
+        Raises InvalidArgument: there is none, or several parents have it, or its parent could not be loaded.
+        """
+        await self.discover()
+        record, found = find_type(name, self._parents.values(), self._known_parents, self._discovery.broken)
+        return record.name, found
 
     # --- devices ----------------------------------------------------------------------------------
 
@@ -158,7 +177,9 @@ class MdevBus:
             OperationFailed: EEXIST: there is one; ENOSPC: no more instances; or what the parent said.
 
         """
-        await self.discover()
+        await self._discovery.built_in()
+        if parent not in self._parents:  # a built-in one does not wait for what others have installed
+            await self.discover()
         record, made_of = self._find(parent, mdev_type)
         values = dict(parameters or {})
         for name in values:
@@ -173,10 +194,8 @@ class MdevBus:
         what = f"mdev {name}"
         if name in self._names:
             raise OperationFailed("mdev-create", what, errno="EEXIST", advice="a device has this UUID already")
-        if record.available(made_of) < 1:
-            has = len(record.instances(made_of))
-            advice = f"no more of type '{mdev_type}' of {record.what} are available, {has} exist; destroy one first"
-            raise OperationFailed("mdev-create", what, errno="ENOSPC", advice=advice)
+        if record.available(made_of) < 1 and record.room.get(made_of.id) is None:
+            raise record.full(made_of, name)  # what the parent says of its room, it is asked when its turn has come
         self._names.add(name)
         record.making[made_of.id] += 1
         await self._finish(self._create(record, made_of, name, values))
@@ -195,7 +214,7 @@ class MdevBus:
         Those already started for it stay as they are. Raises Busy when one is started for another VM, or what a
         parent refused with, after the parents that had started were shut down again.
         """
-        await self._finish(self._start(_canonical(vm)))
+        await self._finish(self._starting.start(_canonical(vm)))
 
     async def shutdown(self, vm: str) -> None:
         """The VM has stopped: its devices are shut down.
@@ -203,7 +222,7 @@ class MdevBus:
         Every parent is told, even when one fails; then the first failure is raised. Raises DeviceNotActive when no
         device was started for this VM.
         """
-        await self._finish(self._shutdown(_canonical(vm)))
+        await self._finish(self._starting.shutdown(_canonical(vm)))
 
     def acquire(self, uuid: str, user: str) -> Instance:
         """Take a device into use. From any thread. Raises DeviceNotFound, Busy."""
@@ -228,40 +247,33 @@ class MdevBus:
 
     # --- looking: never waits ----------------------------------------------------------------------
 
-    @property
-    def discovered(self) -> bool:
-        """Whether :meth:`discover` has ended."""
-        return self._discovery is not None and self._discovery.done()
-
     def types(self) -> list[MdevTypeInfo]:
-        """All types with their devices, as ``query-mdev-types`` shows them."""
-        found = []
-        for record in tuple(self._parents.values()):
-            attributes = published(record.what, record.parent.attributes)
-            for one in record.types.values():
-                try:
-                    available = record.available(one)
-                except CommandError as error:
-                    _log.warning("%s", error)
-                    available = 0
-                found.append(
-                    MdevTypeInfo(
-                        parent=record.name,
-                        type=one.id,
-                        name=one.name,
-                        description=one.description,
-                        device_api=one.device_api,
-                        available_instances=available,
-                        parameters=dict(one.parameters),
-                        parent_attributes=attributes,
-                        devices=[_info(each) for each in record.instances(one) if each.uuid in self._visible],
-                    )
-                )
-        return found
+        """All types with their devices, as ``query-mdev-types`` shows them: what is known, nobody is asked."""
+        return [
+            record.info(one, self._visible) for record in tuple(self._parents.values()) for one in record.types.values()
+        ]
+
+    async def ask(self) -> list[MdevTypeInfo]:
+        """The same, after every parent was found and asked what it publishes, all at once and not for long."""
+        await self.discover()
+        loop = asyncio.get_running_loop()
+        records = tuple(self._parents.values())
+        await asyncio.gather(*(loop.run_in_executor(self._executor, record.ask) for record in records))
+        return self.types()
 
     def uuids(self) -> list[str]:
         """The visible devices' names."""
         return sorted(self._visible)
+
+    def fd_infos(self) -> Iterator[FdInfo]:
+        """What the visible devices have open, for ``query-fds``. One that is being made has none of its own yet."""
+        for uuid, instance in sorted(self._visible.items()):
+            for name, number in instance.fds().items():
+                try:
+                    kind = kind_of(number)
+                except OSError:
+                    continue  # closed between the two looks, or never open: a defect of the parent
+                yield FdInfo(owner=f"mdev:{uuid}", name=name, kind=kind, number=number)
 
     async def close(self) -> None:
         """Unregister every parent, without patience, and admit no other."""
@@ -270,16 +282,9 @@ class MdevBus:
             await self.unregister(name, reason="vfiod ends", patience=0)
         while self._tasks:
             await asyncio.gather(*tuple(self._tasks), return_exceptions=True)
+        self._limits.threads.close()
 
     # --- inside: parents ----------------------------------------------------------------------------
-
-    async def _discover(self) -> None:
-        load = partial(load_parents, self._built_in, self._entry_points)
-        for parent in await asyncio.get_running_loop().run_in_executor(self._executor, load):
-            try:
-                self.register(parent)
-            except CommandError as error:
-                _log.error("%s", error)
 
     async def _unregister(self, record: Registered, reason: str, patience: float) -> None:
         async with record.lane.turn("unregister") as turn:
@@ -309,7 +314,8 @@ class MdevBus:
                     continue
                 instance.released = partial(loop.call_soon_threadsafe, _settle, future)
             free.append(future)
-            await turn.run(partial(quietly, "request", instance.what, instance.device.request, 0))
+            request = partial(instance.device.request, 0)
+            await turn.run(partial(instance.calls.quietly, "request", instance.what, request))
         if free and patience > 0:
             await asyncio.wait(free, timeout=patience)
         for instance in record.devices.values():
@@ -318,7 +324,9 @@ class MdevBus:
     def _find(self, parent: str, mdev_type: str) -> tuple[Registered, MdevType]:
         record = self._parents.get(parent)
         if record is None:
-            raise InvalidArgument(f"Parameter 'parent': mdev parent '{parent}' not found; {self._known_parents()}")
+            why = self._discovery.broken.get(parent)
+            hint = f"it could not be loaded: {why}" if why is not None else self._known_parents()
+            raise InvalidArgument(f"Parameter 'parent': mdev parent '{parent}' not found; {hint}")
         found = record.types.get(mdev_type)
         if found is None:
             raise InvalidArgument(
@@ -327,7 +335,8 @@ class MdevBus:
         return record, found
 
     def _known_parents(self) -> str:
-        return f"there is {', '.join(self._parents)}" if self._parents else "there is none"
+        there = f"there is {', '.join(self._parents)}" if self._parents else "there is none"
+        return there + "".join(f"; '{name}' could not be loaded: {why}" for name, why in self._discovery.broken.items())
 
     # --- inside: devices ------------------------------------------------------------------------------
 
@@ -391,68 +400,6 @@ class MdevBus:
         if trace.mdev_destroyed.on:
             trace.mdev_destroyed(device=instance.uuid, parent=record.name)
 
-    # --- inside: start and shutdown --------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _all_lanes(self, what: str) -> AsyncIterator[list[tuple[Registered, Turn]]]:
-        """The turn of every parent that has devices: nothing is made, destroyed or unregistered meanwhile."""
-        async with self._deciding, AsyncExitStack() as stack:
-            turns = []
-            for name in sorted(self._parents):
-                record = self._parents.get(name)
-                if record is not None and (record.devices or record.lane.busy):
-                    turns.append((record, await stack.enter_async_context(record.lane.turn(what))))
-            yield [(record, turn) for record, turn in turns if not record.hidden]
-
-    async def _start(self, vm: str) -> None:
-        async with self._all_lanes("mdev-start") as turns:
-            for record, _ in turns:
-                for instance in record.devices.values():
-                    if instance.vm not in (None, vm):
-                        raise Busy(f"{instance.what} is started for VM {instance.vm}; mdev-shutdown that one first")
-            started: list[tuple[Registered, Turn, list[Instance]]] = []
-            for record, turn in turns:
-                todo = [instance for instance in record.devices.values() if instance.vm is None]
-                if not todo:
-                    continue
-                try:
-                    await turn.run(partial(record.start, vm, todo))
-                except CommandError:
-                    for other, its_turn, instances in reversed(started):
-                        await its_turn.run(partial(quietly, "shutdown", other.what, other.shutdown, vm, instances))
-                    raise
-                started.append((record, turn, todo))
-            for _, _, instances in started:
-                for instance in instances:
-                    instance.vm = vm
-                    self._emit(MdevStarted(uuid=instance.uuid, vm=vm))
-                    if trace.mdev_started.on:
-                        trace.mdev_started(device=instance.uuid, vm=vm)
-
-    async def _shutdown(self, vm: str) -> None:
-        failure: CommandError | None = None
-        any_started = False
-        async with self._all_lanes("mdev-shutdown") as turns:
-            for record, turn in turns:
-                todo = [instance for instance in record.devices.values() if instance.vm == vm]
-                if not todo:
-                    continue
-                any_started = True
-                try:
-                    await turn.run(partial(record.shutdown, vm, todo))
-                except CommandError as error:
-                    failure = failure or error
-                    continue
-                for instance in todo:
-                    instance.vm = None
-                    self._emit(MdevStopped(uuid=instance.uuid, vm=vm))
-                    if trace.mdev_shut_down.on:
-                        trace.mdev_shut_down(device=instance.uuid, vm=vm)
-        if failure is not None:
-            raise failure
-        if not any_started:
-            raise DeviceNotActive(f"No mediated device is started for VM {vm}")
-
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Do it to the end in a task of its own: cancelling the caller leaves nothing half done."""
         task = asyncio.get_running_loop().create_task(work)
@@ -466,17 +413,6 @@ def _canonical(uuid: str) -> str:
     if len(uuid) != 36 or re.match(UUID_PATTERN, uuid) is None:
         raise InvalidArgument(f"'{uuid}' is not a UUID in its 8-4-4-4-12 form (RFC 9562)")
     return uuid.lower()
-
-
-def _info(instance: Instance) -> MdevInfo:
-    return MdevInfo(
-        uuid=instance.uuid,
-        parent=instance.parent,
-        type=instance.mdev_type.id,
-        started=instance.vm is not None,
-        device=instance.user if instance.user is not None else UNSET,
-        attributes={"group": str(instance.group)} | published(instance.what, instance.device.attributes),
-    )
 
 
 def _not_used(instance: Instance) -> None:

@@ -33,6 +33,11 @@ class EventFd:
         self._poll = select.poll()
         self._poll.register(self._fd.number, select.POLLOUT)
 
+    @property
+    def number(self) -> int:
+        """The duplicate's number, lent; -1 once it is closed."""
+        return -1 if self._fd.closed else self._fd.number
+
     def signal(self) -> None:
         """Add one. A counter that is full stays full: its reader will wake anyway."""
         # Asked first because a full blocking eventfd would hold the loop. What fills it between the two calls

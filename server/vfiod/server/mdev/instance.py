@@ -3,66 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from msgspec import Struct, field
 
-from vfiod.protocol.errors import CommandError, OperationFailed
+from vfiod.protocol.errors import CommandError
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.server.mdev.parent import DmaFault, MdevType, MediatedDevice, Watch
+from vfiod.protocol.limits import MDEV_LOOK_MS
+from vfiod.server.mdev.calls import Calls, guarded, published
+from vfiod.server.mdev.parent import DmaFault, MdevType, MediatedDevice, Pin, Watch
 
-__all__ = ["GuestAccess", "Instance", "MdevHost", "MdevDriver", "guarded", "published", "quietly"]
+__all__ = ["GuestAccess", "Instance", "MdevDriver", "MdevHost"]
 
 _log: Final = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def guarded(operation: str, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call into a parent; whatever comes out of it is a CommandError that names operation and object.
-
-    Args:
-        operation: the callback's name, or the kernel's name of the operation.
-        what: parent or device.
-        function: what is called.
-        args: its arguments.
-        kwargs: its arguments by name.
-
-    """
-    try:
-        return function(*args, **kwargs)
-    except CommandError:
-        raise
-    except OSError as error:
-        number = error.errno if error.errno is not None else errno.EIO
-        raise OperationFailed(operation, what, errno=number, advice=error.strerror or str(error)) from error
-    except (Exception, SystemExit) as error:
-        # The parent is somebody else's program: its defects are reported, and never ours to die of.
-        _log.exception("%s of %s raised %s", operation, what, type(error).__name__)
-        advice = f"it raised {type(error).__name__}, which is a defect of the parent; the traceback is in the log"
-        raise OperationFailed(operation, what, errno=errno.EIO, advice=advice) from error
-
-
-def quietly(operation: str, what: str, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Call into a parent whose opinion does not count: what comes out is logged."""
-    try:
-        guarded(operation, what, function, *args, **kwargs)
-    except CommandError as error:
-        _log.warning("%s", error)
-
-
-def published(what: str, attributes: Callable[[], Mapping[str, str]]) -> dict[str, str]:
-    """What a parent or device publishes, as text. A failing callback publishes its failure: queries never fail."""
-    try:
-        told = guarded("attributes", what, attributes)
-        return guarded("attributes", what, lambda: {str(key): str(value) for key, value in told.items()})
-    except CommandError as error:
-        return {"error": str(error)}
 
 
 class GuestAccess(Protocol):
@@ -74,6 +32,9 @@ class GuestAccess(Protocol):
     def write(self, iova: int, data: memoryview) -> None:
         """See :meth:`Host.write_memory`."""
 
+    def pin(self, iova: int, size: int, *, writable: bool) -> Pin:
+        """See :meth:`Host.pin`."""
+
 
 class _Watch:
     """A watched fd of a device.
@@ -82,18 +43,34 @@ class _Watch:
     otherwise go on reporting a file that somebody else still has open.
     """
 
-    __slots__ = ("_callback", "_cancelled", "_fd", "_host", "_number")
+    __slots__ = ("_callback", "_cancelled", "_fd", "_host", "_wanted", "_watched", "number")
 
     def __init__(self, host: MdevHost, fd: FileDescriptor, callback: Callable[[], None]) -> None:
         self._host = host
         self._fd = fd
-        self._number = fd.number
+        self.number = fd.number
         self._callback = callback
         self._cancelled = False
+        self._wanted = (True, False)
+        self._watched = (False, False)
 
-    def begin(self) -> None:
-        if not self._cancelled:
-            self._host.loop.add_reader(self._number, self._ready)
+    def want(self, *, readable: bool, writable: bool) -> None:
+        """See :meth:`Watch.want`."""
+        if self._wanted != (readable, writable):
+            self._wanted = (readable, writable)
+            self._host.on_loop(self.settle)
+
+    def settle(self) -> None:
+        """Let the loop watch what is wanted now. On the loop."""
+        if self._cancelled:
+            return
+        loop, number = self._host.loop, self.number
+        (reads, writes), (read, written) = self._wanted, self._watched
+        if reads != read:
+            loop.add_reader(number, self._ready) if reads else loop.remove_reader(number)
+        if writes != written:
+            loop.add_writer(number, self._ready) if writes else loop.remove_writer(number)
+        self._watched = (reads, writes)
 
     def cancel(self) -> None:
         if self._cancelled:
@@ -113,7 +90,9 @@ class _Watch:
 
     def _end(self) -> None:
         if not self._host.loop.is_closed():
-            self._host.loop.remove_reader(self._number)
+            self._host.loop.remove_reader(self.number)
+            self._host.loop.remove_writer(self.number)
+        self._host.forget(self)
         self._fd.close()
 
 
@@ -134,6 +113,7 @@ class MdevHost:
         self.loop = loop
         self.memory: GuestAccess | None = None
         self._thread = threading.get_ident()
+        self._watches: set[_Watch] = set()
 
     def read_memory(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
@@ -149,11 +129,27 @@ class MdevHost:
             raise DmaFault(iova, 0, write=True)
         memory.write(iova, memoryview(data))
 
+    def pin(self, iova: int, size: int, *, writable: bool = True) -> Pin:
+        """See :meth:`Host.pin`."""
+        memory = self.memory
+        if memory is None:
+            raise DmaFault(iova, 0, write=writable)
+        return memory.pin(iova, size, writable=writable)
+
     def watch(self, fd: FileDescriptor, callback: Callable[[], None]) -> Watch:
         """See :meth:`Host.watch`."""
         watch = _Watch(self, fd, callback)
-        self.on_loop(watch.begin)
+        self._watches.add(watch)
+        self.on_loop(watch.settle)
         return watch
+
+    def watched(self) -> list[int]:
+        """Numbers of the fds that are watched for the device at this moment, and owned here."""
+        return sorted(watch.number for watch in tuple(self._watches))
+
+    def forget(self, watch: _Watch) -> None:
+        """Its fd is about to be closed."""
+        self._watches.discard(watch)
 
     def on_loop(self, function: Callable[[], None]) -> None:
         """Run a function on the loop's thread: at once when this is it, else soon."""
@@ -176,12 +172,14 @@ class Instance(Struct, eq=False):
         parameters: what it was made with.
         device: the parent's object.
         host: the world, as the device sees it.
+        calls: how it is called.
         group: the number of its own group.
         driver: the bus's driver that took it; None when none matches its device API.
         user: who has it open (a device's id or path), or None.
         vm: the VM it was started for, or None.
         gone: why every further access fails, once it was taken away from a user who kept it.
         released: called when the user lets go.
+        told: what it published when it was last asked.
 
     """
 
@@ -191,17 +189,50 @@ class Instance(Struct, eq=False):
     parameters: Mapping[str, Any]
     device: MediatedDevice
     host: MdevHost
+    calls: Calls
     group: int
     driver: MdevDriver | None = None
     user: str | None = None
     vm: str | None = None
     gone: str | None = None
     released: Callable[[], object] | None = field(default=None)
+    told: dict[str, str] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
         """For messages: ``mdev UUID of parent 'primer'``."""
         return f"mdev {self.uuid} of parent '{self.parent}'"
+
+    def call(
+        self,
+        operation: str,
+        function: Callable[[], T],
+        *,
+        of: str | None = None,
+        late: Callable[[T], object] | None = None,
+    ) -> T:
+        """Call one of the device's methods; see :meth:`Calls.run`. ``of`` names what it is about."""
+        return self.calls.run(operation, of or self.what, function, late=late)
+
+    def attributes(self) -> dict[str, str]:
+        """Ask it what it publishes. Blocks for a moment at most; what fails is published instead."""
+        self.told = published(
+            self.what,
+            lambda: self.calls.run("attributes", self.what, self.device.attributes, limit_s=MDEV_LOOK_MS / 1000),
+        )
+        return self.told
+
+    def fds(self) -> dict[str, int]:
+        """Names and numbers of what it has open: as it says itself, and what is watched for it. Never raises."""
+        own: dict[str, int] = {}
+        try:
+            told = self.call("fds", self.device.fds)
+            own = guarded("fds", self.what, lambda: {str(name): int(number) for name, number in told.items()})
+        except CommandError as error:
+            _log.warning("%s", error)
+        known = set(own.values())
+        watched = (number for number in self.host.watched() if number not in known)
+        return {**own, **{f"watch[{place}]": number for place, number in enumerate(watched)}}
 
 
 class MdevDriver(Protocol):

@@ -2,7 +2,7 @@
 
 A :class:`Parent` offers types and makes devices of them; a :class:`MediatedDevice` is one device. vfiod's device
 model talks to it exactly as it talks to the kernel's VFIO driver: regions, interrupt indexes, ``SET_IRQS``, reset.
-``samples/pci.py`` is a complete example. Another package offers a parent by an entry point::
+``samples/pci.py`` and ``samples/platform.py`` are complete examples. Other packages offer parents by entry points::
 
     [project.entry-points."vfiod.mdev_parents"]
     mycard = "mycard.vfio:MyParent"          # called without arguments, gives the Parent
@@ -16,6 +16,7 @@ absent                                  means
 ``Parent.start``, ``Parent.shutdown``   it does not care when the VM runs
 ``Parent.available_instances``          the type's ``max_instances`` less what exists
 ``Parent.attributes``                   nothing to publish
+``MediatedDevice.quick``                False: every call of it is made in a thread, with a time limit
 ``MediatedDevice.open``, ``close``      nothing to do for a new or leaving user
 ``MediatedDevice.reset``                cannot be reset (``device_info().reset`` is false; ``ENOTTY``)
 ``MediatedDevice.region_fd``            no region can be mapped: every access is a ``read`` or ``write``
@@ -24,18 +25,23 @@ absent                                  means
 ``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
 ``MediatedDevice.request``              cannot tell its user that it must go: it just goes
 ``MediatedDevice.attributes``           nothing to publish
+``MediatedDevice.fds``                  ``query-fds`` lists those it watches through its host, and no others
 ======================================  ==============================================================
 
 **Errors.** Refuse with ``OSError(errno.EINVAL, "what was wrong and what would be right")``, in the kernel's errnos, or
 with a :class:`~vfiod.protocol.errors.CommandError`. Anything else that comes out is taken for a defect of the parent:
 the caller gets ``EIO`` naming parent and callback, the traceback goes to the log, and vfiod runs on.
 
-**Threads.** ``create``, ``destroy``, ``start`` and ``shutdown`` of one parent run one at a time, in a worker's thread,
-and may block: other parents go on. ``open``, ``close``, ``reset``, ``validate_map_request``, ``memory_mapped`` and
-``memory_unmapped`` of one device run in a worker's thread and may block. ``read``, ``write`` and ``set_irqs`` may run
-on the event loop's thread, where blocking would stop everybody. None of one device's calls overlap, except
-``set_irqs``, ``request``, the callbacks of :meth:`Host.watch`, and those that only inform (``*_info``, ``attributes``):
-they come at any time, even during a reset.
+**Threads and time.** ``create``, ``destroy``, ``start`` and ``shutdown`` of one parent run one at a time, in a thread
+of their own, and may block: other parents go on. So do all calls of a device, unless it says of itself that it is
+``quick``: then they run where they are needed, mostly on the event loop's thread, where blocking stops everybody.
+None of one device's calls overlap, except ``set_irqs``, ``request``, the callbacks of :meth:`Host.watch` (always on the
+loop's thread), and those that only inform (``*_info``, ``attributes``): they come at any time, even during a reset.
+
+A call that has not returned after :data:`~vfiod.protocol.limits.MDEV_CALL_MS` (those that everybody must wait for:
+:data:`~vfiod.protocol.limits.MDEV_LOOP_CALL_MS`) is given up: its caller gets ``ETIMEDOUT``, and until it returns all
+others ``EBUSY``. What it did meanwhile is undone then: a device that was made is destroyed, one that was opened is
+closed, a VM that was started is shut down. ``close`` and a forced ``destroy`` that fell into that time are made up for.
 
 **Trust.** The framework checks index, offset, length, alignment of areas and what the kernel checks in ``SET_IRQS``.
 What the values *mean* only the device knows: registers, descriptors, addresses and programs come from an enemy.
@@ -46,13 +52,13 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from msgspec import Struct
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.vfio import Area, SetIrqs
+from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, SetIrqs
 
 __all__ = [
     "ENTRY_POINTS",
@@ -65,6 +71,7 @@ __all__ = [
     "MdevType",
     "MediatedDevice",
     "Parent",
+    "Pin",
     "RegionInfo",
     "Watch",
 ]
@@ -98,7 +105,8 @@ class DeviceInfo(Struct, frozen=True):
     """``VFIO_DEVICE_GET_INFO``: how many region and interrupt indexes there are, and whether it can be reset.
 
     For ``vfio-pci`` the indexes are the kernel's: 9 regions (BAR0 to BAR5, ROM, config, VGA) and 5 interrupts
-    (INTx, MSI, MSI-X, ERR, REQ), of which any may be absent.
+    (INTx, MSI, MSI-X, ERR, REQ), of which any may be absent. For ``vfio-platform`` there is one of each per region and
+    interrupt the device has.
     """
 
     regions: int
@@ -131,6 +139,8 @@ class IrqInfo(Struct, frozen=True):
         maskable: MASK and UNMASK work.
         automasked: it masks itself when it fires (a level interrupt).
         noresize: the number of vectors in use cannot grow without disabling the index first.
+        type: what an index beyond a platform device's own IRQs is (extended IRQs, experimental); None: its own.
+        messages: with a type: the message of each vector that SET_IRQS granted; none before. May change.
 
     """
 
@@ -138,6 +148,8 @@ class IrqInfo(Struct, frozen=True):
     maskable: bool = False
     automasked: bool = False
     noresize: bool = True
+    type: IrqTypeCap | None = None
+    messages: tuple[MsiMessage, ...] = ()
 
 
 class MapRequest(Struct, frozen=True):
@@ -180,8 +192,29 @@ class DmaFault(Exception):
 class Watch(Protocol):
     """What :meth:`Host.watch` gives back."""
 
+    def want(self, *, readable: bool, writable: bool) -> None:
+        """Call back when ``fd`` is readable, writable, either, or not at all. From any thread.
+
+        Ask for ``writable`` while something waits to be written, and no longer: a pipe with room is always writable.
+        """
+
     def cancel(self) -> None:
         """Never call back again, and close the fd. From any thread; later calls do nothing."""
+
+
+class Pin(Protocol):
+    """What :meth:`Host.pin` gives back."""
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes. ValueError once it was released; slices and casts of it then show empty pages."""
+
+    @property
+    def released(self) -> bool:
+        """Whether it was taken back, by whomever."""
+
+    def release(self) -> None:
+        """Give it back. From any thread; later calls do nothing."""
 
 
 class Host(Protocol):
@@ -196,6 +229,22 @@ class Host(Protocol):
     def write_memory(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """DMA to guest memory. Raises DmaFault, whose ``done`` says how many bytes were written before it."""
 
+    def pin(self, iova: int, size: int, *, writable: bool = True) -> Pin:
+        """Guest memory in this process, for as long as it is mapped there: for rings, queues, and the like.
+
+        Before an unmap takes any of it away, :meth:`MediatedDevice.memory_unmapped` is called; what is then still
+        pinned there is released before the unmap is over, whatever the device does.
+
+        Args:
+            iova: the first address; any.
+            size: bytes. They must lie in one mapping.
+            writable: whether the device will write it.
+
+        Raises DmaFault: not mapped, or read-only; OSError: EINVAL: in more than one mapping; EPERM: the memory's file
+        is not sealed against shrinking (F_SEAL_SHRINK), so :meth:`read_memory` is the way.
+
+        """
+
     def watch(self, fd: FileDescriptor, callback: Callable[[], None]) -> Watch:
         """Call back on the loop whenever ``fd`` is readable (level triggered). Takes the fd over."""
 
@@ -204,6 +253,9 @@ class MediatedDevice(ABC):
     """One mediated device, made by :meth:`Parent.create`. What the methods may raise: see the module."""
 
     # ruff: noqa: B027 - what is not abstract here may be left out; the module says what that means.
+
+    quick: ClassVar[bool] = False
+    """A promise: none of its methods ever waits, for a lock, a file, or a peer. Its calls are cheaper then."""
 
     @abstractmethod
     def device_info(self) -> DeviceInfo:
@@ -215,7 +267,7 @@ class MediatedDevice(ABC):
 
     @abstractmethod
     def irq_info(self, index: int) -> IrqInfo:
-        """One interrupt index; raise ``EINVAL`` for one it does not know. Constant while it is open."""
+        """One interrupt index; raise ``EINVAL`` for one it does not know. Constant while open, but for messages."""
 
     @abstractmethod
     def read(self, index: int, offset: int, length: int) -> bytes:
@@ -264,6 +316,10 @@ class MediatedDevice(ABC):
 
     def attributes(self) -> Mapping[str, str]:
         """What to publish of this device."""
+        return {}
+
+    def fds(self) -> Mapping[str, int]:
+        """What it has open, by a name that tells what for: ``query-fds`` lists them as the device's. At any time."""
         return {}
 
 

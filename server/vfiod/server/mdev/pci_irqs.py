@@ -98,6 +98,15 @@ class PciIrqs:
         noresize = not intx and not (index == PciIrq.MSIX and self._resizable)
         return IrqInfo(count=count, maskable=intx, automasked=intx, noresize=noresize)
 
+    def fds(self) -> dict[str, int]:
+        """The duplicates of its user's eventfds, by what they are for. INTx's unmasking one is its host's."""
+        with self._lock:
+            kind = "" if self._kind is None else self._kind.name.lower()
+            named = {} if self._trigger is None else {"intx trigger": self._trigger}
+            named |= {f"{kind}{number} trigger": one for number, one in enumerate(self._vectors) if one is not None}
+            named |= {f"{PciIrq(index).name.lower()} trigger": one for index, one in self._single.items()}
+            return {name: one.number for name, one in named.items() if one.number >= 0}
+
     def set_irqs(self, request: SetIrqs) -> int:
         """``VFIO_DEVICE_SET_IRQS``. Returns 0, or how many vectors can be had. Raises OSError as vfio-pci does."""
         index, start, count = request.index, request.start, request.count

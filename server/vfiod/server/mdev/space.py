@@ -6,6 +6,7 @@ lock makes an unmap final: when it returns, no access that began before it is st
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_right, insort
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from vfiod.protocol.errors import OperationFailed
-from vfiod.server.mdev.parent import DmaFault
+from vfiod.server.mdev.parent import DmaFault, Pin
 
 __all__ = ["MemoryFile", "Piece", "Translation"]
 
@@ -26,6 +27,9 @@ class MemoryFile(Protocol):
 
     def write(self, offset: int, data: bytes) -> None:
         """All of it, or OperationFailed."""
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> Pin:
+        """A part of it, mapped, until it is released; OperationFailed."""
 
 
 class Piece(Struct, frozen=True):
@@ -41,12 +45,13 @@ class Piece(Struct, frozen=True):
 class Translation:
     """The pieces of one device, sorted, without overlaps."""
 
-    __slots__ = ("_lock", "_pieces", "_starts")
+    __slots__ = ("_lock", "_pieces", "_pins", "_starts")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._starts: list[int] = []
         self._pieces: list[Piece] = []
+        self._pins: list[tuple[int, int, Pin]] = []  # first and last address
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -77,12 +82,47 @@ class Translation:
                     "unmap", f"0x{iova:x} ({size} bytes)", errno="EINVAL", advice="it would split a mapping"
                 )
             del self._starts[first:last], self._pieces[first:last]
+            self._unpin(iova, iova + size - 1)
 
     def clear(self) -> None:
         """Take everything back."""
         with self._lock:
             self._starts.clear()
             self._pieces.clear()
+            self._unpin(0, 1 << 64)
+
+    def pin(self, iova: int, size: int, *, writable: bool) -> Pin:
+        """See :meth:`Host.pin`. It is released when any of it is removed."""
+        if size <= 0:
+            raise OSError(errno.EINVAL, f"{size} bytes cannot be pinned")
+        with self._lock:
+            piece, skip = self._at(iova, 0, write=writable)
+            if skip + size > piece.size:
+                self._at(piece.iova + piece.size, piece.size - skip, write=writable)
+                end = piece.iova + piece.size
+                raise OSError(errno.EINVAL, f"a mapping ends at 0x{end:x}: what is pinned lies in one mapping")
+            try:
+                pin = piece.memory.pin(piece.offset + skip, size, writable=writable)
+            except OperationFailed as error:
+                raise OSError(getattr(errno, error.errno or "EIO", errno.EIO), error.advice) from error
+            # Those that the device gave back itself are forgotten with the next one.
+            self._pins = [one for one in self._pins if not one[2].released]
+            self._pins.append((iova, iova + size - 1, pin))
+            return pin
+
+    @property
+    def pins(self) -> int:
+        """How many are pinned now."""
+        return sum(not pin.released for _, _, pin in self._pins)
+
+    def _unpin(self, first: int, last: int) -> None:
+        kept = []
+        for one in self._pins:
+            if one[0] <= last and one[1] >= first:
+                one[2].release()
+            else:
+                kept.append(one)
+        self._pins = kept
 
     def read(self, iova: int, length: int) -> bytes:
         """DMA read. Raises DmaFault."""

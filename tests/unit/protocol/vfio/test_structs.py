@@ -1,4 +1,7 @@
-"""Structures as bytes: literal ones, round trips, and what an enemy may send."""
+"""Structures as bytes: literal ones, round trips, and what an enemy may send.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,51 @@ def test_what_flags_mean() -> None:
     assert vfio.Type1Info(vfio.Type1Flags.CAPS).iova_ranges == ()
 
 
+# --- extended IRQs: an RFC that no kernel has (v3 of "vfio/platform: add support for msi") ---
+MESSAGES = (vfio.MsiMessage(0x1_0802_0040, 32), vfio.MsiMessage(0x0802_0040, 33))
+TYPE = "0300 0100 {following} 01000000 00000000"  # TYPE v1: type 1 (MSI), subtype 0
+WORDS = "40000208 01000000 20000000 40000208 00000000 21000000"  # two messages: address low, high, data
+
+
+@little
+def test_irq_info_with_messages_in_both_layouts() -> None:
+    # argsz 72; EVENTFD|CAPS; index 2; 32 vectors; the chain begins at 20, and goes on at 36
+    head = bytes.fromhex("48000000 11000000 02000000 20000000 14000000" + TYPE.format(following="24000000"))
+    with_word = head + bytes.fromhex("0400 0100 00000000 02000000 00000000" + WORDS)
+    without = head + bytes.fromhex("0400 0100 00000000 02000000" + WORDS)
+    for buffer in (with_word, without, without + bytes(4)):
+        info = vfio.IrqInfo.unpack(buffer)
+        assert (info.index, info.count, info.messages) == (2, 32, MESSAGES)
+        assert info.type == vfio.IrqTypeCap(vfio.IrqType.MSI, 0)
+    assert vfio.IrqInfo.unpack(with_word).pack()[4:] == with_word[4:], "ours have the reserved word"
+
+
+def test_irq_info_without_capabilities_is_what_every_kernel_knows() -> None:
+    assert len(vfio.IrqInfo(1, vfio.IrqFlags.CAPS, 3).pack()) == 16
+    plain = vfio.IrqInfo.unpack(vfio.IrqInfo(1, vfio.IrqFlags.EVENTFD, 3).pack())
+    assert (plain.type, plain.messages, plain.capabilities) == (None, (), ())
+    no_chain = struct.pack("=IIIII", 20, vfio.IrqFlags.CAPS, 1, 3, 0)
+    assert vfio.IrqInfo.unpack(no_chain).capabilities == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ((16, 16, 0, 1), "20 bytes|16 came"),  # the flag, and no room for the offset
+        ((20, 16, 0, 1, 8), "offset 8"),  # into the fixed part
+        ((20, 16, 0, 1, 20), "offset 20"),  # where the buffer ends
+        ((28, 16, 0, 1, 20, 0x1_0003, 20), "comes back"),  # to itself
+        ((44, 16, 0, 1, 20, 0x1_0003, 28, 0x1_0004, 20, 0, 0), "comes back"),  # TYPE and MSI_DESCS in a ring
+        ((28, 16, 0, 1, 20, 0x1_0003, 0), "TYPE has 0 bytes"),
+        ((32, 16, 0, 1, 20, 0x1_0004, 0, 1), "says 1 messages"),
+        ((32, 16, 0, 1, 20, 0x1_0004, 0, 0xFFFF_FFFF), "says 4294967295 messages"),
+    ],
+)
+def test_an_irq_chain_that_cannot_be(words: tuple[int, ...], complaint: str) -> None:
+    with pytest.raises(vfio.BadStructure, match=complaint):
+        vfio.IrqInfo.unpack(struct.pack(f"={len(words)}I", *words))
+
+
 # --- round trips ---
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -84,13 +132,22 @@ def test_region_info_round_trip(chain: tuple[vfio.Capability, ...], index: int, 
     assert vfio.RegionInfo.unpack(packed) == region
 
 
+@given(u32, st.lists(st.builds(vfio.MsiMessage, u64, u32), max_size=5).map(tuple), st.integers(1, 9))
+def test_irq_info_round_trip(index: int, messages: tuple[vfio.MsiMessage, ...], count: int) -> None:
+    chain = (vfio.IrqTypeCap(vfio.IrqType.MSI, 0), vfio.MsiDescs(messages))
+    info = vfio.IrqInfo(index, vfio.IrqFlags.EVENTFD | vfio.IrqFlags.CAPS, count, chain)
+    packed = info.pack()
+    assert vfio.argsz_of(packed) == len(packed)
+    assert vfio.IrqInfo.unpack(packed) == info
+
+
 @given(st.lists(st.tuples(u64, u64), max_size=5).map(tuple), u32)
 def test_type1_info_round_trip(ranges: tuple[tuple[int, int], ...], avail: int) -> None:
     chain = (vfio.IovaRanges(ranges), vfio.MigrationInfo(0, 1 << 12, 256), vfio.DmaAvailable(avail))
     info = vfio.Type1Info(vfio.Type1Flags.PGSIZES | vfio.Type1Flags.CAPS, 1 << 12, chain)
     assert vfio.Type1Info.unpack(info.pack()) == info
     assert info.iova_ranges == ranges
-    assert info.mappings_left == avail
+    assert info.capabilities[-1] == vfio.DmaAvailable(avail)
 
 
 def test_device_info_keeps_capabilities_it_does_not_know() -> None:

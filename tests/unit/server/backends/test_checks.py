@@ -1,4 +1,7 @@
-"""The dry run: every check reported, in the words of the real errors, and nothing changed."""
+"""The dry run: every check reported, in the words of the real errors, and nothing changed.
+
+Rules are those of behaviour.md, section 1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The address space of a container: what the kernel refuses, and what is said of it."""
+"""The address space of a container: what the kernel refuses, and what is said of it.
+
+Rules are those of behaviour.md, sections 1 and 2.
+"""
 
 from __future__ import annotations
 

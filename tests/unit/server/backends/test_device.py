@@ -1,4 +1,7 @@
-"""The device behind an fd: info, regions, interrupts, reset, features, errors that say where."""
+"""The device behind an fd: info, regions, interrupts, reset, features, errors that say where.
+
+Rules are those of behaviour.md, sections 3 and 4.
+"""
 
 from __future__ import annotations
 

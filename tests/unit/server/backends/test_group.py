@@ -43,6 +43,23 @@ def test_a_passed_group_gives_a_device_and_the_order_is_the_kernels(host: Host, 
     assert backend.close(), "a second close says what the first said"
 
 
+def test_closing_lets_the_device_go_before_its_group(host: Host) -> None:
+    """Section 1: "Device fds close before their group leaves its container", and the last group's container closes."""
+    first = host.groups.open(host.origin(group_fd=host.group_fd(7)))
+    second = host.groups.open(host.origin("01:00.1"))
+    other = host.groups.open(host.origin("02:00.0", group_fd=host.group_fd(8)))
+    host.kernel.log.clear()
+    assert first.close()
+    assert host.kernel.log == [], "another device of the group is open: the kernel would say EBUSY"
+    assert second.close()
+    # The kernel takes it only when no device of the group is open any more.
+    assert host.kernel.log == ["VFIO_GROUP_UNSET_CONTAINER"]
+    assert [c.groups for c in host.groups.containers()] == [[8]]
+    assert other.close()
+    assert host.kernel.log == ["VFIO_GROUP_UNSET_CONTAINER"] * 2
+    assert host.groups.containers() == ()
+
+
 def test_a_group_is_passed_once_and_serves_all_its_devices(host: Host) -> None:
     first = host.groups.open(host.origin(group_fd=host.group_fd(7)))
     second = host.groups.open(host.origin("01:00.1"))

@@ -1,4 +1,7 @@
-"""Configuration space as the guest sees it: behaviour.md, section 5, rule by rule."""
+"""Configuration space as the guest sees it: behaviour.md, section 5, rule by rule.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Adding: what a PCI device must have, what it may lack, and REQ and ERR from the first moment to the last."""
+"""Adding: what a PCI device must have, what it may lack, and REQ and ERR from the first moment to the last.
+
+Rules are those of behaviour.md, section 1.
+"""
 
 from __future__ import annotations
 

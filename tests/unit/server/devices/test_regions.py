@@ -1,4 +1,7 @@
-"""Regions: what is refused before any access, the two ways an access goes, and what is given away."""
+"""Regions: what is refused before any access, the two ways an access goes, and what is given away.
+
+Rules are those of behaviour.md, section 3.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Holder
 from vfiod.protocol.catalogue.regions import RegionMmapChanged
 from vfiod.protocol.errors import DeviceNotFound, InvalidArgument, OperationFailed, PermissionRefused
-from vfiod.server.devices.regions import INLINE_BYTES, Regions, describe, widest
+from vfiod.server.devices.regions import INLINE_BYTES, Regions, describe, describe_pci, widest
 from vfiod.server.kernel.syscalls import PAGE_SIZE
 from vfiod.server.mdev.parent import Area, RegionInfo
 
@@ -58,7 +61,7 @@ def test_a_region_without_mmap_has_nothing_to_explain() -> None:
 
 
 def test_names() -> None:
-    assert [describe(i, region(0)).name for i in (0, 5, 6, 7, 8, 9)] == [
+    assert [describe_pci(i, region(0)).name for i in (0, 5, 6, 7, 8, 9)] == [
         "bar0",
         "bar5",
         "rom",
@@ -339,6 +342,51 @@ def test_region_map_hands_out_what_maps_the_region(play: Any) -> None:
         assert device.holders() == []
 
     play(scenario)
+
+
+def test_region_unmap_ends_this_sessions_holding_and_no_others(play: Any) -> None:
+    """Section 3, "region-map hands the fd ... to the caller": the caller says when it no longer has it."""
+
+    async def scenario(world: Any) -> None:
+        await world.add()
+        device = world.machine.device("n0")
+        with pytest.raises(InvalidArgument, match=r"does not hold region bar2 of device 'n0' .* holds no region of it"):
+            await world.command("region-unmap", device="n0", region="bar2")
+        await world.command("region-map", device="n0", region="bar2")
+        await world.command("region-map", device="n0", region="bar2")
+        with pytest.raises(InvalidArgument, match=r"does not hold region bar0 .*: it holds bar2"):
+            await world.command("region-unmap", device="n0", region="bar0")
+        device.map_region(device.regions.find("bar2"), 2).close()
+        await world.command("region-unmap", device="n0", region="bar2")
+        assert device.holders() == [Holder(kind="mapping", detail="session 2: bar2")]
+        assert not (await world.region("bar2")).mapped, "somebody may have the fd: no mapped access of ours"
+        with pytest.raises(InvalidArgument, match="holds no region"):
+            await world.command("region-unmap", device="n0", region="bar2")
+
+    play(scenario)
+
+
+def test_leaving_pages_out_of_what_may_be_mapped() -> None:
+    """Section 4, MSI-X: "the pages of the table are left out of what may be mapped (sparse areas before and after)"."""
+
+    def left(areas: tuple[tuple[int, int], ...], offset: int, size: int) -> tuple[tuple[int, int], ...]:
+        region = describe(2, vfio.RegionInfo(2, vfio.RegionFlags.READ, 8 * PAGE_SIZE, 0))
+        region.areas = areas
+        region.leave_out(offset, size, "the table is there")
+        assert (region.note is not None) == (bool(areas) and not region.areas)
+        return region.areas
+
+    p = PAGE_SIZE
+    whole = ((0, 8 * p),)
+    assert left(whole, 3 * p, 16) == ((0, 3 * p), (4 * p, 4 * p))  # before and after
+    assert left(whole, 3 * p + 100, p) == ((0, 3 * p), (5 * p, 3 * p))  # it crosses a page: both go
+    assert left(whole, 0, 16) == ((p, 7 * p),)
+    assert left(whole, 8 * p - 16, 16) == ((0, 7 * p),)
+    assert left(whole, 0, 8 * p) == ()
+    assert left(((0, p), (2 * p, 2 * p)), p, p) == ((0, p), (2 * p, 2 * p))  # between two areas: nothing to leave out
+    assert left(((0, p), (2 * p, 2 * p)), 2 * p, 16) == ((0, p), (3 * p, p))
+    assert left(((0, p), (2 * p, 2 * p)), 0, 4 * p) == ()
+    assert left((), 0, p) == ()
 
 
 def test_share_fd_off_forbids_it(play: Any) -> None:

@@ -1,4 +1,7 @@
-"""Relayed interrupts: what comes in goes out, is counted, told, and completed in each of the three ways."""
+"""Relayed interrupts: what comes in goes out, is counted, told, and completed in each of the three ways.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reset: interrupts and bus mastering off around it, everything as before after it, and honest when it fails."""
+"""Reset: interrupts and bus mastering off around it, everything as before after it, and honest when it fails.
+
+Rules are those of behaviour.md, sections 1 and 6.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""irq-start, irq-stop, irq-route: what is set up in which order, what is refused; failing changes nothing."""
+"""irq-start, irq-stop, irq-route: what is set up in which order, what is refused; failing changes nothing.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 
@@ -491,6 +494,49 @@ def test_a_route_that_cannot_be_set_up_is_as_before(play: Any) -> None:
             await world.command("irq-route", device="n0", index="intx", number=17)
         [vector] = (await world.irq()).vectors
         assert (vector.number, vector.mode) == (16, "direct")
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("routed", [True, False], ids=["direct", "without a route"])
+def test_a_route_whose_completion_fails_is_as_before(play: Any, routed: bool) -> None:
+    """Section 4: "one EOI is issued in case one was missed"; when the kernel refuses it, all is as it was."""
+
+    async def scenario(world: Any) -> None:
+        rig = await world.add()
+        trigger, resample = await direct(world)
+        await world.command("irq-route", device="n0", index="intx", number=16)
+        if not routed:
+            await world.command("irq-route", device="n0", index="intx")
+        before = await world.irq()
+        rig.say()
+        told = len(world.told(IrqModeChanged))
+        steps = iter(range(100))
+
+        def refuse(request: Any) -> None:
+            # The EOI is the step after the new set-up: the sixth from the direct mode and from the relayed.
+            if next(steps) == last:
+                raise OSError(errno.EIO, "no")
+
+        last = 5 if routed else 4
+        rig.fail_set_irqs = refuse
+        with pytest.raises(OperationFailed, match="EIO"):
+            await world.command("irq-route", device="n0", index="intx", number=17)
+        assert next(steps) > last, "it came to the EOI"
+        rig.fail_set_irqs = lambda request: None
+        after = await world.irq()
+        assert [(v.mode, v.number) for v in after.vectors] == [(v.mode, v.number) for v in before.vectors]
+        assert len(world.told(IrqModeChanged)) == told
+        # And it works: it fires, is completed, and can be routed once more.
+        rig.irqs.set_line(True)
+        await world.settle()
+        assert trigger.rung() == 1
+        rig.irqs.set_line(False)
+        resample.ring()
+        await world.settle()
+        assert not rig.irqs._masked
+        await world.command("irq-route", device="n0", index="intx", number=18)
+        assert [(v.mode, v.number) for v in (await world.irq()).vectors] == [("direct", 18)]
 
     play(scenario)
 

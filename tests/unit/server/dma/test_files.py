@@ -1,4 +1,7 @@
-"""What may serve as guest memory, and what is said of what may not."""
+"""What may serve as guest memory, and what is said of what may not.
+
+Rules are those of behaviour.md, section 2.
+"""
 
 import fcntl
 import os

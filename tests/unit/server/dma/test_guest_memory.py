@@ -1,4 +1,7 @@
-"""Guest memory: clipping, refusals before anything is touched, all address spaces or none, replay."""
+"""Guest memory: clipping, refusals before anything is touched, all address spaces or none, replay.
+
+Rules are those of behaviour.md, section 2.
+"""
 
 import mmap
 import os

@@ -1,4 +1,7 @@
-"""How many vectors there are when the host grants fewer, and runs of them."""
+"""How many vectors there are when the host grants fewer, and runs of them.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

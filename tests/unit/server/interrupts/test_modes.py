@@ -1,4 +1,7 @@
-"""From one setup to another: in the reference's order, and back from any step that fails."""
+"""From one setup to another: in the reference's order, and back from any step that fails.
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

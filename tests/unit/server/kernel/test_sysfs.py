@@ -1,4 +1,7 @@
-"""What the host says of itself."""
+"""What the host says of itself.
+
+Rules are those of behaviour.md, section 1.
+"""
 
 from __future__ import annotations
 

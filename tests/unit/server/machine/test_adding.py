@@ -1,4 +1,7 @@
-"""``device_add``: what is refused and how, what is undone, what a dry run says."""
+"""``device_add``: what is refused and how, what is undone, what a dry run says.
+
+Rules are those of behaviour.md, sections 1 and 4.
+"""
 
 import asyncio
 import os
@@ -183,7 +186,7 @@ def test_a_failing_start_closes_what_was_realized(play: Play, monkeypatch: pytes
     async def scenario(world: Any) -> None:
         uuid = await world.mdev()
         with monkeypatch.context() as patch:
-            patch.setattr("vfiod.server.devices.pci.PciDevice.start", fail)
+            patch.setattr("vfiod.server.devices.device.Device.start", fail)
             with pytest.raises(CommandError, match="No room to listen"):
                 await world.command("device_add", driver="vfio-pci", id="n0", mdev=uuid)
         assert world.machine.memory.spaces == ()

@@ -1,4 +1,7 @@
-"""Devices of kernel groups, through the machine: every failure undone, fds, containers, memory, who holds what."""
+"""Devices of kernel groups, through the machine: every failure undone, fds, containers, memory, who holds what.
+
+Rules are those of behaviour.md, sections 1 and 2.
+"""
 
 import asyncio
 import errno

@@ -1,4 +1,7 @@
-"""Guest memory and objects as commands see them, with devices coming and going at the same time."""
+"""Guest memory and objects as commands see them, with devices coming and going at the same time.
+
+Rules are those of behaviour.md, section 2.
+"""
 
 import asyncio
 import fcntl

@@ -117,6 +117,21 @@ def test_the_end_of_a_session_releases_what_it_mapped(play: Play) -> None:
     play(scenario)
 
 
+def test_region_unmap_lets_a_waiting_removal_go_on(play: Play) -> None:
+    async def scenario(world: Any) -> None:
+        await world.add("n0")
+        device = world.machine.device("n0")
+        region = device.regions.all[2]
+        device.map_region(region, 3).close()
+        await world.command("device_del", id="n0", timeout_ms=FOR_EVER)
+        await asyncio.sleep(0.01)
+        assert world.told(DeviceDeleted) == []
+        world.machine.unmap_region(device, region, 3)
+        assert await world.hears(DeviceDeleted) == [GONE]
+
+    play(scenario)
+
+
 def test_force_does_not_wait_for_mappings(play: Play) -> None:
     async def scenario(world: Any) -> None:
         await world.add("n0")

@@ -20,6 +20,9 @@ from vfiod.protocol.vfio import (
     DeviceFlags,
     IrqAction,
     IrqFlags,
+    IrqType,
+    IrqTypeCap,
+    MsiMessage,
     PciIrq,
     PciRegion,
     RegionFlags,
@@ -113,8 +116,8 @@ class Ground:
         self.bus.register(parent)
         self.loop.run_until_complete(self.bus.create("odd", "odd", UUID))
 
-    def open(self) -> Backend:
-        return self.devices.open(UUID, "nic0")
+    def open(self, driver: str = "vfio-pci") -> Backend:
+        return self.devices.open(UUID, "nic0", driver)
 
     def mapping(self, iova: int, size: int = PAGE, *, readonly: bool = False) -> GuestMapping:
         fd = FileDescriptor(os.memfd_create("guest"))
@@ -402,3 +405,63 @@ def test_a_device_taken_away_fails_and_closes(ground: Ground) -> None:
     space.unmap(0, PAGE)
     assert backend.close()
     assert ground.spaces == []
+
+
+# --- vfio-platform: nothing is at a fixed index ---------------------------------------------------------
+
+TYPED = IrqTypeCap(IrqType.MSI, 0)
+LEVEL = IrqInfo(count=1, maskable=True, automasked=True, noresize=False)
+
+
+def platform(ground: Ground, *irqs: object) -> None:
+    ground.answers |= {"device_info": lambda: DeviceInfo(regions=2, irqs=len(irqs)), "irq_info": lambda at: irqs[at]}
+    ground.make(DeviceApi.VFIO_PLATFORM)
+
+
+def test_a_platform_device(ground: Ground) -> None:
+    messages = (MsiMessage(1 << 32, 7),)
+    now = [IrqInfo(count=4, type=TYPED)]
+    ground.answers |= {"device_info": lambda: DeviceInfo(regions=2, irqs=2), "irq_info": lambda at: (LEVEL, *now)[at]}
+    ground.make(DeviceApi.VFIO_PLATFORM)
+    backend = ground.open("vfio-platform")
+    assert backend.info().flags == DeviceFlags.PLATFORM
+    assert (backend.info().num_regions, backend.info().num_irqs) == (2, 2)
+    assert backend.irq_info(0).flags == IrqFlags.EVENTFD | IrqFlags.MASKABLE | IrqFlags.AUTOMASKED
+    assert backend.irq_info(0).type is None
+    assert (backend.irq_info(1).type, backend.irq_info(1).messages) == (TYPED, ())
+    now[0] = IrqInfo(count=4, type=TYPED, messages=messages)
+    assert backend.irq_info(1).messages == messages, "asked each time"
+    with pytest.raises(OperationFailed):
+        backend.irq_info(2)
+    backend.close()
+
+
+def test_the_drivers_do_not_take_each_others_devices(ground: Ground) -> None:
+    platform(ground, LEVEL)
+    with pytest.raises(DeviceNotActive, match="vfio-platform: use that driver"):
+        ground.open("vfio-pci")
+    assert [check.name for check in ground.devices.check(UUID, "vfio-pci") if not check.ok] == ["driver"]
+    assert "driver" not in [check.name for check in ground.devices.check(UUID, "vfio-platform")]
+    ground.open("vfio-platform").close()
+
+
+@pytest.mark.parametrize(
+    ("irq", "complaint"),
+    [
+        (IrqInfo(count=2), "messages need a type"),
+        (IrqInfo(count=0), "one interrupt, it has 0"),
+        (IrqInfo(count=1, automasked=True), "must be maskable"),
+        (IrqInfo(count=1, messages=(MsiMessage(0, 0),)), "without a type"),
+        (IrqInfo(count=1, type=TYPED, messages=(MsiMessage(0, 0),) * 2), "has 1 vectors"),
+        (IrqInfo(count=1, type=TYPED, messages=(MsiMessage(1 << 64, 0),)), "has 1 vectors"),
+        (IrqInfo(count=1, type=TYPED, messages=(MsiMessage(0, 1 << 32),)), "has 1 vectors"),
+        (IrqInfo(count=1, type=IrqTypeCap(-1, 0)), "has 1 vectors"),
+        (IrqInfo(count=1, type="msi"), "has 1 vectors"),  # type: ignore[arg-type]
+        (IrqInfo(count=1, type=TYPED, messages=[1]), "has 1 vectors"),  # type: ignore[arg-type]
+        ("nonsense", "cannot be"),
+    ],
+)
+def test_interrupts_that_cannot_be_are_not_made(ground: Ground, irq: object, complaint: str) -> None:
+    with pytest.raises(OperationFailed, match=complaint):
+        platform(ground, LEVEL, irq)
+    assert ground.bus.uuids() == []

@@ -1,4 +1,7 @@
-"""SET_IRQS as vfio-pci does it (drivers/vfio/pci/vfio_pci_intrs.c)."""
+"""SET_IRQS as vfio-pci does it (drivers/vfio/pci/vfio_pci_intrs.c).
+
+Rules are those of behaviour.md, section 4.
+"""
 
 from __future__ import annotations
 

@@ -130,6 +130,8 @@ class PrimerDevice(MediatedDevice):
 
     """
 
+    quick = True
+
     def __init__(
         self,
         host: Host,
@@ -226,6 +228,11 @@ class PrimerDevice(MediatedDevice):
     def attributes(self) -> Mapping[str, str]:
         """For ``query-mdev-types``."""
         return {"memory": str(self._size), "interrupts-pending": f"0x{self._status:08x}"}
+
+    def fds(self) -> Mapping[str, int]:
+        """For ``query-fds``: BAR2's memory, and duplicates of its user's eventfds."""
+        own = {} if self._memory is None else {"bar2": self._memory.number}
+        return {**own, **self._irqs.fds()}
 
     # --- access ---------------------------------------------------------------------------------------
 

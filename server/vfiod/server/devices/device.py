@@ -1,0 +1,506 @@
+"""What every assigned device has, whatever its class: a life, regions, interrupts, holders, notices, a reset.
+
+A model (:mod:`vfiod.server.devices.pci`, :mod:`vfiod.server.devices.platform`) derives from :class:`Device`, says how
+its parts are read (:meth:`Device.populate`), and what a reset must save. Its life, and who calls what (behaviour:
+sections 1, 3 and 6 of the reference)::
+
+    device = device_class(driver)(...) loop     state realizing; queries already answer
+    device.realize(open)               worker   topology lane; on failure everything is closed again
+    device.start()                     loop     interrupts are listened to; state running
+      ... commands ...
+    device.stop()                      loop     listens to nothing, no timer; nothing of the loop is left
+    released = device.close()          worker   topology lane; disarms, unmaps, closes; True when the kernel let it go
+
+``stop`` and ``close`` may be called again, and after a ``realize`` that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ClassVar, Final, TypeVar
+
+from msgspec import Struct
+
+from vfiod.protocol.catalogue.devices import (
+    DeviceError,
+    DeviceInfo,
+    DeviceRequested,
+    Driver,
+    Holder,
+)
+from vfiod.protocol.catalogue.fds import FdInfo
+from vfiod.protocol.catalogue.interrupts import IrqInfo
+from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
+from vfiod.protocol.catalogue.reset import DeviceResetDone
+from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
+from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed, PermissionRefused
+from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.server import trace
+from vfiod.server.backends.base import Backend
+from vfiod.server.devices import eventfds
+from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.irq_index import IrqIndex
+from vfiod.server.devices.model import Interrupts, Model, Options
+from vfiod.server.devices.regions import Region, Regions
+from vfiod.server.lanes import Lane, Turn
+
+__all__ = ["Device", "Quiesced"]
+
+T = TypeVar("T")
+
+
+class Device(ABC):
+    """One device.
+
+    Args:
+        id: the user's id; ``""`` for a device without one.
+        path: ``/machine/peripheral/ID`` or ``/machine/peripheral-anon/device[N]``.
+        backend_kind: what :attr:`DeviceInfo.backend` says before the backend is open.
+        host: host address or mediated device's UUID, when known.
+        environment: the machine around it.
+        options: its properties.
+        on_requested: called on the loop each time the host asks for the device, after ``DEVICE_REQUESTED`` went out.
+
+    Attributes:
+        driver: which model this is.
+        hot_resettable: whether devices of this class share resets with others (``hot-reset``): PCI only.
+        lane: the order of its commands.
+        state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
+
+    """
+
+    driver: ClassVar[Driver]
+    hot_resettable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        path: str,
+        backend_kind: str,
+        host: str | None,
+        environment: Environment,
+        options: Options,
+        on_requested: Callable[[Device], None] | None = None,
+    ) -> None:
+        self.id = id
+        self.path = path
+        self.state = DeviceState.REALIZING
+        self.options = options
+        self.lane: Final[Lane] = environment.lane
+        self._backend_kind = backend_kind
+        self._host = host
+        self._environment = environment
+        self._on_requested = on_requested
+        self._model: Model | None = None
+        self._going = False  # stopped: whatever still runs must leave it alone
+        self._requested = 0
+        self._fast_path_told = True
+        self._mapped_by: dict[int, set[str]] = {}  # by session: names of the regions
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def name(self) -> str:
+        """What replies and events call it: its id, or its path when it has none."""
+        return self.id or self.path
+
+    @property
+    def realized(self) -> bool:
+        """Whether it is open: it has regions and interrupts."""
+        return self._model is not None
+
+    def in_order(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
+        """Do something quick on the loop, in the device's order: at once when nothing else is at work on it.
+
+        Else an awaitable is returned, which does it in its turn. Raises what the lane says once the device goes.
+        """
+        return action() if self.lane.free else self._in_turn(what, action)
+
+    async def _in_turn(self, what: str, action: Callable[[], T]) -> T:
+        async with self.lane.turn(what):
+            return action()
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def realize(self, open_backend: Callable[[], Backend]) -> None:
+        """Open the device and read what it has. Blocks; in a worker. On failure closes everything, and raises."""
+        backend = open_backend()
+        try:
+            model = self.populate(backend, self._environment)
+        except BaseException:
+            self.state = DeviceState.FAILED
+            backend.close()
+            raise
+        self._fast_path_told = model.regions.fast_path
+        self._model = model
+
+    @abstractmethod
+    def populate(self, backend: Backend, environment: Environment) -> Model:
+        """Read what the device has, and arm its notices. Blocks; in a worker.
+
+        On failure nothing is armed, and the backend stays open. CommandError: it is no device of this class, or has
+        less than one must have; OperationFailed.
+        """
+
+    def start(self) -> None:
+        """Begin to listen; state ``running``. On the loop, once, after :meth:`realize`."""
+        self._active().notices.start(self._environment, self._noticed)
+        self.state = DeviceState.RUNNING
+
+    def stop(self) -> None:
+        """Listen to nothing any more, cancel timers. On the loop."""
+        self._going = True
+        model = self._model
+        if model is not None:
+            model.notices.stop()
+            model.interrupts.silence()
+
+    def close(self) -> bool:
+        """Disarm every interrupt, unmap, close. Blocks; in a worker, after :meth:`stop`.
+
+        Returns whether the kernel really let the device go: False when an fd given out keeps it open.
+        """
+        model, self._model = self._model, None
+        if model is None:
+            return True
+        try:
+            model.interrupts.close()
+            model.notices.close()
+            model.regions.close()
+        finally:
+            released = model.backend.close()
+        return released
+
+    def _active(self) -> Model:
+        model = self._model
+        if model is None or self._going:
+            raise DeviceNotActive(f"Device '{self.name}' is {self.state}: it has no regions or interrupts now")
+        return model
+
+    # --- looking: on the loop, at any time, never waiting -----------------------------------------------
+
+    def info(self) -> DeviceInfo:
+        """For ``query-devices``."""
+        model = self._model
+        group = None if model is None else model.backend.group
+        return DeviceInfo(
+            id=self.name,
+            path=self.path,
+            driver=self.driver,
+            backend=self._backend_kind if model is None else model.backend.kind,
+            host=(self._host if model is None else model.backend.name) or UNSET,
+            state=self.state,
+            reset=model is not None and model.info.can_reset,
+            regions=0 if model is None else len(model.regions.all),
+            irq_indexes=0 if model is None else len(model.interrupts.indexes),
+            irq_kind=IrqKind.NONE if model is None else model.interrupts.kind,
+            group=UNSET if group is None else group,
+            migratable=model is not None and model.migratable,
+            share_fd=self.options.share_fd,
+            fast_path=model is not None and model.regions.fast_path,
+            on_request=self.options.on_request,
+            requested=self._requested,
+            held_by=self.holders(),
+        )
+
+    def irq_infos(self) -> list[IrqInfo]:
+        """For ``query-irqs``."""
+        return [] if self._model is None else self._model.interrupts.infos()
+
+    def region_infos(self) -> list[RegionInfo]:
+        """For ``query-regions``."""
+        return [] if self._model is None else self._model.regions.infos()
+
+    def fds(self) -> Sequence[FdInfo]:
+        """The fds this device holds (its interrupts' eventfds), for ``query-fds``. The device fd is the backend's."""
+        model = self._model
+        if model is None:
+            return []
+        owner = f"device:{self.name}"
+        return [
+            FdInfo(owner=owner, name=name, kind=FdKind.EVENTFD, number=fd.number)
+            for name, fd in (*model.interrupts.fds(), *model.notices.fds())
+            if not fd.closed
+        ]
+
+    def holders(self) -> list[Holder]:
+        """Who keeps it from being removed: running and waiting operations, sessions that mapped a region."""
+        operations = [Holder(kind="operation", detail=what) for what in self.lane.pending()]
+        mappings = [
+            Holder(kind="mapping", detail=f"session {session}: {', '.join(sorted(names))}")
+            for session, names in tuple(self._mapped_by.items())
+        ]
+        return operations + mappings
+
+    def session_ended(self, session: int) -> None:
+        """A monitor session ended: it no longer holds what it mapped."""
+        self._mapped_by.pop(session, None)
+
+    # --- regions: on the loop, in the device's order ------------------------------------------------------
+
+    @property
+    def regions(self) -> Regions:
+        """Its regions. DeviceNotActive while it has none."""
+        return self._active().regions
+
+    def load(self, region: Region, offset: int, size: int) -> int:
+        """One access; see :meth:`Regions.load`."""
+        value = self._active().regions.load(region, offset, size)
+        self._accessed(region)
+        return value
+
+    def store(self, region: Region, offset: int, size: int, value: int) -> None:
+        """One access; see :meth:`Regions.store`."""
+        self._active().regions.store(region, offset, size, value)
+        self._accessed(region, written=True)
+
+    async def read(self, region: Region, offset: int, length: int) -> bytes:
+        """Bytes, in its turn of the lane, in a thread; see :meth:`Regions.read`."""
+        regions = self._active().regions
+        regions.check(region, offset, length, write=False)
+        async with self.lane.turn("region-read") as turn:
+            data = await self._in_thread(turn, lambda: regions.read(region, offset, length))
+            self._accessed(region)
+        return data
+
+    async def write(self, region: Region, offset: int, data: bytes) -> None:
+        """Bytes, in its turn of the lane, in a thread; see :meth:`Regions.write`."""
+        regions = self._active().regions
+        regions.check(region, offset, len(data), write=True)
+        async with self.lane.turn("region-write") as turn:
+            for at, size, virtual in regions.pieces(region, offset, len(data)):
+                part = data[at - offset : at - offset + size]
+                if virtual:
+                    regions.write(region, at, part)
+                else:
+                    await self._in_thread(turn, functools.partial(regions.write, region, at, part))
+            self._accessed(region, written=True)
+
+    async def _in_thread(self, turn: Turn, work: Callable[[], T]) -> T:
+        """Do it in a thread. DeviceNotActive when the device was forced away meanwhile, whatever else went wrong."""
+        try:
+            return await turn.run(work)
+        except Exception as error:
+            if self._going:
+                raise DeviceNotActive(f"Device '{self.name}' was removed meanwhile") from error
+            raise
+
+    def read_now(self, region: Region, offset: int, length: int) -> bytes:
+        """Few bytes (at most :data:`INLINE_BYTES`), at once."""
+        data = self._active().regions.read(region, offset, length)
+        self._accessed(region)
+        return data
+
+    def write_now(self, region: Region, offset: int, data: bytes) -> None:
+        """Few bytes (at most :data:`INLINE_BYTES`), at once."""
+        self._active().regions.write(region, offset, data)
+        self._accessed(region, written=True)
+
+    def _accessed(self, region: Region, *, written: bool = False) -> None:
+        """A region was accessed through vfiod, successfully. On the loop."""
+        model = self._model
+        if model is None:
+            return
+        if region.completes:
+            model.interrupts.accessed()
+
+    def map_region(self, region: Region, session: int) -> FileDescriptor:
+        """Give out the fd that maps a region, a duplicate. The session holds the device from now on.
+
+        Raises PermissionRefused (``share-fd=false``), InvalidArgument (it cannot be mapped), OperationFailed.
+        """
+        model = self._active()
+        if not self.options.share_fd:
+            raise PermissionRefused(
+                f"Device '{self.name}' was added with share-fd=false: its fd is not given out; "
+                "use region-read and region-write"
+            )
+        if self.state is not DeviceState.RUNNING:
+            raise DeviceNotActive(f"Device '{self.name}' is {self.state}: no region of it can be mapped any more")
+        number = model.backend.region_fd(region.index) if region.areas else None
+        if number is None:
+            why = region.note or ("its size is 0" if not region.info.present else "the device does not allow it")
+            raise InvalidArgument(f"Region {region.name} of device '{self.name}' cannot be mapped: {why}")
+        fd = eventfds.duplicate(number, f"region {region.name} of device '{self.name}'")
+        model.backend.give_out()
+        model.regions.shared = True
+        self._mapped_by.setdefault(session, set()).add(region.name)
+        model.interrupts.given_out()
+        self._tell_fast_path()
+        return fd
+
+    def unmap_region(self, region: Region, session: int | None) -> None:
+        """The session no longer holds a region it mapped. InvalidArgument when it holds no such."""
+        names = self._mapped_by.get(session) if session is not None else None
+        if session is None or not names or region.name not in names:
+            held = f"it holds {', '.join(sorted(names))}" if names else "it holds no region of it"
+            raise InvalidArgument(
+                f"This session does not hold region {region.name} of device '{self.name}' by region-map: {held}"
+            )
+        names.discard(region.name)
+        if not names:
+            del self._mapped_by[session]
+
+    # --- interrupts -----------------------------------------------------------------------------------------
+
+    @property
+    def interrupts(self) -> Interrupts:
+        """Its interrupts. DeviceNotActive while it has none."""
+        return self._active().interrupts
+
+    def _noticed(self, one: IrqIndex, count: int) -> None:
+        if not one.requests:
+            reason = "The device reported an uncorrectable error (ERR interrupt); reset it or remove it"
+            self._environment.emit(DeviceError(device=self.name, reason=reason))
+            return
+        self._requested += count
+        action = self.options.on_request
+        self._environment.emit(DeviceRequested(device=self.name, count=self._requested, action=action))
+        if self._on_requested is not None:
+            self._on_requested(self)
+
+    def _trap(self, on: bool) -> None:
+        model = self._model
+        if model is not None:
+            model.regions.trapped = on
+            self._tell_fast_path()
+
+    def _tell_fast_path(self) -> None:
+        """Send ``REGION_MMAP_CHANGED`` when mapped access went off or came back."""
+        model = self._model
+        if model is None or not model.regions.can_map:
+            return
+        now = model.regions.fast_path
+        if now is not self._fast_path_told:
+            self._fast_path_told = now
+            self._environment.emit(RegionMmapChanged(device=self.name, enabled=now))
+
+    # --- reset ----------------------------------------------------------------------------------------------
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether :meth:`reset` can reset it (``VFIO_DEVICE_FLAGS_RESET``)."""
+        return self._model is not None and self._model.info.can_reset
+
+    async def reset(self) -> None:
+        """Reset it: interrupts off, DMA off where that can be, ``VFIO_DEVICE_RESET``, state restored, interrupts on.
+
+        In its turn of the lane, and to the end whatever becomes of the caller. Raises CommandError for a device that
+        cannot be reset alone; OperationFailed.
+        """
+        if not self._active().info.can_reset:
+            raise CommandError(self._why_no_reset())
+        task = asyncio.get_running_loop().create_task(self._reset())
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        await asyncio.shield(task)
+
+    def _why_no_reset(self) -> str:
+        return f"Device '{self.name}' cannot be reset (no VFIO_DEVICE_FLAGS_RESET)"
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked has it, or is gone
+
+    async def _reset(self) -> None:
+        async with self.lane.turn("device-reset") as turn:
+            quiesced = await self.quiesce(turn, "device")
+            failure: Exception | None = None
+            try:
+                await self._in_thread(turn, quiesced.model.backend.reset)
+            except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
+                failure = error
+            await self.revive(turn, quiesced, failure)
+
+    @property
+    def backend(self) -> Backend:
+        """Where it comes from. DeviceNotActive while it is not open."""
+        return self._active().backend
+
+    async def quiesce(self, turn: Turn, method: str) -> Quiesced:
+        """Make it ready for a reset: interrupts off, state kept, DMA off. :meth:`revive` must follow.
+
+        On failure it works on as before, and the failure is raised.
+
+        Args:
+            turn: of the device's own lane, which lasts until after :meth:`revive`.
+            method: what ``DEVICE_RESET`` will say: ``device``, ``hot``.
+
+        """
+        model = self._active()
+        if trace.reset_begin.on:
+            trace.reset_begin(device=self.name, method=method)
+        model.interrupts.suspend()
+        try:
+            saved = await self._in_thread(turn, lambda: self._save(model))
+        except Exception:
+            if not self._going:
+                model.interrupts.resume()
+            raise
+        return Quiesced(model, saved, method)
+
+    async def revive(self, turn: Turn, quiesced: Quiesced, failure: Exception | None) -> None:
+        """After a reset, or after one that failed: state and interrupts as they were; then ``DEVICE_RESET``.
+
+        Raises ``failure``, when there is one, last; else what restoring failed with. OperationFailed, after a
+        ``DEVICE_ERROR``, for a device that comes back as all ones; DeviceNotActive for one that was forced away.
+        """
+        model = quiesced.model
+        try:
+            if not await self._in_thread(turn, lambda: self._restore(model, quiesced.saved)):
+                failure = failure or self._silent(quiesced.method)
+        except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
+            failure = failure or error
+        if not self._going:
+            model.regions.decodes = await self._in_thread(turn, lambda: self._decodes(model))
+        if self._going:
+            raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
+        try:
+            model.interrupts.resume()
+        except CommandError as error:
+            failure = failure or error
+        self._tell_fast_path()
+        if trace.reset_end.on:
+            trace.reset_end(device=self.name, method=quiesced.method, failed=failure)
+        if failure is not None:
+            raise failure
+        self._environment.emit(DeviceResetDone(device=self.name, method=quiesced.method))
+
+    def _silent(self, method: str) -> OperationFailed:
+        reason = "Its registers read all ones after a reset: the device does not answer"
+        self._environment.emit(DeviceError(device=self.name, reason=reason))
+        operation = "VFIO_DEVICE_PCI_HOT_RESET" if method == "hot" else "VFIO_DEVICE_RESET"
+        return OperationFailed(operation, f"device '{self.name}'", errno="EIO", advice=reason)
+
+    # What a model does around a reset. Each blocks; in a worker. The model is passed: it may be forced away meanwhile.
+
+    def _save(self, model: Model) -> Any:
+        """DMA off, as far as the model can; returns what a reset may lose, for :meth:`_restore`."""
+        return None
+
+    def _restore(self, model: Model, saved: Any) -> bool:
+        """Bring back what :meth:`_save` kept. Returns whether the device answers."""
+        return True
+
+    def _decodes(self, model: Model) -> bool:
+        """Whether the device answers accesses to its mapped regions now. Never raises."""
+        return True
+
+
+class Quiesced(Struct, frozen=True):
+    """A device between :meth:`Device.quiesce` and :meth:`Device.revive`.
+
+    Attributes:
+        model: what it has.
+        saved: what a reset may lose, by the model's own account.
+        method: how it is reset.
+
+    """
+
+    model: Model
+    saved: Any
+    method: str
