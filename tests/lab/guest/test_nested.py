@@ -16,7 +16,6 @@ from tests.lab.guest.machine import UNPRIVILEGED_GID, UNPRIVILEGED_UID
 from tests.lab.guest.vm import Vm, running_vm
 from tests.lab.small.guest import SEEN, SmallGuest, build_initrd, unavailable_reason, vfio_user
 from tests.lab.topologies import EDU_PORT
-
 from vfiod.protocol.catalogue.exports import ExportState
 
 MACHINE = "nested"
@@ -53,5 +52,5 @@ def test_a_second_level_guest_drives_a_real_device(tmp_path: Path) -> None:
         while attached(vm):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert vm.client.query_dma().mappings == []
+        assert vm.client.query_dma() == []
         assert vm.remove("edu0")
