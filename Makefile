@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check bench docs minimum fuzz clean
+.PHONY: help demo test lab check bench bench-lab docs minimum fuzz clean
 
 help:            ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ check: $(READY)  ## Types, style and layers only
 
 bench: $(READY)  ## Ratios to peers measured in the same run; no pass or fail
 	$(BIN)/python -m tests.bench
+
+bench-lab: $(READY) ## The same to the kernel's own VFIO, in the lab's machine "bench"
+	$(BIN)/python -m tests.lab run bench -- 'python -m tests.bench --only kernel'
 
 docs: $(READY)   ## Write the command reference again from the catalogue
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md

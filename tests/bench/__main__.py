@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
-from tests.bench import devices, monitor
+from tests.bench import devices, kernel, monitor, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -20,7 +20,7 @@ def main() -> None:
     """Measure, and print each line as it is known."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
-    parser.add_argument("--only", choices=["monitor", "devices"], help="one part")
+    parser.add_argument("--only", choices=["monitor", "devices", "vectors", "kernel"], help="one part")
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
@@ -32,10 +32,16 @@ def main() -> None:
 
 
 def _lines(only: str | None, scale: float) -> Iterator[Line]:
-    if only != "devices":
+    if only in (None, "monitor"):
         yield from monitor.lines(scale)
-    if only != "monitor":
+    if only in (None, "devices"):
         yield from devices.lines(scale)
+    if only in (None, "vectors"):
+        yield from vectors.lines(scale)
+    if only == "kernel" and not kernel.available():
+        raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
+    if only == "kernel":
+        yield from kernel.lines(scale)
 
 
 def _row(line: Line) -> str:

@@ -17,7 +17,7 @@ from statistics import median
 from time import perf_counter_ns
 
 from tests.bench.measuring import Line, paired, per_call
-from tests.bench.processes import Process, Wire, compiled_floor, steal_fd, vfiod
+from tests.bench.processes import Process, Wire, compiled, steal_fd, vfiod
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel.memory import RegionWindow
@@ -137,7 +137,7 @@ def _registers(bench: _Devices, rounds: int) -> Iterator[Line]:
 
 def _interrupts(bench: _Devices, rounds: int) -> Iterator[Line]:
     what = "relayed interrupt, eventfd in to eventfd out, to a C epoll relay"
-    floor = compiled_floor()
+    floor = compiled("floor")
     if floor is None:
         yield Line(what, None, budget=1.6, note="left out: no C compiler")
         return
@@ -203,12 +203,6 @@ def _mapped(bench: _Devices) -> Iterator[Line]:
             words[4] = words[5]
         words.release()
     yield Line("100,000 accesses of a mapped BAR: wake-ups of vfiod", bench.process.wakeups() - before, "", budget=0)
-    yield Line(
-        "direct interrupt: wake-ups of vfiod", None, budget=0, note="left out: needs the kernel's vfio (make lab)"
-    )
-    yield Line(
-        "map and unmap, to a C program", None, budget=0.95, at_least=True, note="left out: needs an IOMMU (make lab)"
-    )
 
 
 # --- growth -----------------------------------------------------------------------------------------------

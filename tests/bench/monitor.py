@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter_ns
 
 from tests.bench.measuring import Line, Rounds, paired, per_call
-from tests.bench.processes import QEMU, Process, Wire, compiled_floor, floor_echo, qemu, vfiod
+from tests.bench.processes import QEMU, Process, Wire, compiled, floor_echo, qemu, vfiod
 
 from vfiod.protocol.fd import FileDescriptor
 
@@ -32,7 +32,7 @@ def lines(scale: float) -> Iterator[Line]:
 
 def _round_trips(scale: float) -> Iterator[Line]:
     rounds, calls = int(8 * scale), 200
-    floor = compiled_floor()
+    floor = compiled("floor")
     with ExitStack() as stack:
         processes = {"vfiod": stack.enter_context(vfiod())}
         if QEMU:

@@ -20,7 +20,7 @@ from typing import Any
 
 from vfiod.protocol.fd import FileDescriptor
 
-__all__ = ["Process", "Wire", "compiled_floor", "floor_echo", "qemu", "steal_fd", "vfiod"]
+__all__ = ["ROOT", "Process", "Wire", "compiled", "floor_echo", "qemu", "steal_fd", "vfiod"]
 
 ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-system-x86_64")
@@ -153,9 +153,9 @@ def _path() -> str:
 
 
 @contextlib.contextmanager
-def vfiod() -> Iterator[Process]:
-    """A server."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("protocol", "server", "client"))
+def vfiod(*paths: str) -> Iterator[Process]:
+    """A server; ``paths`` are on its Python path too."""
+    path = os.pathsep.join([*(str(ROOT / part) for part in ("protocol", "server", "client")), *paths])
     command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}"]
     # With compiled modules, as an installed program has them, whatever this process was told about writing them.
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{_directory.name}/pycache"}
@@ -190,14 +190,15 @@ def qemu() -> Iterator[Process]:
         process.close()
 
 
-def compiled_floor() -> str | None:
-    """The path of the C program; None without a compiler."""
+def compiled(name: str) -> str | None:
+    """The path of one of the C programs beside this file; None without a compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
-    program = f"{_directory.name}/floor"
+    program = f"{_directory.name}/{name}"
     if not os.path.exists(program):
-        subprocess.run([compiler, "-O2", "-Wall", "-o", program, str(Path(__file__).with_name("floor.c"))], check=True)
+        source = str(Path(__file__).with_name(f"{name}.c"))
+        subprocess.run([compiler, "-O2", "-Wall", "-o", program, source], check=True)
     return program
 
 

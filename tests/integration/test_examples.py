@@ -127,3 +127,18 @@ class TestHypervisor:
         done = run("hypervisor.py", path, "nobody", tmp=tmp_path)
         assert done.returncode == 1
         assert "Device 'nobody' not found" in done.stderr
+
+
+class TestKvm:
+    @pytest.mark.parametrize("driver", ["vfio-pci"])
+    def test_a_level_interrupt_into_a_guest_and_back(self, tmp_path: Path, driver: str) -> None:
+        done = run("kvm_irqfd.py", "--driver", driver, tmp=tmp_path)
+        if done.returncode == 77:
+            pytest.skip(done.stdout.strip())
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        for said in (
+            "line 5, direct", "has line 5 up", "the guest handles it", "it came again after the guest's EOI",
+            "the line is down after the EOI", "three more",
+        ):  # fmt: skip
+            assert said in done.stdout
+        assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.lab import launch
+from tests.lab import launch, vng
+from tests.lab.places import GUEST_EXCHANGE, GuestDiedError
 from tests.lab.topologies import TOPOLOGIES, Topology
 
 
@@ -30,11 +31,13 @@ def main() -> int:
         for topology in TOPOLOGIES.values():
             print(f"{topology.name:12} {topology.about}")
         return 0
-    reason = launch.unavailable_reason()
+    topology = TOPOLOGIES[arguments.topology]
+    reason = launch.unavailable_reason(topology)
+    if reason is None and arguments.command == "shell" and topology.relayed:
+        reason = f"{topology.name} has no shell for a terminal; use run"
     if reason is not None:
         print(f"lab: {reason}", file=sys.stderr)
         return 1
-    topology = TOPOLOGIES[arguments.topology]
     if arguments.command == "run":
         words = arguments.words
         return run_command(topology, words[0] if len(words) == 1 else shlex.join(words))
@@ -55,7 +58,7 @@ def run_command(topology: Topology, command: str) -> int:
                 sys.stdout.flush()
                 shown = len(text)
                 time.sleep(0.1)
-        except launch.GuestDiedError as error:
+        except GuestDiedError as error:
             print(f"lab: {error}", file=sys.stderr)
             return 1
         status = guest.status
@@ -69,16 +72,16 @@ def run_shell(topology: Topology) -> int:
         exchange = directory / "exchange"
         exchange.mkdir()
         inner = directory / "exchange" / "shell"
-        launch.write_start_script(exchange, "true", {}, launch.TOTAL_SECONDS)
+        launch.write_start_script(exchange, "true", {}, launch.TOTAL_SECONDS, vng.prepare(topology, directory))
         start = (exchange / "start").read_text()
         # The same preparation as for a command, then a shell instead of it, on the terminal.
         lines = [line for line in start.splitlines() if not line.startswith(("exec ", "timeout ", "echo ", "mv "))]
         inner.write_text("\n".join([*lines, "exec /bin/bash -i"]) + "\n")
         inner.chmod(0o755)
         print(f"lab: {topology.name} boots; QEMU's monitor is {directory / 'qmp'}; `exit` ends it", file=sys.stderr)
-        line = launch.vng_command(topology, directory, ["--shell", f"{launch.GUEST_EXCHANGE}/shell"])
+        line = vng.vng_command(topology, directory, ["--shell", f"{GUEST_EXCHANGE}/shell"])
         line.remove("--verbose")
-        return subprocess.run(line, env=launch.vng_environment(directory), check=False).returncode
+        return subprocess.run(line, env=vng.environment(directory), check=False).returncode
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

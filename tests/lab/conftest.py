@@ -28,6 +28,7 @@ if str(REPO) not in sys.path:  # so that ``tests.lab`` is importable however pyt
     sys.path.insert(0, str(REPO))
 
 from tests.lab import launch  # noqa: E402
+from tests.lab.places import GUEST_EXCHANGE, GuestDiedError, LabUnavailableError  # noqa: E402
 from tests.lab.topologies import find_topology  # noqa: E402
 
 GUEST_TESTS = Path(__file__).parent / "guest"
@@ -55,7 +56,7 @@ class Batch:
         """Boot the machine, once; a failure to do so is kept for every item."""
         if self.guest is not None or self.failure is not None or self.skip is not None:
             return
-        reason = launch.unavailable_reason()
+        reason = launch.unavailable_reason(find_topology(self.machine))
         if reason is not None:
             if REQUIRED:
                 self.failure = f"the lab is required here and cannot run: {reason}"
@@ -66,7 +67,7 @@ class Batch:
         command = shlex.join(
             [
                 *("python", "-m", "pytest", "-c", str(GUEST_TESTS / "guest.ini"), f"--rootdir={REPO}"),
-                *(f"--confcutdir={GUEST_TESTS}", "-p", "tests.lab.reporter", f"@{launch.GUEST_EXCHANGE}/tests"),
+                *(f"--confcutdir={GUEST_TESTS}", "-p", "tests.lab.reporter", f"@{GUEST_EXCHANGE}/tests"),
             ]
         )
         self.guest = launch.Guest(
@@ -76,7 +77,7 @@ class Batch:
                 # The limits of the reporter, and whatever else a person wants a test to see.
                 **{name: value for name, value in os.environ.items() if name.startswith("VFIOD_")},
                 "VFIOD_LAB_MACHINE": self.machine,
-                "VFIOD_LAB_REPORTS": f"{launch.GUEST_EXCHANGE}/reports",
+                "VFIOD_LAB_REPORTS": f"{GUEST_EXCHANGE}/reports",
                 # Entry points of the host's other plugins cost seconds of import in emulation.
                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             },
@@ -84,7 +85,7 @@ class Batch:
         (self.guest.exchange / "tests").write_text("".join(f"{guest_id(item)}\n" for item in self.items))
         try:
             self.guest.start()
-        except launch.LabUnavailableError as error:
+        except LabUnavailableError as error:
             self.failure = str(error)
 
     def results(self, item: pytest.Item) -> Iterator[dict[str, Any]]:
@@ -94,7 +95,7 @@ class Batch:
             assert self.guest is not None
             try:
                 going = self.guest.check()
-            except launch.GuestDiedError as error:
+            except GuestDiedError as error:
                 self._read_reports()  # what it said before it died counts
                 self.failure = str(error)
                 break

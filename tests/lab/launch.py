@@ -1,9 +1,8 @@
-"""Boots a lab machine and runs one command in it as root, on the host's own files.
+"""Boots a lab machine and runs one command in it as root, with the project's sources and interpreter.
 
-virtme-ng gives the guest the host's root file system over 9p, read-only, with overlays in the
-guest's memory. So the guest runs the very interpreter, virtual environment and checkout that
-the host runs; nothing is installed or copied. Results come back through one read/write
-*exchange* directory, never through the console, which is kept for failures.
+How a machine boots and how its results come back depends on its kind (``vng.py`` for x86_64,
+``s390x.py`` for s390x). The rest is the same for all, and here: time limits, the console kept for
+failures, an exchange directory with the command's output and status, and that QEMU always ends.
 
 Why emulation: ``/dev/kvm`` of a build machine can seldom run guests, and the tests need a real
 kernel with an IOMMU, not speed.
@@ -17,30 +16,19 @@ import pty
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from tests.lab import qmp
-from tests.lab.topologies import Topology
-
-REPO = Path(__file__).resolve().parents[2]
-#: This checkout, whichever one the virtual environment was installed from.
-SOURCES = [str(REPO), *(str(REPO / root) for root in ("protocol", "server", "client"))]
-#: Where the exchange directory stands inside the guest. ``/run`` is always the guest's own tmpfs.
-GUEST_EXCHANGE = Path("/run/vfiod-lab")
-#: The name of the virtio-serial port that is QEMU's second monitor, seen from inside.
-QMP_PORT = "vfiod.qmp"
-#: QEMU older than this lacks what the tests need of ``edu`` and ``intel-iommu``.
-QEMU_MINIMUM = 10
+from tests.lab import qmp, relay, s390x, vng
+from tests.lab.places import GUEST_EXCHANGE, REPO, SOURCES, GuestDiedError, LabUnavailableError
+from tests.lab.topologies import EDU, Topology
 
 #: Seconds until the guest's command must have begun. An idle machine needs 5; one whose cores
 #: are taken by other guests needs many times that.
@@ -50,62 +38,33 @@ TOTAL_SECONDS = float(os.environ.get("VFIOD_LAB_SECONDS", "900"))
 #: Seconds between the end of the command and the end of QEMU: a kernel powering off.
 POWEROFF_SECONDS = 30.0
 
-#: How the guest mounts the host's files: virtme-ng's own options and a cache, which halves the time
-#: Python takes to start. A guest lives for a minute; it need not see the host's later edits.
-_ROOT_FLAGS = "rootflags=version=9p2000.L,trans=virtio,access=any,msize=500000,cache=loose"
-#: The emulated processor. ``max``, virtme-ng's choice, has the wide vector instructions that
-#: libraries pick where they find them, and that emulation makes slow.
-_CPU = "Nehalem"
 
-#: Guest directories that virtme-ng covers with an empty tmpfs: what the tests need below them
-#: (a checkout in /var/tmp, a build directory in /run) is mounted there once more.
-_COVERED = ("/run", "/dev", "/proc", "/sys", "/var/tmp", "/var/log", "/var/cache")
+class Kind(Protocol):
+    """How one kind of machine boots: the modules ``vng`` and ``s390x`` are two."""
 
+    def unavailable_reason(self) -> str | None:
+        """Return why no such machine can be started here, or None when one can."""
+        ...
 
-class LabUnavailableError(RuntimeError):
-    """The lab cannot run here; the message says what is missing and how to get it."""
+    def prepare(self, topology: Topology, directory: Path) -> str:
+        """Write what the guest needs into ``directory``; return the shell commands it begins with."""
+        ...
 
+    def command_line(self, topology: Topology, directory: Path) -> list[str]:
+        """Return the command that boots the machine, in a terminal that gets its console."""
+        ...
 
-class GuestDiedError(RuntimeError):
-    """The guest did not boot, died, or ran out of time; the message ends with its console's last lines."""
-
-
-def find_kernel() -> Path | None:
-    """Return the kernel to boot: the environment's, the ready one beside the repository, the one built here."""
-    lab = Path(os.environ.get("VFIOD_LAB") or REPO.parent / "shared" / "lab")
-    cache = Path(os.environ.get("VFIOD_LAB_CACHE") or REPO / ".lab")
-    named = os.environ.get("VFIOD_LAB_KERNEL")
-    candidates = [Path(named)] if named else []
-    candidates += [lab / "x86_64" / "bzImage", cache / "x86_64" / "bzImage"]
-    return next((path for path in candidates if os.access(path, os.R_OK)), None)
+    def environment(self, directory: Path) -> dict[str, str]:
+        """Return that command's environment."""
+        ...
 
 
-def find_qemu() -> str | None:
-    """Return the QEMU program: ``VFIOD_LAB_QEMU``, or the one on the path; None when there is none."""
-    return shutil.which(os.environ.get("VFIOD_LAB_QEMU") or "qemu-system-x86_64")
+KINDS: Mapping[str, Kind] = {"x86_64": vng, "s390x": s390x}
 
 
-def unavailable_reason() -> str | None:
-    """Return why no lab machine can be started here, or None when one can."""
-    program = find_qemu()
-    if program is None:
-        return "qemu-system-x86_64 is not installed (run tests/lab/setup)"
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    words = version.split()
-    number = words[3] if len(words) > 3 else "unknown"
-    major = number.partition(".")[0]
-    if not major.isdigit() or int(major) < QEMU_MINIMUM:
-        return f"QEMU {number} is too old, {QEMU_MINIMUM}.0 is needed (run tests/lab/setup)"
-    if find_kernel() is None:
-        return "there is no lab kernel (run tests/lab/setup, which builds one)"
-    if _find_vng() is None:
-        return "virtme-ng is not installed beside this Python (the project's dependency group 'lab')"
-    return None
-
-
-def _find_vng() -> Path | None:
-    path = Path(sys.prefix) / "bin" / "vng"
-    return path if path.exists() else None
+def unavailable_reason(topology: Topology = EDU) -> str | None:
+    """Return why this machine cannot be started here, or None when it can."""
+    return KINDS[topology.architecture].unavailable_reason()
 
 
 class Guest:
@@ -142,6 +101,8 @@ class Guest:
         self.qmp_path = self.directory / "qmp"
         self._process: subprocess.Popen[bytes] | None = None
         self._copier: threading.Thread | None = None
+        self._relay: relay.Host | None = None
+        self._kind = KINDS[topology.architecture]
         self._started = 0.0
 
     def __enter__(self) -> Self:
@@ -161,22 +122,25 @@ class Guest:
 
     def start(self) -> None:
         """Start QEMU; returns at once. LabUnavailableError when it cannot be."""
-        reason = unavailable_reason()
+        reason = self._kind.unavailable_reason()
         if reason is not None:
             raise LabUnavailableError(reason)
-        write_start_script(self.exchange, self.command, self.environment, self.total_seconds)
-        line = vng_command(self.topology, self.directory, ["--", f"exec /bin/sh {GUEST_EXCHANGE}/start"])
+        beginning = self._kind.prepare(self.topology, self.directory)
+        write_start_script(self.exchange, self.command, self.environment, self.total_seconds, beginning)
+        line = self._kind.command_line(self.topology, self.directory)
+        if self.topology.relayed:
+            self._relay = relay.Host(self.directory, self.exchange)
         master, slave = pty.openpty()
         try:
             # virtme-ng wants a terminal. ``setsid --ctty`` makes ours the controlling one of a
-            # session that holds virtme-ng, its shell and QEMU: one process group to kill, and
+            # session that holds whatever starts QEMU, and QEMU: one process group to kill, and
             # the kernel hangs it up when this process dies without a chance to.
             self._process = subprocess.Popen(
                 ["setsid", "--ctty", *line],
                 stdin=slave,
                 stdout=slave,
                 stderr=slave,
-                env=vng_environment(self.directory),
+                env=self._kind.environment(self.directory),
                 cwd=self.directory,
             )
         except BaseException:
@@ -221,6 +185,8 @@ class Guest:
             raise GuestDiedError("the guest was not started")
         # The order matters: a guest that wrote its status and went between two looks is no failure.
         ended = self._process.poll() is not None
+        if ended and self._relay is not None:
+            self._relay.join()  # what was on its way when QEMU ended counts
         if self.status is not None:
             return False
         if ended:
@@ -252,6 +218,9 @@ class Guest:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
         if self._copier is not None:
             self._copier.join(10)
             self._copier = None
@@ -286,69 +255,11 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-# -- how virtme-ng is called ----------------------------------------------------------------
-
-
-def vng_environment(directory: Path) -> dict[str, str]:
-    """Return virtme-ng's environment: it finds its other half on the path, and leaves nothing behind.
-
-    Its caches, its temporary files and its user configuration all come from HOME and TMPDIR; a
-    lab that obeyed a user's configuration would not be the same machine everywhere.
-    """
-    path = f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "HOME": str(directory), "TMPDIR": str(directory)}
-
-
-def vng_command(topology: Topology, directory: Path, rest: Sequence[str]) -> list[str]:
-    """Return the command line that boots ``topology`` with ``directory`` for its files.
-
-    ``rest`` ends it: what to run. Kernel and monitor go by their names in ``directory``, because
-    virtme-ng hands its arguments through a shell, unquoted.
-    """
-    vng, kernel, qemu = _find_vng(), find_kernel(), find_qemu()
-    if vng is None or kernel is None or qemu is None:
-        raise LabUnavailableError(unavailable_reason() or "QEMU, virtme-ng or the kernel went away")
-    link = directory / "bzImage"
-    link.unlink(missing_ok=True)
-    link.symlink_to(kernel.resolve())
-    extra = [
-        *("-cpu", _CPU),
-        *topology.qemu_arguments(),
-        *("-chardev", f"socket,id=lab-qmp,path={directory / 'qmp'},server=on,wait=off"),
-        *("-mon", "chardev=lab-qmp,mode=control"),
-        # QEMU's second monitor ends in a serial port of its own guest. A monitor and a port are
-        # both front ends, so a socket joins them.
-        *("-chardev", f"socket,id=lab-qmp2,path={directory / 'qmp2'},server=on,wait=off"),
-        *("-mon", "chardev=lab-qmp2,mode=control"),
-        *("-chardev", f"socket,id=lab-port,path={directory / 'qmp2'}"),
-        *("-device", "virtio-serial-pci,id=lab-serial"),
-        *("-device", f"virtserialport,bus=lab-serial.0,chardev=lab-port,name={QMP_PORT}"),
-    ]
-    line = [sys.executable, str(vng), "--verbose", "--disable-kvm", "--disable-microvm", "--force-9p"]
-    line += ["--run", str(link), "--cpus", str(topology.cpus), "--memory", topology.memory]
-    line += ["--qemu", qemu, "--user", "root"]
-    for argument in (_ROOT_FLAGS, *topology.kernel_arguments):
-        line += ["--append", argument]
-    line += ["--rwdir", f"{GUEST_EXCHANGE}={directory / 'exchange'}"]
-    for path in needed_trees():
-        if any(path.is_relative_to(covered) for covered in _COVERED):
-            line += ["--rodir", str(path)]
-    return [*line, f"--qemu-opts={shlex.join(extra)}", *rest]
-
-
-def needed_trees() -> list[Path]:
-    """Return what a test in the guest reads: the checkout, the virtual environment, the interpreter."""
-    trees = [REPO, Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parent.parent]
-    return list(dict.fromkeys(trees))
-
-
-def write_start_script(exchange: Path, command: str, environment: Mapping[str, str], total_seconds: float) -> None:
-    """Write what the guest runs first, and the list of what it must open to unprivileged processes."""
+def write_start_script(
+    exchange: Path, command: str, environment: Mapping[str, str], total_seconds: float, beginning: str
+) -> None:
+    """Write what the guest runs first. ``beginning`` is what its kind needs done, the path among it."""
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
-    closed = closed_paths(needed_trees())
-    lines = [f"dir {path}\n" for path in closed.passages] + [f"tree {path}\n" for path in closed.trees]
-    (exchange / "closed").write_text("".join(lines))
-    (exchange / "closed.entries").write_text("".join(f"{path}\0" for path in closed.entries))
     # The guest's own time limit is the last resort: should every process on the host that knows
     # this guest be gone, it still ends.
     limit = int(total_seconds) + 60
@@ -356,66 +267,13 @@ def write_start_script(exchange: Path, command: str, environment: Mapping[str, s
         f"""#!/bin/sh
 exec </dev/null >{GUEST_EXCHANGE}/output 2>&1
 echo yes >{GUEST_EXCHANGE}/booted
-/bin/sh {shlex.quote(str(REPO / "tests/lab/guest/open-paths"))} {GUEST_EXCHANGE}/closed
+{beginning}
 cd {shlex.quote(str(REPO))} || exit 1
-export PATH={shlex.quote(str(Path(sys.prefix) / "bin"))}:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/run/home PYTHONPATH={shlex.quote(os.pathsep.join(SOURCES))}
 mkdir -p /run/home
 {exports}
-timeout --signal=KILL {limit} /bin/sh -c {shlex.quote(command)}
+timeout -s KILL {limit} /bin/sh -c {shlex.quote(command)}
 echo $? >{GUEST_EXCHANGE}/status.new
 mv {GUEST_EXCHANGE}/status.new {GUEST_EXCHANGE}/status
 """
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ClosedPaths:
-    """What keeps an unprivileged process from reading some trees."""
-
-    #: Directories that others may not pass, outermost first.
-    passages: tuple[Path, ...]
-    #: Those trees that have closed entries, and the entries: files and directories others may not read.
-    trees: tuple[Path, ...]
-    entries: tuple[Path, ...]
-
-
-def closed_paths(trees: Iterable[Path]) -> ClosedPaths:
-    """Return what keeps an unprivileged process out of ``trees``, for ``guest/open-paths`` to open.
-
-    A checkout or an interpreter often lies in a home directory of mode 0700, or was written
-    under umask 077. The guest opens exactly these paths, in overlays in its own memory; the
-    host's modes stay as they are. Looked for here, where a walk takes a tenth of a second.
-    """
-    passages: set[Path] = set()
-    closed: dict[Path, list[Path]] = {}
-    for tree in trees:
-        # A path given through symbolic links needs the directories of both spellings.
-        for spelling in (tree, tree.resolve()):
-            passages.update(path for path in (spelling, *spelling.parents) if not path.stat().st_mode & stat.S_IXOTH)
-        real = tree.resolve()
-        if not real.is_relative_to("/usr") and (entries := list(_closed_entries(real))):
-            closed[real] = entries
-    every = [path for entries in closed.values() for path in entries]
-    return ClosedPaths(tuple(sorted(passages)), tuple(closed), tuple(dict.fromkeys(every)))
-
-
-#: Never read by an unprivileged process, and worth the time they would take: in a tree written
-#: under umask 077 every entry is closed, and opening one copies it into the guest's memory.
-_NOT_NEEDED = {".git", ".lab", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
-_NOT_NEEDED_IN_VENV = {"mypy", "mypyc", "pip", "ruff"}
-
-
-def _closed_entries(tree: Path) -> Iterable[Path]:
-    unneeded = _NOT_NEEDED if tree == REPO else _NOT_NEEDED | _NOT_NEEDED_IN_VENV
-    if not tree.stat().st_mode & stat.S_IROTH:
-        yield tree
-    for directory, names, files in os.walk(tree):
-        names[:] = [name for name in names if name not in unneeded]
-        for name in [*names, *files]:
-            path = Path(directory, name)
-            with contextlib.suppress(OSError):
-                mode = path.lstat().st_mode
-                wanted = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
-                if not stat.S_ISLNK(mode) and mode & wanted != wanted and name not in unneeded:
-                    yield path

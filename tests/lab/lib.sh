@@ -1,4 +1,4 @@
-# Shared by tests/lab/setup and tests/lab/build-kernel; sourced, not run.
+# Shared by tests/lab/setup, build-kernel and build-root; sourced, not run.
 # shellcheck shell=bash
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cache=${VFIOD_LAB_CACHE:-$repo/.lab}
@@ -7,11 +7,12 @@ lab=${VFIOD_LAB:-$repo/../shared/lab}
 note() { echo "lab: $*" >&2; }
 die() { echo "lab: error: $*" >&2; exit 1; }
 
-# The kernel to boot: the environment's, the ready one beside the repository, or
-# the one built here. Keep in step with find_kernel() of launch.py.
+# lab_kernel ARCHITECTURE: the kernel to boot: the environment's, the ready one beside the
+# repository, or the one built here. Keep in step with find_kernel() of places.py.
 lab_kernel() {
-    local path
-    for path in "${VFIOD_LAB_KERNEL:-}" "$lab/x86_64/bzImage" "$cache/x86_64/bzImage"; do
+    local path named=VFIOD_LAB_KERNEL
+    [ "$1" = x86_64 ] || named=VFIOD_LAB_KERNEL_${1^^}
+    for path in "${!named:-}" "$lab/$1/bzImage" "$cache/$1/bzImage"; do
         if [ -n "$path" ] && [ -r "$path" ]; then echo "$path"; return 0; fi
     done
     return 1
@@ -44,6 +45,7 @@ main_archive() {
 # sources, in a temporary configuration; the machine's stays as it is.
 apt_state=""
 apt_prepare() {
+    apt_foreign_options=()
     local suite=$1 site keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     site=$(main_archive)
     [ -n "$site" ] || die "no Debian $(codename) main archive in this machine's apt sources"
@@ -58,11 +60,33 @@ apt_prepare() {
     apt_lab update -qq >&2
 }
 
+# apt_foreign SUITE ARCHITECTURE: from here on, apt_lab is apt-get on a machine of that architecture
+# with nothing installed: "install --download-only" brings packages with all they depend on, into
+# $apt_archives.
+apt_archives="" apt_foreign_options=()
+apt_foreign() {
+    local suite=$1 architecture=$2 site keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    site=$(main_archive)
+    [ -n "$site" ] || die "no Debian $(codename) main archive in this machine's apt sources"
+    apt_state=$(mktemp -d)
+    temporary+=("$apt_state")
+    apt_archives=$apt_state/archives
+    mkdir -p "$apt_state/parts" "$apt_state/lists/partial" "$apt_archives/partial"
+    : >"$apt_state/status"
+    printf '%s\n' "Types: deb" "URIs: $site" "Suites: $suite" "Components: main" \
+        "Architectures: $architecture" "Signed-By: $keyring" >"$apt_state/parts/lab.sources"
+    apt_foreign_options=(-o "APT::Architecture=$architecture" -o "APT::Architectures=" -o "APT::Architectures::=$architecture"
+        -o "Dir::State::status=$apt_state/status" -o "Dir::Cache::archives=$apt_archives" -o "Acquire::Retries=3")
+    chmod 755 "$apt_state" "$apt_state"/* # apt reads it as its own user
+    apt_lab update -qq >&2
+}
+
 # Where apt keeps what it works with. Its binary caches are switched off: they would hold the
 # temporary suite and outlive it.
 apt_options() {
     printf '%s\n' -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts="$apt_state/parts" \
-        -o Dir::State::Lists="$apt_state/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=
+        -o Dir::State::Lists="$apt_state/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= \
+        "${apt_foreign_options[@]}"
 }
 
 apt_lab() {

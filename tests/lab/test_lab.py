@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.lab import launch
+from tests.lab import launch, vng
 from tests.lab.guest.pci import wait_until
+from tests.lab.places import REPO, GuestDiedError
 from tests.lab.qmp import Qmp, QmpError
 from tests.lab.topologies import EDU, EDU_IDS, TOPOLOGIES, Topology, find_topology
 
@@ -99,7 +100,7 @@ def test_closed_paths_names_what_keeps_others_out_and_no_more(tmp_path: Path) ->
         (tree / name).chmod(mode)
     for directory, mode in ((tree / "closed", 0o700), (tree, 0o755), (home, 0o700)):
         directory.chmod(mode)
-    closed = launch.closed_paths([tree])
+    closed = vng.closed_paths([tree])
     assert home in closed.passages  # and pytest's own directories above, which are 0700 too
     assert tree not in closed.passages
     assert closed.trees == (tree,)
@@ -113,7 +114,7 @@ def host_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", str(GUEST_MODULE), *arguments],
         env={**os.environ, "VFIOD_LAB_REQUIRED": "", **environment},
-        cwd=launch.REPO,
+        cwd=REPO,
         capture_output=True,
         text=True,
         timeout=300,
@@ -147,10 +148,10 @@ def test_a_guest_test_refuses_to_run_on_the_host() -> None:
         # What the lab does in the guest, and with it the conftest.py that would send it there left out.
         [
             *(sys.executable, "-m", "pytest", "-c", str(GUEST_MODULE.parent / "guest.ini"), "-k", "every_device"),
-            *(f"--rootdir={launch.REPO}", f"--confcutdir={GUEST_MODULE.parent}", str(GUEST_MODULE)),
+            *(f"--rootdir={REPO}", f"--confcutdir={GUEST_MODULE.parent}", str(GUEST_MODULE)),
         ],
         env=environment,
-        cwd=launch.REPO,
+        cwd=REPO,
         capture_output=True,
         text=True,
         check=False,
@@ -194,7 +195,7 @@ def test_host_reaches_the_monitor_and_close_ends_everything() -> None:
 def test_time_limits_name_what_did_not_come(how: str) -> None:
     boot, total = (1.0, 900.0) if how == "boot" else (900.0, 1.0)
     with launch.Guest(EDU, "sleep 1000", boot_seconds=boot, total_seconds=total) as guest:
-        with pytest.raises(launch.GuestDiedError, match=f"did not {how} within 1 s"):
+        with pytest.raises(GuestDiedError, match=f"did not {how} within 1 s"):
             guest.wait()
         directory = str(guest.directory)
     assert processes_with(directory) == []
@@ -207,7 +208,7 @@ def test_qemu_does_not_outlive_a_killed_runner() -> None:
         "import sys\nfrom tests.lab import launch\nfrom tests.lab.topologies import EDU\n"
         "guest = launch.Guest(EDU, 'sleep 1000')\nguest.start()\nprint(guest.directory, flush=True)\nguest.wait()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=launch.REPO, stdout=subprocess.PIPE, text=True) as runner:
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) as runner:
         assert runner.stdout is not None
         directory = runner.stdout.readline().strip()
         wait_until(lambda: (Path(directory) / "qmp").exists(), "QEMU", 60)

@@ -35,8 +35,20 @@ class Topology:
     cpus: int = 2
     memory: str = "1G"
     kernel_arguments: tuple[str, ...] = ("intel_iommu=on",)
+    #: The emulated processor. ``max``, virtme-ng's choice, has the wide vector instructions that libraries pick
+    #: where they find them, and that emulation makes slow.
+    cpu: str = "Nehalem"
     #: Further QEMU arguments that are no devices (``-drive``, ``-object``, ``-netdev`` ...).
     arguments: tuple[str, ...] = ()
+    #: Of the guest: ``x86_64`` or ``s390x``, which says how it boots, too.
+    architecture: str = "x86_64"
+    #: Character devices a guest test talks to from inside (``machine.stream``): QEMU's side of a terminal.
+    streams: tuple[str, ...] = ()
+
+    @property
+    def relayed(self) -> bool:
+        """Whether files and streams go over a console: the s390x kernel has no 9p and no virtio-serial."""
+        return self.architecture == "s390x"
 
     def qemu_arguments(self) -> list[str]:
         """Return what this topology adds to QEMU's command line."""
@@ -203,9 +215,8 @@ SHORT = Topology(
     devices=(
         INTEL_IOMMU,
         port("port1", 0x11, chassis=1),
-        device(
-            "nvme", "nvme-port", "port1", 0, serial=NVME_SERIAL, drive="disk0", msix_qsize=str(SHORT_NVME_VECTORS)
-        ).replace("msix-qsize", "msix_qsize"),
+        device("nvme", "nvme-port", "port1", 0, serial=NVME_SERIAL, drive="disk0")
+        + f",msix_qsize={SHORT_NVME_VECTORS}",
         *_XHCI,
     ),
     arguments=NVME.arguments,
@@ -236,8 +247,89 @@ NOIOMMU = Topology(
 )
 
 
+# --- for tests/bench -----------------------------------------------------------------------------
+
+#: Three edu, each alone behind a root port: vfiod's, the C program's, and one for a backend without a server.
+BENCH_EDUS = ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
+#: A disk with 2,048 MSI-X vectors, of which the machine has about 380.
+BENCH_NVME = "0000:04:00.0"
+
+BENCH = Topology(
+    name="bench",
+    about="three edu and an NVMe disk, each behind a root port, and memory to map (tests/bench)",
+    devices=(
+        INTEL_IOMMU,
+        *(
+            part
+            for place, _ in enumerate(BENCH_EDUS, 1)
+            for part in (
+                port(f"port{place}", 0x10 + place, chassis=place),
+                device("edu", f"edu{place}", f"port{place}", 0),
+            )
+        ),
+        port("port4", 0x14, chassis=4),
+        device("nvme", "nvme-port", "port4", 0, serial=NVME_SERIAL, drive="disk0") + ",msix_qsize=2048",
+    ),
+    arguments=NVME.arguments,
+    memory="4G",
+)
+
+
+# --- microvm: platform devices -------------------------------------------------------------
+
+#: ACPI's name of a virtio-mmio transport; the instances are its platform devices, in the order of their addresses.
+VIRTIO_MMIO = ("LNRO0005:00", "LNRO0005:01")
+
+MICROVM = Topology(
+    name="microvm",
+    about="a machine without chipset: virtio-mmio devices (rng, balloon) on the platform bus, no IOMMU",
+    machine="microvm,acpi=on,pcie=on,rtc=on,pit=on,pic=on,isa-serial=on",
+    # These devices have no reset that Linux knows of; without this vfio-platform would not take them.
+    kernel_arguments=("vfio_platform.reset_required=0",),
+    # It has no timer to measure the processor's clock with; this one says how fast it is.
+    cpu="max",
+    devices=("virtio-rng-device,id=rng", "virtio-balloon-device,id=balloon"),
+)
+
+
+# --- ccw: channel I/O, on s390x -------------------------------------------------------------
+# Device numbers, as sysfs writes them: of the device, behind its subchannel.
+
+#: A disk of 4 MiB, a virtio device: it answers SENSE ID, NOP and TIC.
+CCW_DISK = "0.0.1000"
+#: A real 3270 terminal; its keyboard and screen are the stream ``terminal``.
+CCW_TERMINAL = "0.0.2000"
+#: Entropy sources to unplug: each may be taken once.
+CCW_SPARE = ("0.0.3000", "0.0.3001", "0.0.3002", "0.0.3003")
+
+#: QEMU ids, for ``device_del``.
+CCW_IDS: Mapping[str, str] = {
+    CCW_DISK: "ccw-disk",
+    CCW_TERMINAL: "ccw-terminal",
+    **{address: f"ccw-spare{number}" for number, address in enumerate(CCW_SPARE)},
+}
+
+CCW = Topology(
+    name="ccw",
+    about="s390x: a virtio disk, a 3270 terminal and spare devices behind subchannels of their own",
+    architecture="s390x",
+    machine="s390-ccw-virtio",
+    cpu="qemu",
+    cpus=1,
+    kernel_arguments=(),
+    arguments=("-drive", "if=none,id=disk0,driver=null-co,size=4M"),
+    devices=(
+        "virtio-blk-ccw,id=ccw-disk,devno=fe.0.1000,drive=disk0",
+        "x-terminal3270,id=ccw-terminal,devno=fe.0.2000,chardev=terminal",
+        *(f"virtio-rng-ccw,id=ccw-spare{number},devno=fe.0.300{number}" for number in range(4)),
+    ),
+    streams=("terminal",),
+)
+
+
 TOPOLOGIES: Mapping[str, Topology] = {
-    topology.name: topology for topology in (EDU, IGB, E1000E, NVME, SHORT, NOREMAP, NOIOMMU, NESTED)
+    topology.name: topology
+    for topology in (EDU, IGB, E1000E, NVME, MICROVM, SHORT, NOREMAP, NOIOMMU, NESTED, BENCH, CCW)
 }
 
 

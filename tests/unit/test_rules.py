@@ -51,6 +51,14 @@ def test_a_rule_has_tests_that_are_there_and_name_it(rule: dict[str, Any]) -> No
         assert names_section(f"{module} {tests[name]}", rule["section"]), f"{FILES[file]}::{name}: which section?"
 
 
+@pytest.mark.parametrize("what", TABLE["trouble"])
+def test_every_trouble_has_tests_that_are_there(what: str) -> None:
+    assert TABLE["trouble"][what]
+    for entry in TABLE["trouble"][what]:
+        file, _, name = entry.partition("::")
+        assert name in docstrings(FILES[file])[1], f"{FILES[file]} has no {name} any more: {what}"
+
+
 def test_the_table_is_tidy() -> None:
     assert {rule["section"] for rule in RULES} == {1, 2, 3, 4, 5, 6}
     assert [rule["section"] for rule in RULES] == sorted(rule["section"] for rule in RULES)

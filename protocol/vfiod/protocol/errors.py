@@ -71,6 +71,9 @@ JSONRPC_INVALID_REQUEST: Final = -32600
 
 def errno_name(number: int) -> str:
     """``EBUSY`` for 16. A number the platform has no name for comes back as ``errno 4242``."""
+    # Two names of one number: the kernel's sources say EOPNOTSUPP, Python ENOTSUP.
+    if number == _errno.EOPNOTSUPP:
+        return "EOPNOTSUPP"
     return _errno.errorcode.get(number, f"errno {number}")
 
 

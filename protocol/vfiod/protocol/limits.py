@@ -39,6 +39,19 @@ MAX_INBAND_QUEUE: Final = 8
 MAX_JSONRPC_IN_FLIGHT: Final = 64
 """JSON-RPC requests in flight per session; beyond it the session is not read."""
 
+MAX_BUS_IN_FLIGHT: Final = 64
+"""Calls in flight for one client of the bus; one more is refused, as a queue without end would hide it."""
+
+MAX_BUS_CALLS: Final = 1024
+"""Calls in flight on the bus; beyond it no further message is taken, and clients' own queues fill."""
+
+BUS_QUEUE: Final = 1000
+"""Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
+whose queue is full misses those that follow, and sees that by their numbers."""
+
+BUS_LINGER_MS: Final = 500
+"""How long, at the end, what waits for peers of the bus may take to leave."""
+
 MAX_REPLY_BACKLOG: Final = 8 * 1024 * 1024
 """Bytes of replies a session may leave unread before vfiod stops reading its requests."""
 
@@ -101,6 +114,19 @@ CLOSE_TIMEOUT_MS: Final = 10_000
 
 DEFAULT_MMAP_TIMEOUT_MS: Final = 1_100
 """Milliseconds before the fast path returns after an interrupt (QEMU ``hw/vfio/pci.c``)."""
+
+DEFAULT_CCW_TIMEOUT_MS: Final = 10_000
+"""Milliseconds a ``ccw-request`` waits for its interrupt: longer than a disk's own retries take."""
+
+MAX_CCW_QUEUE: Final = 64
+"""Requests that wait for one subchannel (``queue``). A guest has one outstanding; a person's scripts a few."""
+
+MAX_CRWS: Final = 64
+"""Channel reports read at once, and kept for ``query-crw``: the kernel's own list is short-lived and smaller."""
+
+MAX_CHANNEL_COMMANDS: Final = 4096
+"""CCWs a built-in subchannel follows in one program before it says program check: a guest's loop must end. The kernel
+takes 255 in one chain; a device that loops by status modifier needs more."""
 
 MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
 """Milliseconds: the longest time-out a command takes."""

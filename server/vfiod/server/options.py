@@ -16,7 +16,7 @@ from msgspec import Struct
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import VfiodError
 
-__all__ = ["OptionError", "Options", "SocketOption", "parse"]
+__all__ = ["BusOption", "OptionError", "Options", "SocketOption", "parse"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_NAME: Final = 255
@@ -45,6 +45,24 @@ class SocketOption(Struct, frozen=True):
         return f"unix:{self.path}" if self.path is not None else f"fd={self.fd}"
 
 
+class BusOption(Struct, frozen=True):
+    """Where a socket of the bus listens: a path; or host and port, which need keys.
+
+    Attributes:
+        path: of ``ipc:PATH``.
+        host: of ``tcp:HOST:PORT``.
+        port: of ``tcp:HOST:PORT``; 0: a free one.
+
+    """
+
+    path: str | None = None
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"ipc:{self.path}" if self.path is not None else f"tcp:{self.host}:{self.port}"
+
+
 class Options(Struct, frozen=True):
     """The options, checked."""
 
@@ -57,6 +75,10 @@ class Options(Struct, frozen=True):
     pidfile: str | None = None
     log_level: int = logging.WARNING
     trace: tuple[str, ...] = ()
+    bus: BusOption | None = None
+    events: BusOption | None = None
+    bus_key: str | None = None
+    bus_clients: str | None = None
 
 
 # What a TOML file may say: the options without their dashes, and the type of each.
@@ -71,6 +93,10 @@ _KEYS: Final[dict[str, type | tuple[type, ...]]] = {
     "pidfile": str,
     "log-level": str,
     "trace": (str, list),
+    "bus": str,
+    "events": str,
+    "bus-key": str,
+    "bus-clients": str,
 }
 _TYPE_NAMES: Final = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
 
@@ -99,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--pidfile", metavar="P", help="lock this file, and write the process id into it once ready")
     add("--log-level", metavar="L", help=f"what to log to stderr: {', '.join(LEVELS)} (warning)")
     add("--trace", metavar="PATTERN", action="append", help="switch trace points on; may be repeated")
+    add("--bus", metavar="ADDRESS", help="serve JSON-RPC in msgpack on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
+    add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
+    add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
+    add("--bus-clients", metavar="DIR", help="the public CURVE keys of the clients that may come in, for tcp:")
     add("--config", metavar="FILE.toml", help="take options from a file; those given here win")
     return parser
 
@@ -152,8 +182,11 @@ def _checked(values: dict[str, Any]) -> Options:
     sockets = tuple(
         _socket(dialect, text) for dialect in ("qmp", "jsonrpc") for text in _list(values.get(dialect), dialect)
     )
-    if not sockets:
-        raise OptionError("No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N")
+    bus, events = (_bus(key, values.get(key), values) for key in ("bus", "events"))
+    if not sockets and bus is None:
+        raise OptionError("No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N, or --bus with ipc:PATH")
+    if bus is not None and events is not None and bus == events and bus.port + (bus.path is not None):
+        raise OptionError(f"{bus} is given twice: --bus and --events need sockets of their own")
     doubled = [
         one for index, one in enumerate(sockets) if (one.path, one.fd) in [(s.path, s.fd) for s in sockets[:index]]
     ]
@@ -169,6 +202,10 @@ def _checked(values: dict[str, Any]) -> Options:
         pidfile=values.get("pidfile"),
         log_level=_level(values.get("log-level", "warning")),
         trace=tuple(str(one) for one in _list(values.get("trace"), "trace")),
+        bus=bus,
+        events=events,
+        bus_key=values.get("bus-key"),
+        bus_clients=values.get("bus-clients"),
     )
 
 
@@ -187,6 +224,21 @@ def _socket(dialect: str, text: Any) -> SocketOption:
     if kind == "fd" and separator == "=" and rest.isascii() and rest.isdigit() and len(rest) <= 9:
         return SocketOption(dialect, fd=int(rest))
     raise OptionError(f"--{dialect} expects unix:PATH or fd=N, got '{text}'")
+
+
+def _bus(key: str, text: str | None, values: dict[str, Any]) -> BusOption | None:
+    if text is None:
+        return None
+    kind, _, rest = text.partition(":")
+    if kind == "ipc" and rest:
+        return BusOption(path=rest)
+    host, separator, port = rest.rpartition(":")
+    if kind == "tcp" and separator and host and port.isascii() and port.isdigit() and int(port) < 1 << 16:
+        missing = [name for name in ("bus-key", "bus-clients") if not values.get(name)]
+        if missing:
+            raise OptionError(f"--{key} {text} needs --{' and --'.join(missing)}: anything but ipc: is encrypted")
+        return BusOption(host=host, port=int(port))
+    raise OptionError(f"--{key} expects ipc:PATH or tcp:HOST:PORT, got '{text}'")
 
 
 def _uid(text: Any) -> int:

@@ -29,7 +29,7 @@ from vfiod.server.machine import Machine
 from vfiod.server.monitor import listener
 from vfiod.server.monitor.access import Access, overflow_uid
 from vfiod.server.monitor.server import MonitorServer
-from vfiod.server.options import OptionError, Options, SocketOption, parse
+from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 
 __all__ = ["main", "serve"]
 
@@ -99,6 +99,7 @@ async def serve(options: Options) -> bool:
         machine = _machine(options, hub)
         server = MonitorServer(loop, machine, hub, Access(options.allow_uid), kind_of, TABLE)
         try:
+            _listen_bus(server, options)  # first: who finds the monitor finds all of it
             for option in options.sockets:
                 _listen(server, option, options.socket_gid)
             for number in ENDING_SIGNALS:
@@ -109,7 +110,8 @@ async def serve(options: Options) -> bool:
             gc.freeze()
             gc.enable()
             notify(f"READY=1\nSTATUS=Serving {options.name}")
-            _log.info("Serving %s on %s", options.name, ", ".join(map(str, options.sockets)))
+            doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
+            _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
@@ -144,6 +146,29 @@ def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> Non
         return
     made = server.listen(listener.open_path(option.path, gid), option.dialect)
     made.remove_at_close(option.path)
+
+
+def _listen_bus(server: MonitorServer, options: Options) -> None:
+    """Open the bus, when one is asked for: ZeroMQ and msgpack are imported for nobody else."""
+    if options.bus is None and options.events is None:
+        return
+    from vfiod.server.monitor.bus import Bus, EventBus
+    from vfiod.server.monitor.bus_socket import Address
+
+    def address(option: BusOption) -> Address:
+        return Address(
+            path=option.path,
+            host=option.host,
+            port=option.port,
+            secret_key=options.bus_key or "",
+            client_keys=options.bus_clients or "",
+            uids=options.allow_uid,
+        )
+
+    if options.bus is not None:
+        server.join_bus(Bus(server, address(options.bus)))
+    if options.events is not None:
+        server.join_bus(EventBus(server, address(options.events)))
 
 
 class Pidfile:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tests.lab.launch import QMP_PORT, REPO
+from tests.lab.places import GUEST_EXCHANGE, REPO
 from tests.lab.qmp import Qmp
+
+#: QEMU's second monitor, seen from inside: a virtio-serial port (``vng.QMP_PORT``), or a stream
+#: (``s390x.MONITOR``).
+QMP_PORT = "vfiod.qmp"
+MONITOR = "guest-qmp"
 
 #: Who unprivileged processes run as; nobody in the host's files has these numbers.
 UNPRIVILEGED_UID = UNPRIVILEGED_GID = 1000
@@ -22,6 +28,11 @@ SOURCE_ROOTS = tuple(str(REPO / root) for root in ("protocol", "server", "client
 @functools.cache
 def qemu() -> Qmp:
     """Return the one session with QEMU's monitor: ``qemu().execute("device_del", id="edu-port")``."""
+    if (GUEST_EXCHANGE / MONITOR).exists():
+        connection = stream(MONITOR)
+        connection.settimeout(60)
+        _kept.append((connection.makefile("rb"), connection.makefile("wb")))
+        return Qmp(*_kept[-1])
     for port in Path("/sys/class/virtio-ports").iterdir():
         if (port / "name").read_text().strip() == QMP_PORT:
             descriptor = os.open(f"/dev/{port.name}", os.O_RDWR)
@@ -31,6 +42,13 @@ def qemu() -> Qmp:
             _kept.append((reader, writer))
             return Qmp(reader, writer)
     raise FileNotFoundError(f"no virtio-serial port is called {QMP_PORT}")
+
+
+def stream(name: str) -> socket.socket:
+    """Connect to one of the machine's ``streams``: QEMU's end of a character device. Close it to hang up."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(str(GUEST_EXCHANGE / name))
+    return connection
 
 
 _kept: list[tuple[IO[bytes], IO[bytes]]] = []

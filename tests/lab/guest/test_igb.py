@@ -177,14 +177,21 @@ def test_a_group_and_a_cdev_do_not_mix(vm: Vm) -> None:
 
 
 @contextmanager
-def virtual_functions(physical: str, count: int) -> Iterator[None]:
-    """Have a physical function make virtual ones, for a block. vfio-pci does it only when told that it may."""
+def virtual_functions(vm: Vm, physical: str, count: int) -> Iterator[None]:
+    """Have a physical function make virtual ones, for a block. vfio-pci does it only when told that it may.
+
+    On failure vfiod ends first: the kernel waits with taking them away until nobody holds one.
+    """
     parameter = Path("/sys/module/vfio_pci/parameters/enable_sriov")
     parameter.write_text("Y")
     file = pci.device_path(physical) / "sriov_numvfs"
     file.write_text(str(count))
     try:
         yield
+    except BaseException:
+        vm.process.kill()
+        vm.process.wait()
+        raise
     finally:
         file.write_text("0")
 
@@ -193,7 +200,7 @@ def test_virtual_functions_of_the_hosts_igb_by_group(vm: Vm) -> None:
     """Section 1, "Several devices per group, several groups per container", with VFs: the host keeps the PF."""
     one, two = IGB_VIRTUAL[0]
     pci.wait_until(lambda: pci.driver_of(FIRST) == "igb", "the host drives its function")
-    with virtual_functions(FIRST, 2), vm.bound(one, two):
+    with virtual_functions(vm, FIRST, 2), vm.bound(one, two):
         assert pci.group_of(one) != pci.group_of(two)
         vm.add(one, "v0")
         vm.add(two, "v1", container=False)
@@ -216,7 +223,7 @@ def test_a_vf_whose_pf_is_vfios_needs_its_token(vm: Vm) -> None:
     with vm.bound(FIRST):
         with opened_group(FIRST) as group:
             vm.client.device_add(driver="vfio-pci", id="pf", host=FIRST, group_fd=group, vf_token=TOKEN)
-        with virtual_functions(FIRST, 1):
+        with virtual_functions(vm, FIRST, 1):
             pci.wait_until(lambda: pci.driver_of(one) == "vfio-pci", "VFs of vfio-pci's are vfio-pci's")
             with opened_group(one) as group:
                 for wrong in (UNSET, OTHER_TOKEN):
@@ -238,7 +245,7 @@ def test_a_vf_whose_pf_is_vfios_needs_its_token_by_cdev(vm: Vm) -> None:
         add_iommufd(vm)
         with opened(str(pci.vfio_cdev(FIRST))) as fd:
             vm.client.device_add(driver="vfio-pci", id="pf", fd=fd, iommufd="i0", vf_token=TOKEN)
-        with virtual_functions(FIRST, 1):
+        with virtual_functions(vm, FIRST, 1):
             pci.wait_until(lambda: pci.driver_of(one) == "vfio-pci", "VFs of vfio-pci's are vfio-pci's")
             with opened(str(pci.vfio_cdev(one))) as fd:
                 for wrong in (UNSET, OTHER_TOKEN):
@@ -273,7 +280,7 @@ def test_a_hot_reset_while_there_are_virtual_functions(vm: Vm, way: str) -> None
             add_iommufd(vm)
         add(FIRST, "pf")
         add(SECOND, "n1")
-        with virtual_functions(FIRST, 1):
+        with virtual_functions(vm, FIRST, 1):
             pci.wait_until(lambda: pci.driver_of(one) == "vfio-pci", "VFs of vfio-pci's are vfio-pci's")
             mark(vm, "pf")
             report = vm.client.query_hot_reset(id="pf")

@@ -52,7 +52,10 @@ def test_all_of_them() -> None:
         (["--qmp", "unix:/x"], "--name is missing: give the VM's name"),
         (["--name", "", "--qmp", "unix:/x"], "--name is missing: give the VM's name"),
         (["--name", "a\nb", "--qmp", "unix:/x"], "--name expects at most 255 printable characters"),
-        (["--name", "vm0"], "No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N"),
+        (
+            ["--name", "vm0"],
+            "No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N, or --bus with ipc:PATH",
+        ),
         ([*LEAST, "--uuid", "42"], "--uuid expects a UUID in its 8-4-4-4-12 form, got '42'"),
         (["--name", "v", "--qmp", "/x"], "--qmp expects unix:PATH or fd=N, got '/x'"),
         (["--name", "v", "--qmp", "unix:"], "--qmp expects unix:PATH or fd=N, got 'unix:'"),
@@ -72,7 +75,7 @@ def test_refusals(arguments: list[str], words: str) -> None:
     assert str(refused.value) == words
 
 
-@pytest.mark.parametrize("option", ["--bus=ipc:/x", "--events=ipc:/x", "--nam", "stray"])
+@pytest.mark.parametrize("option", ["--buss=ipc:/x", "--nam", "stray"])
 def test_what_is_unknown_or_abbreviated_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         parse([*LEAST, option])

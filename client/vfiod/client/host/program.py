@@ -1,15 +1,15 @@
-"""``vfiod host``: list, groups, bind, unbind. Tables for people, ``--json`` for programs."""
+"""``vfiod host``: list, groups, bind, unbind, mdev. Tables for people, ``--json`` for programs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from vfiod.client.host import binding
+from vfiod.client.host import binding, mdev_program
+from vfiod.client.host.show import json_out, table
 from vfiod.client.host.sysfs import HostDevice, HostError, HostGroup, Sysfs
 from vfiod.client.host.topology import host_topology
 from vfiod.protocol.drawing import Graph, draw_dot, draw_svg, draw_tree
@@ -19,11 +19,13 @@ __all__ = ["main"]
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser("vfiod host", description="This host's PCI devices and IOMMU groups, by sysfs.")
+    made = argparse.ArgumentParser(
+        "vfiod host", description="This host's PCI devices, IOMMU groups and mediated devices, by sysfs."
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--sysfs", metavar="ROOT", default="/sys", help="another sysfs tree (default: /sys)")
     common.add_argument("--json", action="store_true", help="JSON instead of a table")
-    verbs = made.add_subparsers(dest="verb", metavar="list | groups | bind | unbind", required=True)
+    verbs = made.add_subparsers(dest="verb", metavar="list | groups | bind | unbind | mdev", required=True)
     listing = verbs.add_parser("list", parents=[common], help="PCI devices: driver, group, reset, IOMMU")
     listing.add_argument("--driver", help="only devices bound to this driver")
     listing.add_argument("--all", action="store_true", help="bridges too")
@@ -41,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         if verb == "bind":
             change.add_argument("--driver", default="vfio-pci", help="default: vfio-pci")
             change.add_argument("--force", action="store_true", help="even when the host is using the device")
+    mdev_program.add_parser(verbs, common)
     return made
 
 
@@ -48,6 +51,8 @@ def main(argv: list[str]) -> int:
     """Run it. 0: done; 1: refused or failed, standard error says why."""
     options = parser().parse_args(argv)
     try:
+        if options.verb == "mdev":
+            return mdev_program.run(options)
         return VERBS[options.verb](Sysfs(options.sysfs), options)
     except HostError as error:
         print(f"vfiod host: {error}", file=sys.stderr)
@@ -62,7 +67,7 @@ def _list(sysfs: Sysfs, options: argparse.Namespace) -> int:
     ]
     mates = _mates(sysfs)
     if options.json:
-        return _json([_device_json(device, mates) for device in devices])
+        return json_out([_device_json(device, mates) for device in devices])
     rows = [
         [
             device.address,
@@ -76,7 +81,7 @@ def _list(sysfs: Sysfs, options: argparse.Namespace) -> int:
         ]
         for device in devices
     ]
-    return _table(["Address", "Device", "Class", "Driver", "Group", "With", "Reset", "IOMMU"], rows, "no PCI devices")
+    return table(["Address", "Device", "Class", "Driver", "Group", "With", "Reset", "IOMMU"], rows, "no PCI devices")
 
 
 def _groups(sysfs: Sysfs, options: argparse.Namespace) -> int:
@@ -84,7 +89,7 @@ def _groups(sysfs: Sysfs, options: argparse.Namespace) -> int:
         return _draw(sysfs, options)
     groups = list(sysfs.groups())
     if options.json:
-        return _json([_group_json(group) for group in groups])
+        return json_out([_group_json(group) for group in groups])
     rows = [
         [
             str(group.number),
@@ -95,7 +100,7 @@ def _groups(sysfs: Sysfs, options: argparse.Namespace) -> int:
         for group in groups
     ]
     empty = "no IOMMU groups: the host has no IOMMU, or it is off (intel_iommu=on, or the firmware's setting)"
-    return _table(["Group", "Type", "Devices", "For VFIO"], rows, empty)
+    return table(["Group", "Type", "Devices", "For VFIO"], rows, empty)
 
 
 def _draw(sysfs: Sysfs, options: argparse.Namespace) -> int:
@@ -125,7 +130,7 @@ def _each(sysfs: Sysfs, options: argparse.Namespace, change: Callable[[str], bin
             failed += 1
             print(f"vfiod host: {error}", file=sys.stderr)
     if options.json:
-        _json([dataclasses.asdict(bound) for bound in done])
+        json_out([dataclasses.asdict(bound) for bound in done])
     else:
         for bound in done:
             before, after = (driver or "no driver" for driver in (bound.before, bound.after))
@@ -177,25 +182,3 @@ def _device_json(device: HostDevice, mates: dict[int, tuple[str, ...]]) -> dict[
 
 def _group_json(group: HostGroup) -> dict[str, Any]:
     return dataclasses.asdict(group) | {"viable": not group.blockers}
-
-
-def _json(value: Any) -> int:
-    print(json.dumps(value, indent=2))
-    return 0
-
-
-def _table(heads: list[str], rows: list[list[str]], empty: str) -> int:
-    """A table for a person; on a pipe, as wide as it needs to be."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        print(empty, file=sys.stderr)
-        return 0
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 400)
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    return 0

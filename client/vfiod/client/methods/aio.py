@@ -11,6 +11,18 @@ from msgspec import UNSET, UnsetType
 
 from vfiod.client.fds import Fd, LentFds, OpenFd
 from vfiod.client.methods import values
+from vfiod.protocol.catalogue.ccw import (
+    CcwClear,
+    CcwControlResult,
+    CcwHalt,
+    CcwRequest,
+    CcwResult,
+    CrwInfo,
+    OrbFields,
+    QueryCrw,
+    QuerySubchannel,
+    SubchannelInfo,
+)
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.devices import (
     DeviceAdd,
@@ -175,6 +187,98 @@ class AsyncMethods:
     ) -> Any:
         raise NotImplementedError  # AsyncClient does it
 
+    async def ccw_request(
+        self,
+        *,
+        device: str,
+        orb: bytes | UnsetType = UNSET,
+        orb_fields: OrbFields | UnsetType = UNSET,
+        scsw: bytes | UnsetType = UNSET,
+        timeout_ms: int = 10000,
+        queue: bool = False,
+        timeout: float | None = None,
+    ) -> CcwResult:
+        """Start a channel program on a subchannel (the guest's START SUBCHANNEL), and wait for its interrupt.
+
+        Give ``orb`` or ``orb-fields``. The program lies in guest memory (``dma-map``), and the kernel, or the mediated
+        device, fetches it there. One program runs at a time: while another request is pending this one is refused with
+        EBUSY, or waits for its turn with ``queue``. When the time is over the program is not stopped: ``ccw-clear`` does
+        that; its late interrupt becomes ``CCW_IO``. A halt or clear meanwhile ends the request with the IRB of that.
+
+        Args:
+            orb: The ORB of START SUBCHANNEL: 12 bytes, big-endian, in base64.
+            scsw: The guest's SCSW, 12 bytes, base64; default: start function accepted.
+            timeout_ms: From the start of the program; with queue, from its turn (0 to 86400000).
+            queue: Wait for a pending request of this subchannel rather than fail.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(
+            CcwRequest(device=device, orb=orb, orb_fields=orb_fields, scsw=scsw, timeout_ms=timeout_ms, queue=queue),
+            timeout=timeout,
+        )
+
+    async def ccw_halt(self, *, device: str, oob: bool = False, timeout: float | None = None) -> CcwControlResult:
+        """Halt what the subchannel does (HALT SUBCHANNEL). Needs the async command region.
+
+        It waits for no other command of the device, in band neither.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(CcwHalt(device=device), oob=oob, timeout=timeout)
+
+    async def ccw_clear(self, *, device: str, oob: bool = False, timeout: float | None = None) -> CcwControlResult:
+        """Clear the subchannel (CLEAR SUBCHANNEL): whatever it did is over. Needs the async command region.
+
+        It waits for no other command of the device, in band neither.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(CcwClear(device=device), oob=oob, timeout=timeout)
+
+    async def query_subchannel(self, *, device: str, oob: bool = False, timeout: float | None = None) -> SubchannelInfo:
+        """Read the SCHIB of a subchannel, which makes the kernel store it, and show what goes on there.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QuerySubchannel(device=device), oob=oob, timeout=timeout)
+
+    async def query_crw(self, *, device: str, oob: bool = False, timeout: float | None = None) -> list[CrwInfo]:
+        """Read the channel-report words that are pending, until there are no more, and those that came last as events.
+
+        Reading takes a report from the kernel, so those that became ``CCW_CRW`` are kept here, the last few of them.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return await self.call(QueryCrw(device=device), oob=oob, timeout=timeout)
+
     async def getfd(self, *, fdname: str, fd: OpenFd | None = None, timeout: float | None = None) -> GetfdResult:
         """Name the oldest fd this session has sent and not yet named.
 
@@ -282,6 +386,8 @@ class AsyncMethods:
         Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
         ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
         direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
+        and the reply has the message of each.
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
@@ -773,7 +879,7 @@ class AsyncMethods:
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
 
         Args:
-            driver: The device driver: vfio-pci or vfio-platform.
+            driver: The device driver: vfio-pci, vfio-platform, vfio-ccw or vfio-ap.
             id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
             host: Host address: [[DDDD:]BB:]DD.F, or a platform device's name.
             sysfsdev: The host device's directory in sysfs.

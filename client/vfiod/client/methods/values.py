@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from vfiod.client.fds import Fd, HoldsFds, LentFds, OwnedFds
 from vfiod.protocol.catalogue import interrupts, regions
+from vfiod.protocol.catalogue.interrupts import IrqMessage
 from vfiod.protocol.catalogue.regions import Area
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.fd import FileDescriptor
@@ -54,6 +55,7 @@ class StartedIrq(HoldsFds):
     number: int | UnsetType = UNSET
     trigger_fd: FileDescriptor | UnsetType = UNSET
     resample_fd: FileDescriptor | UnsetType = UNSET
+    x_message: IrqMessage | UnsetType = UNSET
 
     @classmethod
     def own(cls, result: interrupts.StartedIrq, fds: OwnedFds) -> Self:
@@ -66,6 +68,7 @@ class StartedIrq(HoldsFds):
             number=result.number,
             trigger_fd=fds.take(result.trigger_fd),
             resample_fd=fds.take(result.resample_fd),
+            x_message=result.x_message,
         )
 
 

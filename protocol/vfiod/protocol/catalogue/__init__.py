@@ -1,6 +1,7 @@
 """Every command and event of vfiod, declared once. See :mod:`vfiod.protocol.catalogue.declare`."""
 
 from vfiod.protocol.catalogue import (
+    ccw,
     devices,
     fds,
     interrupts,
@@ -38,6 +39,7 @@ __all__ = [
     "Result",
     "command_of",
     "event_of",
+    "ccw",
     "devices",
     "fds",
     "interrupts",

@@ -49,6 +49,7 @@ class Family(enum.StrEnum):
     REGIONS = "regions"
     INTERRUPTS = "interrupts"
     RESET = "reset"
+    CCW = "ccw"
     MEDIATED = "mediated"
 
 

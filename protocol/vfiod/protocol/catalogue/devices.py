@@ -32,6 +32,8 @@ class Driver(enum.StrEnum):
 
     VFIO_PCI = "vfio-pci"
     VFIO_PLATFORM = "vfio-platform"
+    VFIO_CCW = "vfio-ccw"
+    VFIO_AP = "vfio-ap"
 
 
 ONLY_OF: Final[Mapping[str, frozenset[Driver]]] = {
@@ -89,7 +91,7 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     """
 
     # A plain string: QEMU's error for an unknown driver names it as a device model.
-    driver: Annotated[str, Meta(description="The device driver: vfio-pci or vfio-platform.")]
+    driver: Annotated[str, Meta(description="The device driver: vfio-pci, vfio-platform, vfio-ccw or vfio-ap.")]
     id: Id | UnsetType = UNSET
     host: Annotated[
         str | UnsetType, Meta(description="Host address: [[DDDD:]BB:]DD.F, or a platform device's name.")

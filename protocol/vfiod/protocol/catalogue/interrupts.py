@@ -40,6 +40,14 @@ class Route(Result, forbid_unknown_fields=True, kw_only=True):
     number: Number
 
 
+class IrqMessage(Result):
+    """What a message source is programmed with so that it fires this vector (extended IRQs, experimental)."""
+
+    vector: Vector
+    address: Annotated[int, Meta(ge=0, description="Where it writes, 64 bits.")]
+    data: Annotated[int, Meta(ge=0, lt=1 << 32, description="What it writes.")]
+
+
 class StartedIrq(Result):
     """One started interrupt. An fd is attached to the reply only when the caller brought none."""
 
@@ -50,6 +58,7 @@ class StartedIrq(Result):
     number: int | UnsetType = UNSET
     trigger_fd: int | UnsetType = UNSET
     resample_fd: int | UnsetType = UNSET
+    x_message: IrqMessage | UnsetType = UNSET
 
 
 class IrqStartResult(Result):
@@ -65,6 +74,8 @@ class IrqStart(Arguments[IrqStartResult]):
     Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
     ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
     direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+    A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
+    and the reply has the message of each.
     """
 
     device: str | UnsetType = UNSET
@@ -169,6 +180,10 @@ class IrqInfo(Result):
     fired: int | None
     delivered: int | None
     spurious: int
+    x_messages: Annotated[
+        list[IrqMessage] | UnsetType,
+        Meta(description="Of a platform device's index x-msi: the message of each vector that was granted."),
+    ] = UNSET
 
 
 @command("query-irqs", Family.INTERRUPTS, oob=True, mutates=False)

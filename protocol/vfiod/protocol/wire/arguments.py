@@ -21,7 +21,7 @@ from vfiod.protocol.errors import CommandError, InvalidArgument, InvalidRequest
 if TYPE_CHECKING:
     from msgspec import inspect
 
-__all__ = ["decode_arguments", "decode_result", "decode_event_data"]
+__all__ = ["convert_arguments", "decode_arguments", "decode_event_data", "decode_result"]
 
 _EMPTY: Final = b"{}"
 _SHOWN: Final = 80
@@ -50,6 +50,25 @@ def decode_arguments(spec: CommandSpec, raw: Raw | bytes | UnsetType = UNSET) ->
     except (ValueError, RecursionError) as error:
         raise _complaint(spec, _EMPTY if raw is UNSET else raw, error) from None
     return arguments
+
+
+def convert_arguments(spec: CommandSpec, values: dict[str, Any] | UnsetType = UNSET) -> Arguments[Any]:
+    """As :func:`decode_arguments`, from values that were read already (the bus). Bytes may come as they are."""
+    given = {} if values is UNSET else values
+    try:
+        arguments: Arguments[Any] = msgspec.convert(given, spec.arguments)
+    except (ValueError, RecursionError) as error:
+        raise _complaint_of(spec, _in_json(given), error) from None
+    return arguments
+
+
+def _in_json(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON would carry them, where that can be said."""
+    try:
+        plain: dict[str, Any] = msgspec.to_builtins(values)
+    except (TypeError, ValueError, RecursionError):
+        return values
+    return plain
 
 
 def decode_result(spec: CommandSpec, raw: Raw | bytes) -> Any:
@@ -92,6 +111,10 @@ def _complaint(spec: CommandSpec, raw: Raw | bytes, error: Exception) -> Command
         return InvalidArgument(f"The arguments of {spec.name} are nested too deeply")
     except ValueError as unreadable:
         return InvalidArgument(f"The arguments of {spec.name} cannot be read: {unreadable}")
+    return _complaint_of(spec, values, error)
+
+
+def _complaint_of(spec: CommandSpec, values: dict[str, Any], error: Exception) -> CommandError:
     if spec.arguments is DeviceAdd and (refusal := _device_refusal(values)):
         return refusal
     from msgspec import inspect  # on the way to an error only

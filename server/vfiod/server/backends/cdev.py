@@ -31,7 +31,7 @@ from vfiod.server.backends.device import KernelDevice
 from vfiod.server.backends.group import HeldFd
 from vfiod.server.backends.ioctls import Advice, call, failed
 from vfiod.server.backends.iommufd import Ioas, Iommufd
-from vfiod.server.backends.origin import check_class
+from vfiod.server.backends.origin import NO_VM, check_class
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import HostDevice, Sysfs
 
@@ -250,6 +250,8 @@ class KernelCdevs:
         match error.errno:
             case errno.EBUSY:
                 return f"the file of {group} (/dev/vfio) is open: a group is never used through both interfaces"
+            case errno.EINVAL if device.device_api == "vfio-ap":
+                return NO_VM
             case errno.EINVAL:
                 return (
                     "the device is open elsewhere (a cdev is opened by one at a time), or its IOMMU is not coherent"

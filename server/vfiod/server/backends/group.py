@@ -32,6 +32,7 @@ from vfiod.server.backends.container import Container
 from vfiod.server.backends.device import KernelDevice
 from vfiod.server.backends.ioctls import call, failed
 from vfiod.server.backends.origin import (
+    NO_VM,
     ContainerSource,
     GroupOrigin,
     check_class,
@@ -280,6 +281,8 @@ class KernelGroups:
             errno.EPERM: "a noiommu device needs CAP_SYS_RAWIO",
             errno.EMFILE: "this process has no file descriptor left: raise RLIMIT_NOFILE",
         }
+        if origin.driver == "vfio-ap":
+            advice[errno.EINVAL] = NO_VM
         # "0000:04:10.0 vf_token=bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3" (drivers/vfio/pci/vfio_pci_core.c)
         token = f" vf_token={origin.vf_token}" if origin.vf_token is not None else ""
         argument = bytearray(f"{device.name}{token}".encode() + b"\0")

@@ -182,7 +182,7 @@ class MediatedBackend:
     def irq_info(self, index: int) -> vfio.IrqInfo:
         """See :class:`Backend`."""
         known = self._irqs.get(index)
-        if known is None:
+        if known is None or known.type is not None:  # messages come and go; everything else is constant
             self._present(index, self._info.num_irqs, "VFIO_DEVICE_GET_IRQ_INFO")
             what = f"{self._instance.what} interrupt index {index}"
             told = checked_irq(what, self._call("irq_info", lambda: self._device.irq_info(index), what))
@@ -190,9 +190,7 @@ class MediatedBackend:
             flags |= vfio.IrqFlags.MASKABLE if told.maskable else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.AUTOMASKED if told.automasked else vfio.IrqFlags(0)
             flags |= vfio.IrqFlags.NORESIZE if told.noresize else vfio.IrqFlags(0)
-            known = vfio.IrqInfo(index, flags, told.count, _irq_capabilities(told))
-            if told.type is None:
-                self._irqs[index] = known  # its messages come and go; everything else is constant
+            known = self._irqs[index] = vfio.IrqInfo(index, flags, told.count, _irq_capabilities(told))
         return known
 
     def hot_reset_info(self) -> vfio.HotResetInfo:
@@ -247,7 +245,7 @@ class MediatedBackend:
 
     def set_irqs(self, request: vfio.SetIrqs) -> None:
         """See :class:`Backend`."""
-        info = self.irq_info(request.index)
+        info = self._irqs.get(request.index) or self.irq_info(request.index)
         what = f"{self._instance.what} interrupt index {request.index}"
         # vfio_set_irqs_validate_and_prepare
         if (

@@ -6,6 +6,7 @@ What a device says of itself is checked here, before anybody can add it.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
@@ -13,6 +14,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.limits import MAX_IRQ_INDEXES, MAX_REGION_INDEXES, MAX_VECTORS
+from vfiod.protocol.vfio.ccw import VFIO_CCW_NUM_REGIONS
 from vfiod.server.backends.mediated_regions import wrong
 from vfiod.server.mdev.instance import Instance
 from vfiod.server.mdev.parent import DeviceInfo, IrqInfo
@@ -22,6 +24,8 @@ __all__ = ["DRIVEN_APIS", "ApiDriver", "checked_info", "checked_irq"]
 DRIVEN_APIS: Final = {
     DeviceApi.VFIO_PCI: vfio.DeviceFlags.PCI,
     DeviceApi.VFIO_PLATFORM: vfio.DeviceFlags.PLATFORM,
+    DeviceApi.VFIO_CCW: vfio.DeviceFlags.CCW,
+    DeviceApi.VFIO_AP: vfio.DeviceFlags.AP,
 }
 """The device APIs that have a driver here, and how ``VFIO_DEVICE_GET_INFO`` names them."""
 
@@ -36,11 +40,7 @@ class ApiDriver:
 
     def probe(self, instance: Instance) -> None:
         """Look whether the device can be what its type says. Raises OperationFailed."""
-        info = checked_info(instance)
-        if self.device_api is DeviceApi.VFIO_PCI:
-            _probe_pci(instance, info)
-        else:
-            _probe_platform(instance, info)
+        _PROBES[self.device_api](instance, checked_info(instance))
 
     def remove(self, instance: Instance) -> None:
         """Nothing is kept of a device that is not open."""
@@ -69,6 +69,31 @@ def _probe_platform(instance: Instance, info: DeviceInfo) -> None:
             raise OperationFailed(
                 "irq_info", what, errno=errno.EINVAL, advice="an interrupt that masks itself must be maskable"
             )
+
+
+def _probe_ccw(instance: Instance, info: DeviceInfo) -> None:
+    if info.regions < VFIO_CCW_NUM_REGIONS or info.irqs < 1:
+        raise OperationFailed(
+            "device_info",
+            instance.what,
+            errno=errno.EINVAL,
+            advice=f"a vfio-ccw device has an I/O region and an I/O interrupt, it has {info.regions} regions and "
+            f"{info.irqs} interrupt indexes",
+        )
+
+
+def _probe_ap(instance: Instance, info: DeviceInfo) -> None:
+    if info.regions:
+        detail = f"a vfio-ap device has no regions, it has {info.regions}"
+        raise OperationFailed("device_info", instance.what, errno=errno.EINVAL, advice=detail)
+
+
+_PROBES: Final[Mapping[DeviceApi, Callable[[Instance, DeviceInfo], None]]] = {
+    DeviceApi.VFIO_PCI: _probe_pci,
+    DeviceApi.VFIO_PLATFORM: _probe_platform,
+    DeviceApi.VFIO_CCW: _probe_ccw,
+    DeviceApi.VFIO_AP: _probe_ap,
+}
 
 
 def checked_info(instance: Instance) -> DeviceInfo:

@@ -60,14 +60,18 @@ class MediatedRegions:
         # As the kernel: an index's region begins at its number times 2**40 of the device fd.
         offset = index << 40
         capabilities: tuple[vfio.Capability, ...] = ()
+        if told.type is not None:
+            if not isinstance(told.type, vfio.RegionTypeCap):
+                raise wrong("region_info", what, f"its type is {told.type!r}")
+            capabilities = (told.type,)
         if not told.size or not told.areas:
-            return vfio.RegionInfo(index, flags if told.size else vfio.RegionFlags(0), told.size, offset)
+            return vfio.RegionInfo(index, flags if told.size else vfio.RegionFlags(0), told.size, offset, capabilities)
         granted, offset = self._granted(index, told)
         if not granted:
-            return vfio.RegionInfo(index, flags, told.size, offset)
+            return vfio.RegionInfo(index, flags, told.size, offset, capabilities)
         flags |= vfio.RegionFlags.MMAP
         if granted != (Area(0, told.size),):
-            capabilities = (vfio.SparseMmap(granted),)
+            capabilities = (vfio.SparseMmap(granted), *capabilities)
         return vfio.RegionInfo(index, flags, told.size, offset, capabilities)
 
     def file(self, index: int) -> int | None:

@@ -37,6 +37,12 @@ __all__ = [
     "why_not_viable",
 ]
 
+NO_VM: Final = (
+    "a vfio-ap device opens only once the hypervisor has associated its VM with it (KVM_DEV_VFIO_GROUP_ADD or "
+    "KVM_DEV_VFIO_FILE_ADD with its group or cdev): let it do that first"
+)
+"""What EINVAL means when a vfio-ap device is opened (``vfio_ap_mdev_open_device``: no kvm)."""
+
 CONTAINER_PATH: Final = "/dev/vfio/vfio"
 
 
@@ -51,6 +57,9 @@ class _DeviceClass(Struct, frozen=True):
 _CLASSES: Final = {
     "vfio-pci": _DeviceClass(vfio.DeviceFlags.PCI, "pci", "PCI devices"),
     "vfio-platform": _DeviceClass(vfio.DeviceFlags.PLATFORM, "platform", "platform devices"),
+    # Mediated devices of the kernel's: subchannels and adapters themselves (buses css, ap) are no VFIO devices.
+    "vfio-ccw": _DeviceClass(vfio.DeviceFlags.CCW, "", "subchannels (mediated devices of type vfio-ccw)"),
+    "vfio-ap": _DeviceClass(vfio.DeviceFlags.AP, "", "AP matrices (mediated devices of type vfio-ap)"),
 }
 
 
@@ -78,7 +87,7 @@ class GroupOrigin(Struct, frozen=True):
     """What ``device_add`` was told.
 
     Attributes:
-        driver: ``vfio-pci``, ``vfio-platform``.
+        driver: ``vfio-pci``, ``vfio-platform``, ``vfio-ccw``, ``vfio-ap``.
         host: ``[[DDDD:]BB:]DD.F``, or a platform device's name; exactly one of ``host`` and ``sysfsdev``.
         sysfsdev: the device's directory in sysfs.
         group_fd: a duplicate of the group's fd, for the first device of a group.

@@ -87,14 +87,14 @@ def _refuse(a: DeviceAdd, names: tuple[str, ...], why: str) -> None:
 def _add_mediated(call: Call, a: DeviceAdd, options: Options, uuid: str) -> Awaitable[DeviceAddResult]:
     machine = call.machine
     if a.x_dry_run:
-        return _report(call, a, machine.check_mediated(uuid))
+        return _report(call, a, machine.check_mediated(uuid, a.driver))
     new = NewDevice(
         id="" if a.id is UNSET else a.id,
         driver=Driver(a.driver),
         backend_kind="mdev",
         host=uuid,
         options=options,
-        open=lambda user: machine.sources.mediated.open(uuid, user),
+        open=lambda user: machine.sources.mediated.open(uuid, user, a.driver),
         discard=lambda: None,
         on_request_timeout_ms=a.on_request_timeout_ms,
     )

@@ -12,6 +12,7 @@ from vfiod.protocol.catalogue.interrupts import (
     IrqEoi,
     IrqInfo,
     IrqMask,
+    IrqMessage,
     IrqRoute,
     IrqStart,
     IrqStartResult,
@@ -163,6 +164,9 @@ def _replies(call: Call, device: Device, started: list[Started]) -> list[Started
             number=UNSET if one.number is None else one.number,
             trigger_fd=UNSET if one.trigger is None else call.attach(one.trigger),
             resample_fd=UNSET if one.resample is None else call.attach(one.resample),
+            x_message=UNSET
+            if one.message is None
+            else IrqMessage(vector=one.vector, address=one.message.address, data=one.message.data),
         )
         for one in started
     ]

@@ -67,7 +67,15 @@ def _platform(call: Call, a: DeviceAdd) -> Options:
     )
 
 
+def _channel(call: Call, a: DeviceAdd) -> Options:
+    """Of vfio-ccw and vfio-ap: nothing of theirs is mapped."""
+    del call
+    return Options(share_fd=a.share_fd, no_mmap=True, on_request=a.on_request)
+
+
 _OPTIONS: Final[Mapping[Driver, Callable[[Call, DeviceAdd], Options]]] = {
     Driver.VFIO_PCI: _pci,
     Driver.VFIO_PLATFORM: _platform,
+    Driver.VFIO_CCW: _channel,
+    Driver.VFIO_AP: _channel,
 }

@@ -6,6 +6,7 @@ from typing import Final
 
 from vfiod.protocol.catalogue import command_of
 from vfiod.server.commands import (
+    ccw,
     devices,
     fds,
     human,
@@ -22,7 +23,7 @@ from vfiod.server.commands.call import Handler
 
 __all__ = ["TABLE"]
 
-_FAMILIES: Final = (monitor, human, fds, objects, devices, memory, regions, interrupts, reset, mediated, topology)
+_FAMILIES: Final = (monitor, human, fds, objects, devices, memory, regions, interrupts, reset, ccw, mediated, topology)
 
 TABLE: Final[dict[str, Handler]] = {
     command_of(arguments).name: handler for family in _FAMILIES for arguments, handler in family.HANDLERS.items()

@@ -100,7 +100,7 @@ class Device(ABC):
         self._requested = 0
         self._fast_path_told = True
         self._mapped_by: dict[int, set[str]] = {}  # by session: names of the regions
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def name(self) -> str:
@@ -401,7 +401,7 @@ class Device(ABC):
     def _why_no_reset(self) -> str:
         return f"Device '{self.name}' cannot be reset (no VFIO_DEVICE_FLAGS_RESET)"
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
+    def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever asked has it, or is gone

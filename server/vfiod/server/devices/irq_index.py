@@ -160,7 +160,10 @@ class Wanted(Struct, frozen=True):
 
 
 class Started(Struct, frozen=True):
-    """One vector that was started. The fds are duplicates for the caller, when the caller brought none."""
+    """One vector that was started. The fds are duplicates for the caller, when the caller brought none.
+
+    ``message`` is what a source of a platform device is to be programmed with (extended IRQs).
+    """
 
     index: int
     vector: int
@@ -168,3 +171,4 @@ class Started(Struct, frozen=True):
     number: int | None = None
     trigger: FileDescriptor | None = None
     resample: FileDescriptor | None = None
+    message: vfio.MsiMessage | None = None

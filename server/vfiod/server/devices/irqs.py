@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -31,6 +32,13 @@ from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.modes import NOTHING, plan
 
 __all__ = ["DeviceInterrupts"]
+
+
+_OF_VECTORS: Final = (
+    *(trace.direct_ended, trace.vector_released, trace.vector_used),
+    *(trace.direct_started_edge, trace.direct_started_level),
+)
+"""What a change says of its vectors, when anybody listens."""
 
 
 class DeviceInterrupts:
@@ -188,8 +196,8 @@ class DeviceInterrupts:
                 del vectors[number]
             if (
                 not same
-                or any(vector is not former.vectors.get(number) for number, vector in vectors.items())
-                or (len(vectors) != len(former.vectors))
+                or any(vector is not former.vectors.get(number) for number, vector in fresh.items())
+                or len(vectors) != len(former.vectors)
             ):
                 self._change(self._next(one, vectors, former if same else None, stay=guest))
         except BaseException:
@@ -448,9 +456,8 @@ class DeviceInterrupts:
         self._bound = new
         self._on_kind(new.kind, new.block)
         self._trace(old, new)
-        kept = set(map(id, new.vectors.values()))
         for number, vector in old.vectors.items():
-            if id(vector) not in kept:
+            if new.vectors.get(number) is not vector:
                 self._relay.drain(old.index, vector, new.vectors.get(number) if new.index == old.index else None)
                 vector.close()
 
@@ -465,6 +472,8 @@ class DeviceInterrupts:
         self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
 
     def _trace(self, old: Bound, new: Bound) -> None:
+        if not any(point.on for point in _OF_VECTORS):
+            return
         device = self.device
         for number, vector in old.vectors.items():
             if vector is new.vectors.get(number):

@@ -30,6 +30,8 @@ class ModelClass(Struct, frozen=True):
 MODELS: Final[Mapping[Driver, ModelClass]] = {
     Driver.VFIO_PCI: ModelClass("pci", "PciDevice"),
     Driver.VFIO_PLATFORM: ModelClass("platform", "PlatformDevice"),
+    Driver.VFIO_CCW: ModelClass("ccw", "CcwDevice"),
+    Driver.VFIO_AP: ModelClass("ap", "ApDevice"),
 }
 """Every driver of the catalogue has its model here; a test holds it."""
 

@@ -61,6 +61,10 @@ class Notices:
         if count:
             hear(one, count)
 
+    def take(self, index: int) -> int:
+        """What an index has signalled and nobody has heard yet; it is void then. 0: nothing. On the loop."""
+        return sum(eventfds.take(fd) for one, fd in self._armed.items() if one.index == index)
+
     def stop(self) -> None:
         """Listen no more. On the loop; later calls do nothing."""
         environment, self._environment = self._environment, None

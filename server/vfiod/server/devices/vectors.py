@@ -74,9 +74,12 @@ class Vector:
         own: vfiod's eventfd, which the kernel signals; relayed mode only.
         counts: of this vector; they outlive the binding.
 
+    Attributes:
+        binding: as the plan of a change sees it; made once, as each change looks at every vector's.
+
     """
 
-    __slots__ = ("consumer", "counts", "mode", "number", "own", "resample", "token")
+    __slots__ = ("binding", "consumer", "counts", "mode", "number", "own", "resample")
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class Vector:
         self.resample = resample
         self.own = own
         self.counts = counts
-        self.token = next(_tokens)
+        self.binding = Binding(mode, resample is not None, next(_tokens))
 
     @property
     def trigger(self) -> FileDescriptor:
@@ -106,11 +109,6 @@ class Vector:
     def kernel_side(self) -> FileDescriptor:
         """The eventfd the kernel signals: the consumer's own when direct, vfiod's when relayed."""
         return self.trigger if self.own is None else self.own
-
-    @property
-    def binding(self) -> Binding:
-        """As the plan of a change sees it."""
-        return Binding(self.mode, self.resample is not None, self.token)
 
     def deliver(self, count: int) -> None:
         """Signal the consumer: so many interrupts."""

@@ -60,8 +60,9 @@ class Setup(Struct, frozen=True):
 
     def relayed(self, among: Iterable[int] | None = None) -> tuple[int, ...]:
         """The relayed vectors, in order; only those of ``among`` when it is given."""
-        chosen = self.vectors if among is None else set(among)
-        return tuple(v for v in sorted(self.vectors) if v in chosen and self.vectors[v].mode is IrqMode.RELAYED)
+        vectors = self.vectors
+        chosen = vectors if among is None else set(among)
+        return tuple(v for v in sorted(chosen) if v in vectors and vectors[v].mode is IrqMode.RELAYED)
 
 
 NOTHING: Final = Setup()
@@ -226,8 +227,14 @@ def _set_line(side: Side, setup: Setup) -> tuple[Step, ...]:
 
 def _within_block(old: Setup, new: Setup, *, signal: tuple[int, ...] = ()) -> Plan:
     """Change single vectors of a block of messages: the others do not notice."""
-    either = old.vectors.keys() | new.vectors.keys()
-    changed = tuple(sorted(v for v in either if old.vectors.get(v) != new.vectors.get(v)))
+    before, after = dict(old.vectors), dict(new.vectors)
+    # Nearly all are the same objects: there may be 2,048, of which one changes.
+    changed = tuple(
+        sorted(
+            [v for v, one in after.items() if (was := before.get(v)) is not one and was != one]
+            + [v for v in before if v not in after]
+        )
+    )
     masked = tuple(v for v in changed if v in new.masked)
     remask = (Step(Do.MASK, Side.NEW, masked),) if masked else ()
     arm_new = (Step(Do.ARM, Side.NEW, changed),) if changed else ()

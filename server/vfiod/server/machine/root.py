@@ -170,9 +170,9 @@ class Machine:
 
         return replace(origin, iommufd=IommufdSource(origin.iommufd.object_id, fd))
 
-    def check_mediated(self, uuid: str) -> Awaitable[tuple[Check, ...]]:
+    def check_mediated(self, uuid: str, driver: str) -> Awaitable[tuple[Check, ...]]:
         """What a dry run says of a mediated device."""
-        return self._change("device_add (dry run)", lambda: self.sources.mediated.check(uuid))
+        return self._change("device_add (dry run)", lambda: self.sources.mediated.check(uuid, driver))
 
     def _with_container(self, origin: GroupOrigin, container_object: str | None) -> GroupOrigin:
         """The origin with the container behind an object's id, as it is now that the lane's turn has come."""

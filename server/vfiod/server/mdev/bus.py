@@ -51,6 +51,10 @@ _log: Final = logging.getLogger(__name__)
 BUILT_IN: Final[Mapping[str, str]] = {
     "primer": "vfiod.server.mdev.samples.pci:Primer",
     "platform": "vfiod.server.mdev.samples.platform:Platform",
+    "serial": "vfiod.server.mdev.samples.serial:Serial",
+    "fba": "vfiod.server.mdev.samples.fba:Fba",
+    "terminal3270": "vfiod.server.mdev.samples.terminal:Terminal",
+    "matrix": "vfiod.server.mdev.samples.ap:Matrix",
 }
 """The parents that come with vfiod. Imported when somebody first looks for parents."""
 

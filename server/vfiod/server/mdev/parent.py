@@ -58,7 +58,7 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, SetIrqs
+from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, RegionTypeCap, SetIrqs
 
 __all__ = [
     "ENTRY_POINTS",
@@ -122,6 +122,7 @@ class RegionInfo(Struct, frozen=True):
         readable: ``read`` works.
         writable: ``write`` works.
         areas: what may be mapped, in whole pages; the whole region, or parts of it (sparse mmap). Needs ``region_fd``.
+        type: what a region beyond the fixed indexes of its device API is (``vfio_region_info_cap_type``).
 
     """
 
@@ -129,6 +130,7 @@ class RegionInfo(Struct, frozen=True):
     readable: bool = False
     writable: bool = False
     areas: tuple[Area, ...] = ()
+    type: RegionTypeCap | None = None
 
 
 class IrqInfo(Struct, frozen=True):

@@ -147,7 +147,8 @@ class Registered:
                 self.room[one.id] = 0
                 self.told = {"error": str(error)} | self.told
         for instance in tuple(self.devices.values()):
-            instance.attributes()
+            if instance.calls.waits:
+                instance.attributes()
 
     def ask_room(self, mdev_type: MdevType, *, limit_s: float | None = None) -> int | None:
         """What the parent says of the room there is for a type."""
@@ -189,6 +190,7 @@ class Registered:
         except CommandError:
             self.unmake(instance)
             raise
+        instance.attributes()
         return instance
 
     def full(self, mdev_type: MdevType, uuid: str) -> OperationFailed:
@@ -242,13 +244,14 @@ class Registered:
 
 
 def _info(instance: Instance) -> MdevInfo:
+    told = instance.told if instance.calls.waits else instance.attributes()
     return MdevInfo(
         uuid=instance.uuid,
         parent=instance.parent,
         type=instance.mdev_type.id,
         started=instance.vm is not None,
         device=instance.user if instance.user is not None else UNSET,
-        attributes={"group": str(instance.group)} | instance.told,
+        attributes={"group": str(instance.group)} | told,
     )
 
 

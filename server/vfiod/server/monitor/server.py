@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
-from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, StatsResult, StatusInfo
+from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, Stat, StatsResult, StatusInfo
 from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
 from vfiod.protocol.limits import MAX_SESSIONS
 from vfiod.server.commands.call import Handler
@@ -27,6 +27,7 @@ from vfiod.server.monitor.session import Session
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
+    from vfiod.server.monitor.bus import Bus, EventBus
 
 __all__ = ["DIALECTS", "MonitorServer"]
 
@@ -75,6 +76,7 @@ class MonitorServer:
         self._access: Final = access
         self._sessions: Final[dict[int, Session]] = {}
         self._listeners: Final[list[Listener]] = []
+        self._buses: Final[list[Bus | EventBus]] = []
         self._tasks: Final[set[asyncio.Future[None]]] = set()
         self._drained: asyncio.Future[None] | None = None
         self._number = 0
@@ -87,6 +89,10 @@ class MonitorServer:
         listener = Listener(self.loop, listening, lambda connection: self._admit(connection, session_type))
         self._listeners.append(listener)
         return listener
+
+    def join_bus(self, bus: Bus | EventBus) -> None:
+        """Take over a socket of the bus: it is counted, waited for and closed with the sessions."""
+        self._buses.append(bus)
 
     def _admit(self, connection: socket.socket, session_type: type[Session]) -> None:
         """Somebody connected: begin a session, or say why not."""
@@ -127,7 +133,14 @@ class MonitorServer:
 
     def session_stats(self) -> list[StatsResult]:
         """Counters of each session."""
-        return [session.stats() for session in tuple(self._sessions.values())]
+        return [session.stats() for session in tuple(self._sessions.values())] + [
+            StatsResult(
+                provider="vfiod",
+                qom_path=f"/bus/{bus.name}",
+                stats=[Stat(name=name, value=value) for name, value in bus.stats().items()],
+            )
+            for bus in self._buses
+        ]
 
     def fd_infos(self) -> Iterator[FdInfo]:
         """The fds of the sessions, and the server's own sockets."""
@@ -164,13 +177,20 @@ class MonitorServer:
     def settled(self) -> None:
         """A session has done what it could for now."""
         drained = self._drained
-        if drained is not None and not drained.done() and all(one.idle for one in self._sessions.values()):
+        if (
+            drained is not None
+            and not drained.done()
+            and all(one.idle for one in (*self._sessions.values(), *self._buses))
+        ):
             drained.set_result(None)
 
     def close(self) -> None:
-        """End every session."""
+        """End every session, and the bus."""
         for session in tuple(self._sessions.values()):
             session.close()
+        for bus in self._buses:
+            bus.close()
+        self._buses.clear()
 
 
 def _send_and_close(connection: socket.socket, line: bytes) -> None:

@@ -1,6 +1,6 @@
 """The device behind an fd: info, regions, interrupts, reset, features, errors that say where.
 
-Rules are those of behaviour.md, sections 3 and 4.
+Rules are those of behaviour.md, sections 3, 4 and 5.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.backends.base import Backend, FewerVectors, Mapping
+from vfiod.server.devices import rom
 from vfiod.server.kernel.memory import RegionWindow, SharedMemory
 
 BAR0, BAR2, CONFIG = vfio.PciRegion.BAR0, vfio.PciRegion.BAR2, vfio.PciRegion.CONFIG
@@ -173,3 +174,18 @@ def test_dma_really_moves_the_guests_memory(host: Host, memory: SharedMemory) ->
         device.region_write(BAR0, register, value.to_bytes(4, "little"))
     assert memory.read(PAGE + 0x100, 5) == b"guest"
     device.close()
+
+
+def test_a_rom_read_that_is_interrupted_or_put_off_goes_on(
+    host: Host, device: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 5: "The ROM is read until zero bytes or full; EINTR and EAGAIN are retried", at the system call."""
+    monkeypatch.setattr(rom, "_PAUSE_S", 0)
+    image = bytes(range(256)) * (2 * PAGE // 256)
+    device.region_write(BAR2, 0, image)
+    for number in (errno.EINTR, errno.EAGAIN, errno.EAGAIN):
+        host.kernel.fail("pread", number)
+    assert rom.read_rom(device, BAR2, 2 * PAGE) == image
+    host.kernel.fail("pread", errno.EIO)
+    with pytest.raises(OperationFailed, match=r"pread .* EIO"):
+        rom.read_rom(device, BAR2, 2 * PAGE)

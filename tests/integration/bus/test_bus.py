@@ -1,0 +1,313 @@
+"""The bus against a real server: calls in msgpack over ZeroMQ, events by topic, and peers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+from zmq import auth
+
+from vfiod.client.bus import AsyncBus, Bus, EventReader, Keys
+from vfiod.client.errors import RequestTimedOut
+from vfiod.client.serve import server_command
+from vfiod.client.spawn import OwnServer, own_server
+from vfiod.client.sync import Client
+from vfiod.protocol.catalogue.devices import DeviceAdded
+from vfiod.protocol.catalogue.monitor import EventsLost
+from vfiod.protocol.errors import RemoteError
+from vfiod.protocol.limits import MAX_BUS_IN_FLIGHT
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[OwnServer]:
+    tmp_path.chmod(0o700)
+    arguments = ["--bus", f"ipc:{tmp_path}/bus", "--events", f"ipc:{tmp_path}/events"]
+    with own_server(tmp_path, arguments, name="vm1") as running:
+        yield running
+    assert "Traceback" not in running.messages(), running.messages()
+    assert not (tmp_path / "bus").exists()
+    assert not (tmp_path / "events").exists()
+
+
+def bus_of(server: OwnServer) -> str:
+    return f"ipc:{server.path.parent}/bus"
+
+
+def events_of(server: OwnServer) -> str:
+    return f"ipc:{server.path.parent}/events"
+
+
+def add(bus: Bus, name: str) -> None:
+    bus.device_add(driver="vfio-pci", id=name, mdev=bus.mdev_create(parent="primer", type="primer-pci").uuid)
+
+
+def test_every_kind_of_answer(server: OwnServer) -> None:
+    """Results typed, bytes as bytes, errors with their class and errno, the schema that is kept as JSON."""
+    with Bus(bus_of(server)) as bus:
+        assert bus.query_name().name == "vm1"
+        add(bus, "n0")
+        bus.region_write(device="n0", region="bar2", offset=16, data=b"\x00\xff\x80bus")
+        assert bus.region_read(device="n0", region="bar2", offset=16, length=6).data == b"\x00\xff\x80bus"
+        assert bus.execute("region-read", {"device": "n0", "region": "bar0", "offset": 0, "size": 4}) == {
+            "value": 0xF10D0001
+        }
+        assert len(bus.execute("query-qmp-schema")) > 100
+        with pytest.raises(RemoteError, match="Device 'zz' not found") as caught:
+            bus.device_del(id="zz")
+        assert caught.value.remote_class == "DeviceNotFound"
+        with pytest.raises(RemoteError, match="expected: integer"):
+            bus.execute("dma-unmap", {"iova": "x", "size": 4096})
+        with pytest.raises(RemoteError, match="The command nope has not been found"):
+            bus.execute("nope")
+        with pytest.raises(RemoteError, match="Parameter 'z' is unexpected"):
+            bus.execute("query-name", {"z": 1})
+
+
+def test_memory_comes_by_fd_set(server: OwnServer, tmp_path: Path) -> None:
+    """fds go over the Unix socket, and the bus refers to them."""
+    memory = os.memfd_create("guest")
+    os.ftruncate(memory, 1 << 20)
+    try:
+        with Client.connect(server.path) as client, Bus(bus_of(server)) as bus:
+            with pytest.raises(RemoteError, match="this connection carries no fds"):
+                bus.execute("dma-map", {"iova": 0, "size": 4096, "fd": "memory"})
+            number = client.execute("add-fd", attach=[memory])["fdset-id"]
+            bus.execute("dma-map", {"iova": 0, "size": 1 << 20, "fd": f"/dev/fdset/{number}"})
+            assert [one.size for one in bus.query_dma()] == [1 << 20]
+    finally:
+        os.close(memory)
+
+
+def test_many_calls_in_flight(server: OwnServer) -> None:
+    """Four devices at once, sixty calls each; those for one device run in their order."""
+
+    async def scenario() -> None:
+        async with AsyncBus(bus_of(server)) as bus:
+            for index in range(4):
+                uuid = (await bus.mdev_create(parent="primer", type="primer-pci")).uuid
+                await bus.device_add(driver="vfio-pci", id=f"n{index}", mdev=uuid)
+
+            async def storm(device: str) -> None:
+                calls = []
+                for value in range(12):
+                    calls.append(bus.region_write(device=device, region="bar2", offset=0, data=bytes([value]) * 8192))
+                await asyncio.gather(*calls)
+                data = (await bus.region_read(device=device, region="bar2", offset=0, length=8192)).data
+                assert data == b"\x0b" * 8192
+
+            await asyncio.gather(*(storm(f"n{index}") for index in range(4)))
+
+    asyncio.run(scenario())
+
+
+def test_events_by_topic(server: OwnServer) -> None:
+    """A reader of one topic gets that one; a reader of all gets each, numbered without a gap."""
+    with (
+        Bus(bus_of(server)) as bus,
+        EventReader(events_of(server), "DEVICE_ADDED/n1") as some,
+        EventReader(events_of(server)) as every,
+    ):
+        time.sleep(0.3)  # a subscription takes effect when it arrives; ZeroMQ gives no sign of that
+        for name in ("n0", "n1"):
+            add(bus, name)
+        event = some.get_now(timeout=20)
+        assert (event.name, event.data) == ("DEVICE_ADDED", DeviceAdded(device="n1", path="/machine/peripheral/n1"))
+        numbers = [every.get_now(timeout=20).seq for _ in range(2)]
+        assert numbers == [1, 2]
+        with pytest.raises(RequestTimedOut):
+            some.get_now(timeout=0.05)
+
+
+def test_a_reader_that_missed_some_is_told(server: OwnServer) -> None:
+    """What is missing between two numbers is named."""
+    with EventReader(events_of(server)) as every, zmq.Context() as context, context.socket(zmq.PUB) as other:
+        other.bind(f"ipc://{server.path.parent}/other")
+        every._socket.connect(f"ipc://{server.path.parent}/other")
+        time.sleep(0.3)
+        for seq in (5, 9):
+            stamp = {"seconds": 1, "microseconds": 0}
+            params = {"path": "/p", "seq": seq, "timestamp": stamp}
+            message = {"jsonrpc": "2.0", "method": "DEVICE_ADDED", "params": params}
+            other.send_multipart([b"DEVICE_ADDED/", msgpack.packb(message)])
+        assert every.get_now(timeout=20).seq == 5
+        lost = every.get_now(timeout=20)
+        assert (lost.local, lost.data) == (True, EventsLost(count=3, first_seq=6, last_seq=8))
+        assert every.get_now(timeout=20).seq == 9
+
+
+GARBAGE = [
+    b"",
+    b"\xc1",
+    b"\x93\x01",
+    b"\xdf\xff\xff\xff\xff",
+    b"\x91" * 5000,
+    b"\xd6\x05aaaa",
+    msgpack.packb([1, 2]),
+    msgpack.packb({"method": "query-name", "id": 1}),
+    msgpack.packb({"jsonrpc": "2.0", "method": 5, "id": 1}),
+    msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": [1]}),
+    msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": 1, "more": 1}),
+    msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "params": [1], "id": 1}),
+    msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": 1})[:-1],
+    b"\x82\xa6method\xa1x\xa6method\xa1y",
+    msgpack.packb({1: 2}),
+]
+
+
+def test_garbage_gets_an_error_and_costs_nothing(server: OwnServer) -> None:
+    """Each wrong message is answered with an error; the next call works; so does everybody else's."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer, Bus(bus_of(server)) as bus:
+        dealer.connect(f"ipc://{server.path.parent}/bus")
+        for garbage in GARBAGE:
+            dealer.send(garbage)
+            assert dealer.poll(20_000), garbage
+            answer = msgpack.unpackb(dealer.recv())
+            assert answer["error"]["code"] < 0, (garbage, answer)
+        dealer.send_multipart([b"a", b"b", b"c"])
+        assert msgpack.unpackb(dealer.recv())["error"]["message"].startswith("A call is one frame")
+        dealer.send(msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": "x"}))
+        assert msgpack.unpackb(dealer.recv()) == {"jsonrpc": "2.0", "result": {"name": "vm1"}, "id": "x"}
+        assert bus.query_name().name == "vm1"
+
+
+def test_req_sockets_and_notifications(server: OwnServer) -> None:
+    """A REQ socket's empty frame comes back; a notification is carried out and not answered."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as req, context.socket(zmq.DEALER) as dealer:
+        req.connect(f"ipc://{server.path.parent}/bus")
+        req.send(msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": None}))
+        assert msgpack.unpackb(req.recv())["result"] == {"name": "vm1"}
+        dealer.connect(f"ipc://{server.path.parent}/bus")
+        dealer.send(msgpack.packb({"jsonrpc": "2.0", "method": "nope"}))
+        dealer.send(msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": 2}))
+        assert msgpack.unpackb(dealer.recv())["id"] == 2
+
+
+def test_a_client_that_never_reads_slows_nobody(server: OwnServer) -> None:
+    """Its replies are dropped once its queue is full, and counted."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as deaf, Bus(bus_of(server)) as bus:
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        deaf.setsockopt(zmq.RCVBUF, 4096)
+        deaf.connect(f"ipc://{server.path.parent}/bus")
+        call = msgpack.packb({"jsonrpc": "2.0", "method": "query-qmp-schema", "id": 1})
+        deadline = time.monotonic() + 60
+
+        def dropped() -> int:
+            stats = bus.execute("query-stats", {"target": "session"})
+            [found] = [
+                one for one in stats if one.get("qom-path", "").startswith("/bus/ipc:") and len(one["stats"]) > 1
+            ]
+            return next(int(one["value"]) for one in found["stats"] if one["name"] == "bus-replies-dropped")
+
+        while not dropped():
+            assert time.monotonic() < deadline
+            for _ in range(100):
+                deaf.send(call)
+            assert bus.query_name(timeout=30).name == "vm1"
+        deaf.setsockopt(zmq.LINGER, 0)
+
+
+def test_one_client_cannot_fill_the_bus(server: OwnServer) -> None:
+    """More calls in flight than one client may have are refused; the others are carried out."""
+    with Bus(bus_of(server)) as bus:
+        add(bus, "n0")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as greedy:
+        greedy.connect(f"ipc://{server.path.parent}/bus")
+        count = MAX_BUS_IN_FLIGHT * 3
+        params = {"device": "n0", "region": "bar2", "offset": 0, "length": 1 << 20}
+        for number in range(count):
+            greedy.send(msgpack.packb({"jsonrpc": "2.0", "method": "region-read", "params": params, "id": number}))
+        answers = [msgpack.unpackb(greedy.recv()) for _ in range(count)]
+        errors = [one["error"]["message"] for one in answers if "error" in one]
+        assert errors and all("calls in flight" in one for one in errors)
+        assert len(answers) - len(errors) >= MAX_BUS_IN_FLIGHT
+
+
+def test_sockets_are_private(server: OwnServer, tmp_path: Path) -> None:
+    """Mode 0600; and a directory that others can enter is refused."""
+    assert stat.S_IMODE(os.lstat(tmp_path / "bus").st_mode) == 0o600
+    with Client.connect(server.path) as client:
+        kinds = {fd.name: fd.kind for fd in client.query_fds() if fd.owner == "server"}
+        assert kinds
+    public = tmp_path / "public"
+    public.mkdir()
+    public.chmod(0o755)
+    done = subprocess.run(
+        server_command(["--name", "x", "--bus", f"ipc:{public}/bus"]), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "can be entered by others (mode 0755)" in done.stderr
+    assert list(public.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_is_not_let_in(server: OwnServer, tmp_path: Path) -> None:
+    """Even one who can reach the socket file: the kernel says who connects, and ZeroMQ looks."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import os, sys, zmq\n"
+        "socket = zmq.Context().socket(zmq.DEALER)\n"
+        "os.setuid(4321)\n"
+        "socket.linger = 0\n"
+        f"socket.connect('ipc://{tmp_path}/bus')\n"
+        "socket.send(b'\\x80')\n"
+        "sys.exit(7 if socket.poll(1000) else 3)\n"
+    )
+    for path in (*tmp_path.parents, tmp_path):
+        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & stat.S_IXOTH:
+            path.chmod(path.stat().st_mode | stat.S_IXOTH)
+    (tmp_path / "bus").chmod(0o666)
+    assert subprocess.run([sys.executable, str(probe)], check=False).returncode == 3
+
+
+def test_tcp_needs_keys(tmp_path: Path) -> None:
+    """With the right keys it works; with others, or none, nobody answers; without the options it does not start."""
+    tmp_path.chmod(0o700)
+    clients = tmp_path / "clients"
+    clients.mkdir()
+    server_public, server_secret = auth.create_certificates(tmp_path, "server")
+    os.chmod(server_secret, 0o600)
+    _, own = auth.create_certificates(clients, "friend")
+    (tmp_path / "strangers").mkdir()
+    _, other = auth.create_certificates(tmp_path / "strangers", "stranger")
+    keys = ["--bus-key", server_secret, "--bus-clients", str(clients)]
+    with zmq.Context() as context, context.socket(zmq.DEALER) as probe:
+        port = probe.bind_to_random_port("tcp://127.0.0.1")
+    with own_server(tmp_path, ["--bus", f"tcp:127.0.0.1:{port}", *keys]) as server:
+        address = f"tcp:127.0.0.1:{port}"
+        with Bus(address, keys=Keys(own=own, server=server_public)) as bus:
+            assert bus.query_name().name == "own"
+        with Bus(address, keys=Keys(own=other, server=server_public)) as bus, pytest.raises(RequestTimedOut):
+            bus.query_name(timeout=0.5)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as bare:
+            bare.linger = 0
+            bare.connect(f"tcp://127.0.0.1:{port}")
+            bare.send(msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": 1}))
+            assert not bare.poll(500)
+        with Bus(address, keys=Keys(own=own, server=server_public)) as bus:
+            assert bus.query_name().name == "own"
+        assert "Traceback" not in server.messages(), server.messages()
+    for arguments, words in (
+        (["--bus", f"tcp:127.0.0.1:{port}"], "needs --bus-key and --bus-clients"),
+        (["--bus", "tcp:nowhere"], "expects ipc:PATH or tcp:HOST:PORT"),
+        (["--bus", "udp:x"], "expects ipc:PATH or tcp:HOST:PORT"),
+        (["--bus", f"ipc:{tmp_path}/b", "--events", f"ipc:{tmp_path}/b"], "is given twice"),
+    ):
+        done = subprocess.run(server_command(["--name", "x", *arguments]), capture_output=True, text=True, check=False)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+def test_who_uses_no_bus_pays_nothing(tmp_path: Path) -> None:
+    """Neither ZeroMQ nor msgpack is loaded."""
+    with own_server(tmp_path) as server:
+        maps = Path(f"/proc/{server.pid}/maps").read_text()
+    assert "zmq" not in maps
+    assert "msgpack" not in maps
