@@ -90,6 +90,9 @@ MAX_OBJECTS: Final = 4096
 MAX_MAPPINGS: Final = 65_535
 """Guest memory mappings: type1's default ``dma_entry_limit`` and vfio-user's ``max_dma_maps``."""
 
+MAX_CLIENT_FILES: Final = 512
+"""Files of memory that all clients of exports have mapped. A VM has one per memory backend (QEMU: 256 slots)."""
+
 MAX_ID: Final = 127
 """Characters of a device's or object's id."""
 
@@ -183,3 +186,22 @@ VFIO_USER_MAX_PENDING: Final = 4096
 
 VFIO_USER_MAX_INFO: Final = 64 * 1024
 """Bytes of a region's information with its capabilities, or of a region's ioeventfds, that vfiod asks for or sends."""
+
+VFIO_USER_MAX_QUEUE: Final = 4 * 1024 * 1024
+"""Bytes of requests a client may have waiting behind one that takes long; beyond it its socket is not read. While vfiod
+waits for an answer of the same client's, eight times as much: the answer stands behind them."""
+
+VFIO_USER_MAX_BACKLOG: Final = 4 * 1024 * 1024
+"""Bytes of replies a client may leave unread before vfiod stops executing its requests: a few transfers."""
+
+VFIO_USER_DMA_TIMEOUT_MS: Final = 5_000
+"""Milliseconds a device waits for its client to answer DMA_READ or DMA_WRITE: QEMU's own patience with servers."""
+
+VFIO_USER_HANDSHAKE_MS: Final = 5_000
+"""Milliseconds a client may take to send VERSION: it keeps others from coming in."""
+
+VFIO_USER_PARTING_MS: Final = 1_000
+"""Milliseconds a client that is disconnected may take to read the last reply."""
+
+MAX_EXPORTS: Final = 4096
+"""Exports of one machine: as many as devices."""

@@ -26,10 +26,10 @@ from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.machine import Machine
-from vfiod.server.monitor import listener
-from vfiod.server.monitor.access import Access, overflow_uid
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
+from vfiod.server.sockets import listener
+from vfiod.server.sockets.access import Access, overflow_uid
 
 __all__ = ["main", "serve"]
 
@@ -136,8 +136,8 @@ async def serve(options: Options) -> bool:
 
 def _machine(options: Options, hub: EventHub) -> Machine:
     if options.uuid is None:
-        return Machine(options.name, hub=hub, allow_open=options.allow_open)
-    return Machine(options.name, options.uuid, hub=hub, allow_open=options.allow_open)
+        return Machine(options.name, hub=hub, allow_open=options.allow_open, allow_uid=options.allow_uid)
+    return Machine(options.name, options.uuid, hub=hub, allow_open=options.allow_open, allow_uid=options.allow_uid)
 
 
 def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> None:

@@ -124,6 +124,7 @@ mdev_shut_down = TracePoint("mdev_shut_down", "a mediated device was told that i
 mdev_destroyed = TracePoint("mdev_destroyed", "a mediated device was destroyed")
 export_attached = TracePoint("export_attached", "a hypervisor attached to an exported device")
 export_detached = TracePoint("export_detached", "a hypervisor left an exported device")
+export_request = TracePoint("export_request", "a hypervisor asked something of an exported device")
 
 # --- the monitor ---------------------------------------------------------------------------------
 session_opened = TracePoint("session_opened", "a monitor session began")

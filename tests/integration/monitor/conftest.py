@@ -27,9 +27,9 @@ from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.machine import Machine
-from vfiod.server.monitor.access import Access
-from vfiod.server.monitor.listener import open_path
 from vfiod.server.monitor.server import MonitorServer
+from vfiod.server.sockets.access import Access
+from vfiod.server.sockets.listener import open_path
 
 PATIENCE = 20.0
 """Seconds before a test gives up on the server; no test measures time."""

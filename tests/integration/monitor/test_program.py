@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from vfiod.server.monitor.access import overflow_uid
+from vfiod.server.sockets.access import overflow_uid
 
 PATIENCE = 30
 

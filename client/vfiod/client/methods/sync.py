@@ -39,6 +39,13 @@ from vfiod.protocol.catalogue.devices import (
     Topology,
     TopologyFormat,
 )
+from vfiod.protocol.catalogue.exports import (
+    DeviceExportAdd,
+    DeviceExportDel,
+    ExportInfo,
+    ExportType,
+    QueryDeviceExports,
+)
 from vfiod.protocol.catalogue.fds import (
     AddFd,
     AddFdResult,
@@ -592,7 +599,7 @@ class Methods:
         return self.call(DmaUnmap(iova=iova, size=size), timeout=timeout)
 
     def query_dma(self, *, oob: bool = False, timeout: float | None = None) -> list[MappingInfo]:
-        """List guest memory mappings, lowest address first. Every address space has all of them.
+        """List guest memory mappings: the machine's, which every address space has, then those of clients of exports.
 
         Args:
             oob: Run out of band, ahead of commands that wait.
@@ -1013,6 +1020,81 @@ class Methods:
 
         """
         return self.call(QueryMachine(), oob=oob, timeout=timeout)
+
+    def device_export_add(
+        self,
+        *,
+        id: str,
+        type: ExportType | Literal["vfio-user"],
+        device: str,
+        path: str | UnsetType = UNSET,
+        fd: Fd | UnsetType = UNSET,
+        socket_mode: int | UnsetType = UNSET,
+        socket_group: str | UnsetType = UNSET,
+        timeout: float | None = None,
+    ) -> Empty:
+        """Offer a device to a hypervisor by a socket: ``-device vfio-user-pci`` of QEMU attaches there.
+
+        One client at a time; the next may attach when it is gone. While one is attached the monitor may look at the
+        device, but changes nothing of it unless ``force`` is given. Sockets are for the server's own user and root
+        (mode 0600), and for the users of ``--allow-uid`` with a mode and group that let them in.
+
+        Args:
+            id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
+            device: The device's id, or its path.
+            path: Of the socket to make.
+            fd: Instead: a Unix socket that listens, or one that is connected already. An open fd, lent; or a name
+                the server knows (length 1 to 255).
+            socket_mode: Permission bits of the socket file, as a number: 384 is 0600, 432 is 0660 (0 to 511).
+            socket_group: The socket's group, by name or number; its mode is 0660 then.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        lent = LentFds()
+        return self.call(
+            DeviceExportAdd(
+                id=id,
+                type=ExportType(type),
+                device=device,
+                path=path,
+                fd=lent.name(fd),
+                socket_mode=socket_mode,
+                socket_group=socket_group,
+            ),
+            fds=lent.named,
+            timeout=timeout,
+        )
+
+    def device_export_del(self, *, id: str, force: bool = False, timeout: float | None = None) -> Empty:
+        """Close an export. Refused while a client is attached, unless ``force`` is given: then it is disconnected.
+
+        Ends in one ``DEVICE_EXPORT_DELETED``. The device stays.
+
+        Args:
+            id: An id: a letter, then letters, digits, '-', '.', '_' (QEMU's id_wellformed).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(DeviceExportDel(id=id, force=force), timeout=timeout)
+
+    def query_device_exports(self, *, oob: bool = False, timeout: float | None = None) -> list[ExportInfo]:
+        """List exports, and who is attached.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(QueryDeviceExports(), oob=oob, timeout=timeout)
 
     def query_mdev_types(self, *, oob: bool = False, timeout: float | None = None) -> list[MdevTypeInfo]:
         """List what mediated devices can be made, and which exist.

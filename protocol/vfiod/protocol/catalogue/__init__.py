@@ -3,6 +3,7 @@
 from vfiod.protocol.catalogue import (
     ccw,
     devices,
+    exports,
     fds,
     interrupts,
     mediated,
@@ -41,6 +42,7 @@ __all__ = [
     "event_of",
     "ccw",
     "devices",
+    "exports",
     "fds",
     "interrupts",
     "mediated",

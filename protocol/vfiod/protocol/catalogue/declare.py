@@ -51,6 +51,7 @@ class Family(enum.StrEnum):
     RESET = "reset"
     CCW = "ccw"
     MEDIATED = "mediated"
+    EXPORTS = "exports"
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))

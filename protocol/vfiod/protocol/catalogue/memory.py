@@ -57,11 +57,15 @@ class MappingInfo(Result, kw_only=True):
     offset: int
     readonly: bool
     memory_backend: str | UnsetType = UNSET
+    address_space: Annotated[
+        str | UnsetType, Meta(description="Of a client's mapping: the only address space that has it.")
+    ] = UNSET
+    clients: Annotated[list[str] | UnsetType, Meta(description="Whose mapping it is, when clients made it.")] = UNSET
 
 
 @command("query-dma", Family.MEMORY, oob=True, mutates=False)
 class QueryDma(Arguments[list[MappingInfo]]):
-    """List guest memory mappings, lowest address first. Every address space has all of them."""
+    """List guest memory mappings: the machine's, which every address space has, then those of clients of exports."""
 
 
 @event("DMA_UNMAPPED", Family.MEMORY)

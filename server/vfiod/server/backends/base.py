@@ -8,16 +8,70 @@ Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import GroupInfo
 from vfiod.protocol.errors import OperationFailed
-from vfiod.server.kernel.memory import SharedMemory
 
-__all__ = ["AddressSpace", "Backend", "FewerVectors", "Mapping"]
+if TYPE_CHECKING:
+    from vfiod.server.kernel.pins import PinnedMemory
+
+__all__ = ["AddressSpace", "Backend", "FewerVectors", "GuestFile", "Mapping"]
+
+
+class GuestFile(Protocol):
+    """What guest memory is in: a file (:class:`~vfiod.server.kernel.memory.SharedMemory`), or what stands for one.
+
+    Every method may raise OperationFailed: memory that a client reaches for us has neither fd nor address.
+    """
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        ...
+
+    @property
+    def readonly(self) -> bool:
+        """It is only ever read."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        ...
+
+    @property
+    def number(self) -> int:
+        """The file's fd, lent."""
+        ...
+
+    def address(self) -> int:
+        """Where the whole of it is mapped in this process."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes."""
+        ...
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of it."""
+        ...
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
+        """Keep a piece mapped into this process, to be read and written directly."""
+        ...
+
+    def close(self) -> None:
+        """Close it, once."""
+        ...
 
 
 class Mapping(Struct, frozen=True):
@@ -26,7 +80,7 @@ class Mapping(Struct, frozen=True):
     Attributes:
         iova: the first address.
         size: how much.
-        memory: the file.
+        memory: the file, or what stands for one.
         offset: where in the file.
         readonly: devices may not write it.
 
@@ -34,7 +88,7 @@ class Mapping(Struct, frozen=True):
 
     iova: int
     size: int
-    memory: SharedMemory
+    memory: GuestFile
     offset: int
     readonly: bool
 

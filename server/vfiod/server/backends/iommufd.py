@@ -16,9 +16,8 @@ from vfiod.protocol import vfio
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server import trace
-from vfiod.server.backends.base import Mapping
+from vfiod.server.backends.base import GuestFile, Mapping
 from vfiod.server.backends.ioctls import call, failed
-from vfiod.server.kernel.memory import SharedMemory
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
 __all__ = ["Ioas", "Iommufd"]
@@ -61,18 +60,18 @@ class Iommufd:
         self.ioases: tuple[Ioas, ...] = ()
         self.devices = 0
         self.maps_files = True  # until the kernel says ENOTTY: IOMMU_IOAS_MAP_FILE came with Linux 6.13
-        self._by_address: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+        self._by_address: weakref.WeakSet[GuestFile] = weakref.WeakSet()
 
     @property
     def name(self) -> str:
         """``iommufd ID``, for messages."""
         return f"iommufd {self.object_id}"
 
-    def takes(self, memory: SharedMemory) -> bool:
+    def takes(self, memory: GuestFile) -> bool:
         """Whether a file is to be mapped as a file: nothing speaks against it so far."""
         return self.maps_files and memory not in self._by_address
 
-    def not_by_file(self, memory: SharedMemory) -> None:
+    def not_by_file(self, memory: GuestFile) -> None:
         """A file turned out to be of a kind the kernel maps by address only."""
         self._by_address.add(memory)
 

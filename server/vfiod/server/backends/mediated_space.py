@@ -15,6 +15,8 @@ class MediatedSpace:
     """The address space of one mediated device: what its DMA can reach (:class:`AddressSpace`)."""
 
     page_size = PAGE_SIZE
+    by_messages = True
+    """The device asks for memory by calls: a client can answer them."""
 
     def __init__(self, instance: Instance) -> None:
         self.name = f"mdev:{instance.uuid}"

@@ -8,6 +8,7 @@ from vfiod.protocol.catalogue import command_of
 from vfiod.server.commands import (
     ccw,
     devices,
+    exports,
     fds,
     human,
     interrupts,
@@ -23,7 +24,21 @@ from vfiod.server.commands.call import Handler
 
 __all__ = ["TABLE"]
 
-_FAMILIES: Final = (monitor, human, fds, objects, devices, memory, regions, interrupts, reset, ccw, mediated, topology)
+_FAMILIES: Final = (
+    monitor,
+    human,
+    fds,
+    objects,
+    devices,
+    memory,
+    regions,
+    interrupts,
+    reset,
+    ccw,
+    mediated,
+    topology,
+    exports,
+)
 
 TABLE: Final[dict[str, Handler]] = {
     command_of(arguments).name: handler for family in _FAMILIES for arguments, handler in family.HANDLERS.items()

@@ -36,11 +36,19 @@ from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
 from vfiod.protocol.catalogue.reset import DeviceResetDone
 from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
-from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed, PermissionRefused
+from vfiod.protocol.errors import (
+    Busy,
+    CommandError,
+    DeviceNotActive,
+    InvalidArgument,
+    OperationFailed,
+    PermissionRefused,
+)
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
+from vfiod.server.devices.claims import Claim
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.model import Interrupts, Model, Options
@@ -68,6 +76,7 @@ class Device(ABC):
         driver: which model this is.
         hot_resettable: whether devices of this class share resets with others (``hot-reset``): PCI only.
         lane: the order of its commands.
+        claim: who has it for itself: the client of an export.
         state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
 
     """
@@ -90,6 +99,7 @@ class Device(ABC):
         self.path = path
         self.state = DeviceState.REALIZING
         self.options = options
+        self.claim: Claim | None = None
         self.lane: Final[Lane] = environment.lane
         self._backend_kind = backend_kind
         self._host = host
@@ -153,6 +163,8 @@ class Device(ABC):
     def stop(self) -> None:
         """Listen to nothing any more, cancel timers. On the loop."""
         self._going = True
+        if self.claim is not None:
+            self.claim.device_stops()
         model = self._model
         if model is not None:
             model.notices.stop()
@@ -170,6 +182,8 @@ class Device(ABC):
             model.interrupts.close()
             model.notices.close()
             model.regions.close()
+            if self.claim is not None:
+                self.claim.release_memory()
         finally:
             released = model.backend.close()
         return released
@@ -233,7 +247,19 @@ class Device(ABC):
             Holder(kind="mapping", detail=f"session {session}: {', '.join(sorted(names))}")
             for session, names in tuple(self._mapped_by.items())
         ]
-        return operations + mappings
+        return operations + mappings + ([] if self.claim is None else [self.claim.holder()])
+
+    def check_unclaimed(self, what: str, *, force: bool) -> None:
+        """Refuse the monitor what changes a device that belongs to a client of an export. Busy, naming the export."""
+        if self.claim is not None and not force:
+            raise Busy(
+                f"Device '{self.name}' is attached to by the client of {self.claim.name}: {what} would change it under "
+                "its hands; give force=true to do it all the same, or device-export-del first"
+            )
+
+    def stop_dma(self) -> None:
+        """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
+        self._save(self._active())
 
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
@@ -312,6 +338,12 @@ class Device(ABC):
 
         Raises PermissionRefused (``share-fd=false``), InvalidArgument (it cannot be mapped), OperationFailed.
         """
+        fd = self.share_region(region)
+        self._mapped_by.setdefault(session, set()).add(region.name)
+        return fd
+
+    def share_region(self, region: Region) -> FileDescriptor:
+        """The fd that maps a region, a duplicate, to be given out. Raises as :meth:`map_region`."""
         model = self._active()
         if not self.options.share_fd:
             raise PermissionRefused(
@@ -327,7 +359,6 @@ class Device(ABC):
         fd = eventfds.duplicate(number, f"region {region.name} of device '{self.name}'")
         model.backend.give_out()
         model.regions.shared = True
-        self._mapped_by.setdefault(session, set()).add(region.name)
         model.interrupts.given_out()
         self._tell_fast_path()
         return fd
@@ -355,10 +386,14 @@ class Device(ABC):
         if not one.requests:
             reason = "The device reported an uncorrectable error (ERR interrupt); reset it or remove it"
             self._environment.emit(DeviceError(device=self.name, reason=reason))
+            if self.claim is not None:
+                self.claim.failed()
             return
         self._requested += count
         action = self.options.on_request
         self._environment.emit(DeviceRequested(device=self.name, count=self._requested, action=action))
+        if self.claim is not None:
+            self.claim.asked_to_go()
         if self._on_requested is not None:
             self._on_requested(self)
 

@@ -60,7 +60,7 @@ class GuestInterrupts:
     def config_written(self, before: Guest) -> None:
         """The guest has written to its configuration space. CommandError; then interrupts are as they were."""
         after = self._config.guest
-        if after == before:
+        if after == before or self._interrupts.external:
             return
         switched = switches((before.msi > 0, before.msix), (after.msi > 0, after.msix))
         for switch in switched:
@@ -77,7 +77,7 @@ class GuestInterrupts:
 
     def table_written(self, changed: frozenset[int]) -> None:
         """The guest has masked or unmasked these vectors. CommandError; then interrupts are as they were."""
-        if changed and self._interrupts.kind is IrqKind.MSIX:
+        if changed and self._interrupts.kind is IrqKind.MSIX and not self._interrupts.external:
             self._follow_table(changed)
 
     # --- moves ------------------------------------------------------------------------------------

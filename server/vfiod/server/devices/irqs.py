@@ -82,6 +82,8 @@ class DeviceInterrupts:
         self._binder = Binder(device)
         self._numbers: dict[tuple[int, int], int] = {}
         self._unrouted = False  # the INTx would be direct, but its route is disabled
+        self.external = False
+        """A client of an export has them: what the guest's capabilities say changes nothing here."""
 
     # --- looking --------------------------------------------------------------------------------------
 
@@ -153,6 +155,20 @@ class DeviceInterrupts:
 
         """
         return self._set(one, wanted, mode=mode, numbers=numbers or {})
+
+    def keep_enabled(self, one: IrqIndex, release: Iterable[int]) -> None:
+        """Release vectors for good, as a client of an export does: an MSI-X without vectors stays enabled.
+
+        Raises InvalidArgument, OperationFailed; then everything is as it was.
+        """
+        self.use(one, (), release=release)
+        self._binder.forget_index()  # nothing comes back by itself
+
+    def trigger_of(self, one: IrqIndex, vector: int) -> FileDescriptor | None:
+        """The consumer's eventfd of a vector, lent; None when it is not started."""
+        bound = self._bound
+        found = bound.vectors.get(vector) if bound.index == one.index else None
+        return None if found is None else found.trigger
 
     def use(self, one: IrqIndex, vectors: Iterable[int], *, release: Iterable[int] = ()) -> None:
         """What a guest does by its capabilities and its table: take vectors into use, and release others.

@@ -12,20 +12,21 @@ from __future__ import annotations
 import logging
 import mmap
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
 from vfiod.protocol.catalogue.memory import MappingInfo
 from vfiod.protocol.catalogue.words import UNSET
-from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
+from vfiod.protocol.errors import Busy, CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.limits import MAX_MAPPINGS
 from vfiod.server import trace
-from vfiod.server.kernel.memory import SharedMemory
 
 if TYPE_CHECKING:  # later: see Machine
-    from vfiod.server.backends.base import AddressSpace, Mapping
+    from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
+    from vfiod.server.dma.clients import ClientMappings
+    from vfiod.server.kernel.memory import SharedMemory
 
 __all__ = ["GuestMemory", "MappedRange", "clip"]
 
@@ -89,6 +90,16 @@ class GuestMemory:
         self._spaces: tuple[AddressSpace, ...] = ()
         self._backends: dict[str, int] = {}
         self._bytes = 0
+        self._clients: ClientMappings | None = None
+
+    @property
+    def clients(self) -> ClientMappings:
+        """What clients of exports map besides, each in the address space of its device only."""
+        if self._clients is None:
+            from vfiod.server.dma.clients import ClientMappings  # with the first export
+
+            self._clients = ClientMappings(self._overlapping, _check_reach)
+        return self._clients
 
     # --- looking: any thread, any time --------------------------------------------------------------
 
@@ -114,6 +125,10 @@ class GuestMemory:
         """Every mapping, lowest address first."""
         return tuple(self._ranges)
 
+    def client_files(self) -> Iterator[SharedMemory]:
+        """The files clients have mapped, for ``query-fds``."""
+        return iter(()) if self._clients is None else self._clients.files()
+
     def find(self, iova: int) -> MappedRange | None:
         """The mapping that holds an address; found by bisection."""
         at = bisect_right(self._ranges, iova, key=_first) - 1
@@ -136,7 +151,7 @@ class GuestMemory:
                 memory_backend=one.backend if one.backend is not None else UNSET,
             )
             for one in self.ranges()
-        ]
+        ] + ([] if self._clients is None else self._clients.infos())
 
     # --- mapping and unmapping: in the topology lane ----------------------------------------------------
 
@@ -144,7 +159,7 @@ class GuestMemory:
         self,
         iova: int,
         size: int,
-        memory: SharedMemory,
+        memory: GuestFile,
         *,
         offset: int = 0,
         readonly: bool = False,
@@ -184,6 +199,8 @@ class GuestMemory:
             iova=first, size=length, memory=memory, offset=offset + first - iova, readonly=readonly or memory.readonly
         )
         at = self._room_for(mapping)
+        if self._clients is not None:
+            self._clients.check_free(first, length)
         for space in self._spaces:
             _check_reach(space, mapping)
         done: list[AddressSpace] = []
@@ -216,6 +233,9 @@ class GuestMemory:
             raise InvalidArgument(_empty(iova, size, page))
         low, high = self._within(first, first + length)
         chosen = self._ranges[low:high]
+        counting = None if self._clients is None else self._clients.counting(first, first + length)
+        if counting is not None:
+            raise Busy(f"{_words(first, length)} is counted on by {counting.name}, which maps the same")
         done: list[tuple[AddressSpace, MappedRange]] = []
         try:
             for one in chosen:
@@ -257,9 +277,13 @@ class GuestMemory:
     def detach(self, space: AddressSpace) -> None:
         """Forget an address space that is about to end, with all its mappings. One that is not ours is passed over."""
         self._spaces = tuple(one for one in self._spaces if one is not space)
+        if self._clients is not None:
+            self._clients.forget(space)
 
     def close(self) -> None:
         """Unmap everything and close the memory that mappings own. Never raises; failures are logged."""
+        if self._clients is not None:
+            self._clients.end()
         ranges, self._ranges = self._ranges, []
         for space in self._spaces:
             for one in ranges:
@@ -269,6 +293,13 @@ class GuestMemory:
             self._release(one)
 
     # --- inside -----------------------------------------------------------------------------------------
+
+    def _overlapping(self, first: int, end: int) -> list[MappedRange]:
+        """The mappings that have an address in [first, end)."""
+        low = bisect_right(self._ranges, first, key=_first)
+        if low and self._ranges[low - 1].end > first:
+            low -= 1
+        return self._ranges[low : bisect_left(self._ranges, end, key=_first)]
 
     def _room_for(self, mapping: Mapping) -> int:
         """Where the mapping goes in the list. Raises InvalidArgument for an overlap, CommandError when full."""

@@ -135,6 +135,8 @@ class Devices:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._anonymous = 0
         self._refusal: CommandError | None = None
+        self.on_gone: Callable[[str], None] | None = None
+        """Called on the loop with the name of each device that is closed, before its ``DEVICE_DELETED``."""
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -284,6 +286,8 @@ class Devices:
     def _begin(self, added: _Added, unplug: _Unplug) -> None:
         added.unplug = unplug
         former, added.device.state = added.device.state, DeviceState.UNPLUGGING
+        if added.device.claim is not None:
+            added.device.claim.asked_to_go()
         self._own(self._unplug_logged(added, unplug, former))
 
     async def _unplug_logged(self, added: _Added, unplug: _Unplug, former: DeviceState) -> None:
@@ -357,6 +361,12 @@ class Devices:
 
     # --- the rest of the machine ------------------------------------------------------------------------
 
+    def holder_gone(self, name: str) -> None:
+        """Somebody who held a device has let go of it: a removal may go on."""
+        added = self._added.get(name)
+        if added is not None:
+            self._wake(added)
+
     def session_ended(self, session: int) -> None:
         """A monitor session ended: what it mapped no longer holds a device."""
         for added in tuple(self._added.values()):
@@ -415,6 +425,8 @@ class Devices:
         added.lane.on_idle = None
         added.lane.close(DeviceNotFound.named(added.device.name))
         self._added.pop(added.device.name, None)
+        if self.on_gone is not None:
+            self.on_gone(added.device.name)
 
     @staticmethod
     def _wake(added: _Added) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # imported with the first device: what a server without one d
     from vfiod.server.backends.group import GroupOrigin, KernelGroups
     from vfiod.server.devices.device import Device
     from vfiod.server.devices.regions import Region
+    from vfiod.server.machine.doors import Doors
     from vfiod.server.machine.resets import Resets
     from vfiod.server.mdev.bus import MdevBus
 
@@ -60,6 +61,7 @@ class Machine:
         uuid: of the VM; all zeroes when none was given, as in QEMU.
         hub: its events.
         allow_open: whether devices may be opened here, with this process's own rights.
+        allow_uid: users who may come in by exports, besides root and our own.
         syscalls: the kernel; a test may give a model of it.
 
     Attributes:
@@ -73,6 +75,8 @@ class Machine:
         objects: what ``object-add`` made.
         fdsets: what ``add-fd`` made.
         sources: where devices come from.
+        allow_uid: as given.
+        doors: exports; None until the first is made.
 
     """
 
@@ -83,12 +87,15 @@ class Machine:
         *,
         hub: EventHub,
         allow_open: bool = False,
+        allow_uid: frozenset[int] = frozenset(),
         syscalls: Syscalls | None = None,
     ) -> None:
         self.name = name
         self.uuid = uuid
         self.hub = hub
         self.allow_open = allow_open
+        self.allow_uid = allow_uid
+        self.doors: Doors | None = None
         self.loop = asyncio.get_running_loop()
         self.executor = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="vfiod-worker")
         self.topology = Lane("topology", self.executor)
@@ -315,6 +322,10 @@ class Machine:
         for device in devices:
             yield from device.fds()
         yield from self.sources.mdev_fds()
+        for file in self.memory.client_files():
+            yield FdInfo(owner="clients", name=file.name, kind=kind_of(file.number), number=file.number)
+        if self.doors is not None:
+            yield from self.doors.fd_infos()
 
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
@@ -382,10 +393,14 @@ class Machine:
         refusal = DeviceNotActive("The server is shutting down: nothing can be changed any more")
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self.doors is not None:
+            self.doors.begin_end()
         self.topology.close(refusal)
         if not await ending.wait(self.topology.idle()):
             ending.note(f"{self.topology.current} is still running; the devices are closed all the same")
         await self.devices.close(refusal, ending)
+        if self.doors is not None and not await ending.wait(self.doors.ended()):
+            ending.note("A client of an export could not be let go")
         for what, close in self.sources.kernel_closers():
             await ending.step(what, self._in_thread(close))
         await ending.step("Closing mediated devices", self.sources.close_mediation())

@@ -22,8 +22,8 @@ from vfiod.protocol.wire import jsonrpc
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event
 from vfiod.server.monitor import dispatch
-from vfiod.server.monitor.access import Peer
 from vfiod.server.monitor.session import Session
+from vfiod.server.sockets.access import Peer
 
 __all__ = ["JsonRpcSession"]
 

@@ -17,8 +17,8 @@ from vfiod.server.commands.call import Call
 from vfiod.server.commands.monitor import VERSION
 from vfiod.server.events import Event
 from vfiod.server.monitor import dispatch
-from vfiod.server.monitor.access import Peer
 from vfiod.server.monitor.session import Session
+from vfiod.server.sockets.access import Peer
 
 __all__ = ["QmpSession"]
 

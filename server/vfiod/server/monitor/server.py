@@ -18,12 +18,12 @@ from vfiod.protocol.limits import MAX_SESSIONS
 from vfiod.server.commands.call import Handler
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
-from vfiod.server.monitor.access import Access, peer_of
 from vfiod.server.monitor.dispatch import build_methods
 from vfiod.server.monitor.jsonrpc import JsonRpcSession
-from vfiod.server.monitor.listener import Listener
 from vfiod.server.monitor.qmp import QmpSession
 from vfiod.server.monitor.session import Session
+from vfiod.server.sockets.access import Access, peer_of
+from vfiod.server.sockets.listener import Listener
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine

@@ -24,8 +24,8 @@ from vfiod.server.commands.call import Call
 from vfiod.server.events import Event
 from vfiod.server.fds import FdNames
 from vfiod.server.monitor import dispatch
-from vfiod.server.monitor.access import Peer
 from vfiod.server.monitor.writer import JOIN_BYTES, Writer
+from vfiod.server.sockets.access import Peer
 
 if TYPE_CHECKING:
     from vfiod.server.monitor.server import MonitorServer

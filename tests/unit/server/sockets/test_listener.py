@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vfiod.server.monitor.listener import PATH_BYTES, ListenError, inherit, open_path
+from vfiod.server.sockets.listener import PATH_BYTES, ListenError, inherit, open_path
 
 
 def _mode(path: Path) -> int:

@@ -60,8 +60,8 @@ class Access:
         overflow = overflow_uid() if overflow is None else overflow
         self._uids: Final = (frozenset({0, own}) | allowed) - {overflow}
 
-    def refusal(self, peer: Peer) -> str | None:
-        """None when the peer may come in, else the sentence to tell it."""
+    def refusal(self, peer: Peer, door: str = "monitor") -> str | None:
+        """None when the peer may come in by this door, else the sentence to tell it."""
         if peer.uid in self._uids:
             return None
-        return f"User {peer.uid} may not use this monitor: start the server with --allow-uid {peer.uid} to allow it"
+        return f"User {peer.uid} may not use this {door}: start the server with --allow-uid {peer.uid} to allow it"

@@ -46,8 +46,8 @@ class ListenError(VfiodError):
     """A socket cannot be listened on."""
 
 
-def open_path(path: str, gid: int | None = None) -> socket.socket:
-    """Listen on a new Unix socket at ``path``, mode 0600; with ``gid`` 0660 and that group.
+def open_path(path: str, gid: int | None = None, mode: int | None = None) -> socket.socket:
+    """Listen on a new Unix socket at ``path``, mode 0600; with ``gid`` 0660 and that group; or with ``mode``.
 
     A socket file that nobody listens on any more is replaced. Raises ListenError, naming the path, when somebody
     does, when it is no socket, or when it cannot be made.
@@ -58,7 +58,7 @@ def open_path(path: str, gid: int | None = None) -> socket.socket:
     try:
         with _directory_lock(os.path.dirname(path) or "."):
             _remove_dead(path)
-            _appear(listening, path, gid)
+            _appear(listening, path, gid, mode)
     except OSError as error:
         listening.close()
         raise ListenError(f"Cannot listen on '{path}': {os.strerror(error.errno or 0)}") from error
@@ -68,7 +68,7 @@ def open_path(path: str, gid: int | None = None) -> socket.socket:
     return listening
 
 
-def _appear(listening: socket.socket, path: str, gid: int | None) -> None:
+def _appear(listening: socket.socket, path: str, gid: int | None, mode: int | None) -> None:
     """Bind and listen, and only then let the path appear: who waits for the file may connect as soon as it is there."""
     folder, final = os.path.split(path)
     directory = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -80,7 +80,9 @@ def _appear(listening: socket.socket, path: str, gid: int | None) -> None:
             if gid is not None:
                 os.chown(name, -1, gid, dir_fd=directory)
             # The umask may have taken bits away, and bind(2) gives too many.
-            os.chmod(name, OWNER_MODE if gid is None else GROUP_MODE, dir_fd=directory)
+            if mode is None:
+                mode = OWNER_MODE if gid is None else GROUP_MODE
+            os.chmod(name, mode, dir_fd=directory)
             listening.listen(socket.SOMAXCONN)
             # A link, as a rename would replace whatever somebody has put there in the meantime.
             os.link(name, final, src_dir_fd=directory, dst_dir_fd=directory)
@@ -160,6 +162,7 @@ class Listener:
         self._path: str | None = None
         self._identity: tuple[int, int] | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._paused = False
         listening.setblocking(False)
         loop.add_reader(listening.fileno(), self._readable)
 
@@ -180,6 +183,8 @@ class Listener:
 
     def _readable(self) -> None:
         for _ in range(ACCEPTS):
+            if self._paused:
+                return
             try:
                 connection, _address = self._listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -197,6 +202,19 @@ class Listener:
     def _resume(self) -> None:
         self._retry = None
         self._loop.add_reader(self._listening.fileno(), self._readable)
+
+    def pause(self) -> None:
+        """Leave who comes in the kernel's queue, until :meth:`resume`."""
+        self._paused = True
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        self._loop.remove_reader(self._listening.fileno())
+
+    def resume(self) -> None:
+        """Accept again."""
+        self._paused = False
+        self._resume()
 
     def close(self) -> None:
         """Accept nobody any more."""

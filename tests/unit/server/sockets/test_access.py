@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vfiod.server.monitor.access import DEFAULT_OVERFLOW_UID, Access, Peer, overflow_uid, peer_of
+from vfiod.server.sockets.access import DEFAULT_OVERFLOW_UID, Access, Peer, overflow_uid, peer_of
 
 
 def test_the_kernel_says_who_connected() -> None:

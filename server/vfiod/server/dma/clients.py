@@ -1,0 +1,526 @@
+"""Memory that clients of exports map: per address space, owned, counted, and taken back when its last owner goes.
+
+What ``dma-map`` maps belongs to the machine and is in every address space (:mod:`vfiod.server.dma.guest_memory`). What
+a client maps is in the address space of its device alone, and in those of other devices only as far as they share that
+space (one container, one IOAS). Two exports of one VM map the same RAM: in a space they share, a mapping that is the
+same in every respect (address, size, file, offset, rights) is made once and counted; one that differs and overlaps is
+EEXIST. A mapping goes when the last who counts it has unmapped it, or is gone.
+
+A piece that comes without a file is memory only the client can reach. A mediated device asks the client for it, by
+messages; for a device of the kernel it is kept as an entry that nothing stands behind: the IOMMU will refuse the
+device's DMA there. (QEMU maps firmware and option ROMs so, whatever the guest's RAM is made of.)
+
+What changes something blocks, and is called in the ``topology`` lane, one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
+
+from vfiod.protocol.catalogue.memory import MappingInfo
+from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.protocol.limits import MAX_CLIENT_FILES, MAX_MAPPINGS
+from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
+from vfiod.server.dma.files import open_memory
+
+if TYPE_CHECKING:
+    from vfiod.server.dma.guest_memory import MappedRange
+    from vfiod.server.kernel.memory import SharedMemory
+    from vfiod.server.kernel.pins import PinnedMemory
+
+__all__ = ["Client", "ClientMappings", "ClientRange"]
+
+_log: Final = logging.getLogger(__name__)
+
+END_OF_SPACE: Final = 1 << 64
+
+FileKey = tuple[int, int, bool]
+"""Device and inode of a file (``stat(2)``), and whether it is only read."""
+
+
+class ClientRange(Struct, eq=False):
+    """One mapping in one address space, and who counts it.
+
+    Attributes:
+        mapping: what it is.
+        identity: what makes two mappings at one address the same: the file, and where in it.
+        owners: the clients that count it.
+        by_machine: the machine has the same mapping there, and had it first: the space has it from the machine.
+        reachable: the space has it; else it is only known.
+
+    """
+
+    mapping: Mapping
+    identity: tuple[object, ...]
+    owners: list[Client]
+    by_machine: bool = False
+    reachable: bool = True
+
+    @property
+    def first(self) -> int:
+        """The first address."""
+        return self.mapping.iova
+
+    @property
+    def end(self) -> int:
+        """The address after the last."""
+        return self.mapping.iova + self.mapping.size
+
+
+class _File(Struct, eq=False):
+    """A client's file, opened once for all its mappings."""
+
+    memory: SharedMemory
+    users: int = 0
+
+
+class _Table(Struct, eq=False):
+    """The client mappings of one address space, lowest address first."""
+
+    space: AddressSpace
+    ranges: list[ClientRange] = field(default_factory=list)
+
+    def overlapping(self, first: int, end: int) -> ClientRange | None:
+        """One that has an address in this range."""
+        at = bisect_left(self.ranges, first, key=_first)
+        for one in self.ranges[max(0, at - 1) : at + 1]:
+            if one.first < end and first < one.end:
+                return one
+        return None
+
+    def exact(self, iova: int, size: int) -> ClientRange | None:
+        """The one that is exactly this range."""
+        at = bisect_left(self.ranges, iova, key=_first)
+        if at < len(self.ranges) and self.ranges[at].first == iova and self.ranges[at].mapping.size == size:
+            return self.ranges[at]
+        return None
+
+    def insert(self, one: ClientRange) -> None:
+        self.ranges.insert(bisect_left(self.ranges, one.first, key=_first), one)
+
+    def remove(self, one: ClientRange) -> None:
+        del self.ranges[bisect_left(self.ranges, one.first, key=_first)]
+
+
+class Client:
+    """One client's hold on the memory of one address space. Made by :meth:`ClientMappings.join`.
+
+    Attributes:
+        name: for messages: ``export 'e0'``.
+        mappings: how many it has.
+        mapped_bytes: how much, in bytes.
+        unreachable_bytes: how much of it the device cannot reach, because it came without a file.
+
+    """
+
+    def __init__(self, name: str, table: _Table, all_clients: ClientMappings, remote: GuestFile | None) -> None:
+        self.name = name
+        self.mappings = 0
+        self.mapped_bytes = 0
+        self.unreachable_bytes = 0
+        self._table = table
+        self._clients = all_clients
+        self._remote = remote
+        self._writable_remote = 0  # bytes without a file that devices may write
+        self._left = False
+
+    @property
+    def by_messages(self) -> bool:
+        """Whether it is to be reached by messages mostly: more of what devices may write came without a file than with.
+
+        QEMU maps firmware, option ROMs and VGA memory without a file even where the guest's RAM has one. Nobody does
+        DMA there, and every device is not to be slow for it.
+        """
+        shared = self.mapped_bytes - self.unreachable_bytes
+        return self._remote is not None and self._writable_remote > shared
+
+    def map(self, iova: int, size: int, fd: FileDescriptor | None, *, offset: int, readonly: bool) -> None:
+        """Make a piece of the client's memory reachable for its device.
+
+        Args:
+            iova: first address, bytes; whole pages of the address space.
+            size: bytes; whole pages.
+            fd: the file it is in; taken over on every path. None: only the client can reach it.
+            offset: where in the file, bytes; whole pages.
+            readonly: the device may read it, not write it.
+
+        Raises CommandError with an errno: EINVAL (the range, the file), EEXIST (it overlaps another mapping that is
+        not the same), ENOSPC (too many), EACCES (the file may not be written), or what the address space said. Then
+        nothing has changed.
+
+        """
+        try:
+            self._check(iova, size, offset if fd is not None else 0)
+            if fd is None:
+                self._map_remote(iova, size, readonly)
+            else:
+                self._map_file(iova, size, fd, offset, readonly)
+        finally:
+            if fd is not None:
+                fd.close()  # of a file that is new, a duplicate is kept
+        self.mappings += 1
+        self.mapped_bytes += size
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Take back exactly what one :meth:`map` gave; when it returns, the device cannot reach it any more.
+
+        (Unless another client of the same address space counts the same mapping.) Raises CommandError: ENOENT, this
+        client has no such mapping; EINVAL, it has one there of another size; or what the space said, and then it is
+        as it was.
+        """
+        one = self._table.exact(iova, size)
+        if one is None or self not in one.owners:
+            other = self._table.overlapping(iova, min(iova + max(size, 1), END_OF_SPACE))
+            if other is None or self not in other.owners:
+                raise InvalidArgument(f"{self._words(iova, size)} is not mapped by {self.name}", errno="ENOENT")
+            raise InvalidArgument(
+                f"{self._words(iova, size)} is not what {self.name} has mapped there, which is"
+                f" {self._words(other.first, other.mapping.size)}: a mapping is taken back whole",
+                errno="EINVAL",
+            )
+        self._drop(one)
+
+    def unmap_all(self) -> None:
+        """Take back everything. Raises what an address space said first, having gone on with the rest."""
+        failure: CommandError | None = None
+        for one in [one for one in self._table.ranges if self in one.owners]:
+            try:
+                self._drop(one)
+            except CommandError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def leave(self) -> None:
+        """Take back everything, whatever fails, for good. Later calls do nothing."""
+        if self._left:
+            return
+        self._left = True
+        for one in [one for one in self._table.ranges if self in one.owners]:
+            try:
+                self._drop(one)
+            except CommandError as error:
+                _log.error("%s is gone, and its memory could not be taken back: %s", self.name, error)
+                self._forget(one)
+        self._clients.left(self, self._table)
+
+    def ranges(self) -> Iterator[ClientRange]:
+        """Its mappings, lowest address first."""
+        return (one for one in tuple(self._table.ranges) if self in one.owners)
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    def _check(self, iova: int, size: int, offset: int) -> None:
+        space = self._table.space
+        if self._left:
+            raise InvalidArgument(f"{self.name} is gone", errno="ENOTCONN")
+        if size <= 0 or iova + size > END_OF_SPACE or offset + size > END_OF_SPACE >> 1:
+            raise InvalidArgument(f"A mapping of {size:#x} bytes at {iova:#x} is not within 64 bits", errno="EINVAL")
+        if (iova | size | offset) % space.page_size:
+            raise InvalidArgument(
+                f"{self._words(iova, size)} at offset {offset:#x} is not made of pages of {space.page_size:#x} bytes, "
+                f"the smallest of {space.name}",
+                errno="EINVAL",
+            )
+        if self.mappings >= MAX_MAPPINGS:
+            raise InvalidArgument(f"{self.name} has {MAX_MAPPINGS} mappings, no more are allowed", errno="ENOSPC")
+
+    def _map_remote(self, iova: int, size: int, readonly: bool) -> None:
+        self._refuse_overlap(iova, size)
+        memory = self._remote or _Unreachable(self.name)
+        # A device asks for it by its address: "where in the file" is the address itself.
+        mapping = Mapping(iova, size, memory, iova, readonly)
+        one = ClientRange(mapping, ("messages", self), [self], reachable=self._remote is not None)
+        if one.reachable:
+            self._clients.check_reach(self._table.space, mapping)
+            self._table.space.map(mapping)
+        self._table.insert(one)
+        self.unreachable_bytes += size
+        self._writable_remote += 0 if readonly else size
+
+    def _map_file(self, iova: int, size: int, fd: FileDescriptor, offset: int, readonly: bool) -> None:
+        status = os.fstat(fd.number)
+        identity = ("file", status.st_dev, status.st_ino, offset, readonly)
+        there = self._table.exact(iova, size)
+        if there is not None and there.identity == identity:
+            if self in there.owners:
+                raise self._exists(iova, size, there)
+            there.owners.append(self)
+            return
+        self._refuse_overlap(iova, size)
+        machine = self._clients.machine_range(iova, size)
+        if machine is not None:
+            self._count_machine(machine, identity, iova, size)
+            return
+        memory = self._clients.open(self, fd, readonly, offset + size)
+        mapping = Mapping(iova, size, memory, offset, readonly)
+        try:
+            self._clients.check_reach(self._table.space, mapping)
+            self._table.space.map(mapping)
+        except BaseException:
+            self._clients.close(memory)
+            raise
+        self._table.insert(ClientRange(mapping, identity, [self]))
+
+    def _count_machine(self, machine: MappedRange, identity: tuple[object, ...], iova: int, size: int) -> None:
+        """The machine maps something there: the same, and it is counted; or not, and it is refused."""
+        mapping = machine.mapping
+        status = os.fstat(mapping.memory.number)
+        own = ("file", status.st_dev, status.st_ino, mapping.offset, mapping.readonly)
+        if (mapping.iova, mapping.size, own) != (iova, size, identity):
+            raise InvalidArgument(
+                f"{self._words(iova, size)} overlaps {self._words(mapping.iova, mapping.size)}, which dma-map has "
+                "mapped for the whole machine, and is not the same; dma-unmap that first",
+                errno="EEXIST",
+            )
+        self._table.insert(ClientRange(mapping, identity, [self], by_machine=True))
+
+    def _refuse_overlap(self, iova: int, size: int) -> None:
+        there = self._table.overlapping(iova, iova + size)
+        if there is not None:
+            raise self._exists(iova, size, there)
+
+    def _exists(self, iova: int, size: int, there: ClientRange) -> InvalidArgument:
+        by = ", ".join(owner.name for owner in there.owners)
+        return InvalidArgument(
+            f"{self._words(iova, size)} overlaps {self._words(there.first, there.mapping.size)}, mapped by {by}",
+            errno="EEXIST",
+        )
+
+    def _drop(self, one: ClientRange) -> None:
+        """Count it no more; the last who did takes it out of the space."""
+        if len(one.owners) == 1 and one.reachable and not one.by_machine:
+            try:
+                self._table.space.unmap(one.first, one.mapping.size)
+            except OSError as error:
+                where = f"{self._table.space.name}, IOVA {self._words(one.first, one.mapping.size)}"
+                raise OperationFailed("unmap", where, errno=error.errno or "EIO") from error
+        self._forget(one)
+
+    def _forget(self, one: ClientRange) -> None:
+        one.owners.remove(self)
+        self.mappings -= 1
+        self.mapped_bytes -= one.mapping.size
+        if one.identity[0] == "messages":
+            self.unreachable_bytes -= one.mapping.size
+            self._writable_remote -= 0 if one.mapping.readonly else one.mapping.size
+        if not one.owners:
+            self._table.remove(one)
+            if one.identity[0] == "file" and not one.by_machine:
+                self._clients.close(one.mapping.memory)
+
+    @staticmethod
+    def _words(iova: int, size: int) -> str:
+        return f"{iova:#x} to {iova + size - 1:#x}"
+
+
+class ClientMappings:
+    """The mappings of all clients of one machine, by address space.
+
+    Args:
+        machine: the machine's own mappings that have an address in [first, end).
+        check_reach: refuses a mapping an address space cannot translate.
+
+    """
+
+    def __init__(
+        self,
+        machine: Callable[[int, int], Sequence[MappedRange]],
+        check_reach: Callable[[AddressSpace, Mapping], None],
+    ) -> None:
+        self._machine = machine
+        self.check_reach = check_reach
+        self._tables: dict[int, _Table] = {}  # by identity of the space
+        self._files: dict[FileKey, _File] = {}
+        self._clients: list[Client] = []
+
+    # --- clients --------------------------------------------------------------------------------------
+
+    def join(self, name: str, space: AddressSpace, remote: GuestFile | None) -> Client:
+        """A client comes.
+
+        Args:
+            name: for messages.
+            space: of its device.
+            remote: memory that is asked for by messages, at addresses of the client's; None: the device cannot do
+                that, what comes without a file is only noted.
+
+        """
+        table = self._tables.setdefault(id(space), _Table(space))
+        client = Client(name, table, self, remote)
+        self._clients.append(client)
+        return client
+
+    def left(self, client: Client, table: _Table) -> None:
+        """A client has gone."""
+        self._clients.remove(client)
+        if not table.ranges and not any(other._table is table for other in self._clients):
+            self._tables.pop(id(table.space), None)
+
+    def clients(self) -> tuple[Client, ...]:
+        """Those that are there."""
+        return tuple(self._clients)
+
+    # --- for the machine's own mappings -----------------------------------------------------------------
+
+    def check_free(self, first: int, size: int) -> None:
+        """Refuse a mapping for every address space where a client has something. InvalidArgument, EEXIST."""
+        for table in self._tables.values():
+            there = table.overlapping(first, first + size)
+            if there is not None:
+                raise InvalidArgument(
+                    f"Parameter 'iova': {Client._words(first, size)} overlaps"
+                    f" {Client._words(there.first, there.mapping.size)}, which is mapped by {there.owners[0].name}",
+                    errno="EEXIST",
+                )
+
+    def counting(self, first: int, end: int) -> Client | None:
+        """A client that counts on a mapping of the machine's in this range."""
+        for table in self._tables.values():
+            low = bisect_right(table.ranges, first, key=_first)
+            for one in table.ranges[max(0, low - 1) : bisect_left(table.ranges, end, key=_first)]:
+                if one.by_machine and one.end > first:
+                    return one.owners[0]
+        return None
+
+    def forget(self, space: AddressSpace) -> None:
+        """An address space ends, and with it all that is mapped there."""
+        table = self._tables.pop(id(space), None)
+        if table is None:
+            return
+        for one in tuple(table.ranges):
+            for owner in tuple(one.owners):
+                owner._forget(one)
+
+    def machine_range(self, iova: int, size: int) -> MappedRange | None:
+        """A mapping of the machine's that has an address in this range."""
+        found = self._machine(iova, iova + size)
+        return found[0] if found else None
+
+    def infos(self) -> list[MappingInfo]:
+        """What ``query-dma`` says of them."""
+        return [
+            MappingInfo(
+                iova=one.mapping.iova,
+                size=one.mapping.size,
+                offset=one.mapping.offset,
+                readonly=one.mapping.readonly,
+                address_space=table.space.name,
+                clients=[owner.name for owner in one.owners],
+            )
+            for table in tuple(self._tables.values())
+            for one in tuple(table.ranges)
+        ]
+
+    # --- files ------------------------------------------------------------------------------------------
+
+    def open(self, client: Client, fd: FileDescriptor, readonly: bool, end: int) -> SharedMemory:
+        """The memory of a file, opened once however often it is mapped. Blocks. The fd stays the caller's.
+
+        Every fd is looked at, also when the file is known: what it may do is a property of the fd.
+        """
+        duplicate = _duplicate(fd, client.name)
+        try:
+            fresh = open_memory(duplicate, size=None, readonly=readonly, name=f"memory of {client.name}")
+        except CommandError as error:
+            duplicate.close()
+            raise InvalidArgument(
+                f"The file of {client.name} cannot be its memory: {error}", errno=error.errno or "EINVAL"
+            ) from error
+        status = os.fstat(duplicate.number)
+        if end > fresh.size:
+            fresh.close()
+            raise InvalidArgument(
+                f"The file of {client.name} has {fresh.size:#x} bytes, the mapping ends at {end:#x}", errno="EINVAL"
+            )
+        key: FileKey = (status.st_dev, status.st_ino, readonly)
+        known = self._files.get(key)
+        if known is not None and end <= known.memory.size:
+            fresh.close()
+            known.users += 1
+            return known.memory
+        if len(self._files) >= MAX_CLIENT_FILES:
+            fresh.close()
+            raise InvalidArgument(
+                f"{MAX_CLIENT_FILES} files of clients are mapped, no more are allowed", errno="ENOSPC"
+            )
+        if known is not None:
+            # It has grown since. Who mapped it before keeps the smaller one; new mappings share the larger.
+            self._files[(-1, id(known), readonly)] = known
+        self._files[key] = _File(fresh, 1)
+        return fresh
+
+    def close(self, memory: GuestFile) -> None:
+        """One mapping of a file less."""
+        for key, file in self._files.items():
+            if file.memory is memory:
+                file.users -= 1
+                if not file.users:
+                    del self._files[key]
+                    file.memory.close()
+                return
+
+    def files(self) -> Iterator[SharedMemory]:
+        """Every open file, for ``query-fds``."""
+        return (file.memory for file in tuple(self._files.values()))
+
+    def end(self) -> None:
+        """The machine ends: everything of every client goes."""
+        for client in self.clients():
+            client.leave()
+
+
+class _Unreachable:
+    """Memory that came without a file, for a device that cannot ask for it."""
+
+    readonly = False
+    closed = False
+    size = END_OF_SPACE
+
+    def __init__(self, client: str) -> None:
+        self.name = f"memory of {client} that came without a file"
+
+    @property
+    def number(self) -> int:
+        raise self._nothing()
+
+    def address(self) -> int:
+        raise self._nothing()
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise self._nothing()
+
+    def write(self, offset: int, data: bytes) -> None:
+        raise self._nothing()
+
+    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
+        raise self._nothing()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _nothing(self) -> OperationFailed:
+        return OperationFailed("map", self.name, errno="ENOTSUP", advice="share the guest's memory (QEMU: share=on)")
+
+
+def _duplicate(fd: FileDescriptor, client: str) -> FileDescriptor:
+    try:
+        return fd.duplicate()
+    except OSError as error:
+        raise OperationFailed(
+            "dup",
+            f"memory of {client}",
+            errno=error.errno or 0,
+            advice="the open-file limit (RLIMIT_NOFILE) may be too low",
+        ) from error
+
+
+def _first(one: ClientRange) -> int:
+    return one.mapping.iova
