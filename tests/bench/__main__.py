@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Iterator
 
-from tests.bench import devices, kernel, monitor, vectors
+from tests.bench import devices, kernel, monitor, platforms, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -20,11 +19,11 @@ def main() -> None:
     """Measure, and print each line as it is known."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
-    parser.add_argument("--only", choices=["monitor", "devices", "vectors", "kernel"], help="one part")
+    parser.add_argument("--only", choices=["monitor", "devices", "vectors", "platforms", "kernel"], help="one part")
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    where = f"Python {platform.python_version()}, Linux {platform.release()}, one core of {os.cpu_count()}"
+    where = f"Python {sys.version.split()[0]}, Linux {os.uname().release}, one core of {os.cpu_count()}"
     print(f"{where}; medians of paired runs\n")
     print(f"{'what':<72} {'measured':>11} {'budget':>11}  meets")
     for line in _lines(arguments.only, arguments.scale):
@@ -32,12 +31,11 @@ def main() -> None:
 
 
 def _lines(only: str | None, scale: float) -> Iterator[Line]:
-    if only in (None, "monitor"):
-        yield from monitor.lines(scale)
-    if only in (None, "devices"):
-        yield from devices.lines(scale)
-    if only in (None, "vectors"):
-        yield from vectors.lines(scale)
+    for name, part in (("monitor", monitor), ("devices", devices), ("vectors", vectors)):
+        if only in (None, name):
+            yield from part.lines(scale)
+    if only == "platforms":
+        yield from platforms.lines(scale)
     if only == "kernel" and not kernel.available():
         raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
     if only == "kernel":

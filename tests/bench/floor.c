@@ -2,6 +2,7 @@
  *
  *   floor echo LISTENING_FD     accepts, and answers whatever arrives with one prepared line
  *   floor relay IN_FD OUT_FD    epoll on one eventfd; each time it is signalled, signals the other
+ *   floor level IN OUT EOI UNMASK   the same, and back: each time EOI is signalled, signals UNMASK
  */
 #include <errno.h>
 #include <stdint.h>
@@ -69,6 +70,32 @@ static int relay(int epoll, int in, int out)
     return errno != EINTR;
 }
 
+static void pass_on(int in, int out)
+{
+    uint64_t count;
+
+    if (read(in, &count, sizeof(count)) != sizeof(count))
+        return;
+    count = 1;
+    if (write(out, &count, sizeof(count)) != sizeof(count))
+        die("write");
+}
+
+static int level(int epoll, int in, int out, int eoi, int unmask)
+{
+    struct epoll_event event;
+
+    watch(epoll, in);
+    watch(epoll, eoi);
+    while (epoll_wait(epoll, &event, 1, -1) == 1) {
+        if (event.data.fd == in)
+            pass_on(in, out);
+        else
+            pass_on(eoi, unmask);
+    }
+    return errno != EINTR;
+}
+
 int main(int argc, char **argv)
 {
     int epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -79,6 +106,8 @@ int main(int argc, char **argv)
         return echo(epoll, atoi(argv[2]));
     if (argc == 4 && !strcmp(argv[1], "relay"))
         return relay(epoll, atoi(argv[2]), atoi(argv[3]));
-    fprintf(stderr, "usage: floor echo FD | floor relay IN OUT\n");
+    if (argc == 6 && !strcmp(argv[1], "level"))
+        return level(epoll, atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
+    fprintf(stderr, "usage: floor echo FD | floor relay IN OUT | floor level IN OUT EOI UNMASK\n");
     return 2;
 }

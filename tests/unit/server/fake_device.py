@@ -85,6 +85,7 @@ class FakeDevice:
     bar0_mmap: bool = False
     features: frozenset[int] = frozenset()
     capabilities: tuple[vfio.Capability, ...] = ()
+    irq_capabilities: dict[int, tuple[vfio.Capability, ...]] = field(default_factory=dict)
     resets: int = 0
     dies: bool = False  # a bus reset leaves it as all ones
     at_hot_reset: list[tuple[int | None, bool]] = field(default_factory=list)  # interrupts, bus mastering, then
@@ -159,7 +160,7 @@ class FakeDevice:
             flags |= vfio.IrqFlags.MASKABLE | vfio.IrqFlags.AUTOMASKED
         else:
             flags |= vfio.IrqFlags.NORESIZE
-        return vfio.IrqInfo(index, flags, self._count(index)).pack()
+        return vfio.IrqInfo(index, flags, self._count(index), self.irq_capabilities.get(index, ())).pack()
 
     def _count(self, index: int) -> int:
         return {vfio.PciIrq.MSI: self.msi_count, vfio.PciIrq.MSIX: 0}.get(vfio.PciIrq(index), 1)

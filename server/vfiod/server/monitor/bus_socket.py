@@ -17,8 +17,8 @@ import zmq
 from msgspec import Struct
 
 from vfiod.protocol.limits import BUS_QUEUE
-from vfiod.server.monitor import listener
-from vfiod.server.monitor.listener import ListenError
+from vfiod.server.sockets import listener
+from vfiod.server.sockets.listener import ListenError
 
 if TYPE_CHECKING:
     from zmq.auth.asyncio import AsyncioAuthenticator

@@ -188,6 +188,17 @@ def test_garbage_is_a_structure_or_is_refused(data: bytes) -> None:
             assert str(error)
 
 
+@given(st.binary(max_size=200), st.integers(0, 220))
+def test_a_garbage_irq_chain_is_bounded(data: bytes, first: int) -> None:
+    fixed = struct.pack("=IIIII", 20 + len(data), vfio.IrqFlags.CAPS, 0, 1, first)
+    try:
+        info = vfio.IrqInfo.unpack(fixed + data)
+    except vfio.BadStructure as error:
+        assert str(error)
+    else:
+        assert len(info.messages) * 12 <= len(data)
+
+
 def region_with(chain: bytes, first: int = 32) -> bytes:
     flags = vfio.RegionFlags.CAPS
     return vfio.RegionInfo.LAYOUT.pack(32 + len(chain), flags, 0, first, 4096, 0) + chain

@@ -51,6 +51,26 @@ def test_an_answer_that_always_grows_is_given_up(host: Host) -> None:
         host.groups.open(host.origin(group_fd=host.group_fd(7)))
 
 
+def test_messages_of_a_kernel_that_has_them(host: Host, device: Backend) -> None:
+    """Extended IRQs: asked again with a larger buffer, and each time anew, as messages come and go."""
+    index = vfio.PciIrq.REQ
+    assert device.irq_info(index).type is None
+    kind = vfio.IrqTypeCap(vfio.IrqType.MSI, 0)
+    for count in (0, 3, 200):
+        messages = tuple(vfio.MsiMessage(0x0802_0040, at) for at in range(count))
+        host.kernel.device(NAME).irq_capabilities[index] = (kind, vfio.MsiDescs(messages))
+        asked = host.kernel.log.count("VFIO_DEVICE_GET_IRQ_INFO")
+        info = device.irq_info(index)
+        assert (info.type, info.messages) == (kind, messages)
+        assert host.kernel.log.count("VFIO_DEVICE_GET_IRQ_INFO") == asked + 2
+    host.kernel.device(NAME).irq_capabilities[index] = (vfio.UnknownCapability(3, 1, b""),)
+    with pytest.raises(OperationFailed, match=r"EPROTO.*TYPE has"):
+        device.irq_info(index)
+    host.kernel.device(NAME).irq_capabilities[index] = (vfio.UnknownCapability(9, 1, bytes(2 << 20)),)
+    with pytest.raises(OperationFailed, match=r"EPROTO.*does not fit"):
+        device.irq_info(index)
+
+
 def test_regions(host: Host, device: Backend) -> None:
     assert device.region_info(BAR2).areas == (vfio.Area(0, 1 << 16),)
     asked = host.kernel.log.count("VFIO_DEVICE_GET_REGION_INFO")
