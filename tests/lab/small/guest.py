@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.lab import qmp
-from tests.lab.launch import REPO, find_kernel
+from tests.lab.places import cache, find_kernel
 
 SOURCE = Path(__file__).with_name("init.c")
 #: Seconds until the guest has said what is waited for. Alone it takes two; nested in another guest a hundred.
@@ -32,8 +32,7 @@ SEEN = ("found", "identity", "inverted", "msi", "intx", "dma")
 def find_program() -> Path | None:
     """Return the QEMU that speaks vfio-user: ``VFIOD_LAB_QEMU_VFIO_USER``, or the one that was set up; or None."""
     named = os.environ.get("VFIOD_LAB_QEMU_VFIO_USER")
-    cache = Path(os.environ.get("VFIOD_LAB_CACHE") or REPO / ".lab")
-    path = Path(named) if named else cache / "sid" / "qemu-vfio-user"
+    path = Path(named) if named else cache() / "sid" / "qemu-vfio-user"
     return path if os.access(path, os.X_OK) else None
 
 
@@ -128,7 +127,11 @@ class SmallGuest:
         self.process.wait()
 
     def monitor(self) -> contextlib.AbstractContextManager[qmp.Qmp]:
-        """Open QEMU's own monitor."""
+        """Open QEMU's own monitor, as soon as it is there."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self.qmp_path.exists():
+            assert time.monotonic() < deadline, self.tails()
+            time.sleep(0.02)
         return qmp.connect(self.qmp_path, WAIT_SECONDS)
 
     def findings(self) -> list[Finding]:
