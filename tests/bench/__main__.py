@@ -31,11 +31,9 @@ def main() -> None:
 
 
 def _lines(only: str | None, scale: float) -> Iterator[Line]:
-    for name, part in (("monitor", monitor), ("devices", devices), ("vectors", vectors)):
+    for name, part in (("monitor", monitor), ("devices", devices), ("vectors", vectors), ("platforms", platforms)):
         if only in (None, name):
             yield from part.lines(scale)
-    if only == "platforms":
-        yield from platforms.lines(scale)
     if only == "kernel" and not kernel.available():
         raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
     if only == "kernel":

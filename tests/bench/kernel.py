@@ -55,13 +55,13 @@ def lines(scale: float) -> Iterator[Line]:
             with Peer(program, way, PEERS) as peer, vfiod() as process:
                 bench = _Kernel(process, way)
                 yield from _opening(bench, peer, rounds)
-                yield from _mapping(bench, peer, rounds)
                 if way == "group":
                     yield from _config(bench, peer, rounds)
                     yield from _direct(bench)
+                yield from _mapping(bench, peer, rounds)
                 bench.close()
-        yield from _backend(program, rounds)
         yield from _vectors(program, rounds)
+        yield from _backend(program, rounds)
 
 
 class Peer:
@@ -255,12 +255,10 @@ def _direct(bench: _Kernel) -> Iterator[Line]:
         wire.command("getfd", trigger.number, fdname="trigger")
         eventfds = [{"vector": 0, "trigger": "trigger"}]
         wire.command("irq-start", device="d0", index="msi", mode="direct", eventfds=eventfds)
-        wire.socket.sendall(_request("region-map", device="d0", region="bar0"))
-        data, fds, _, _ = socket.recv_fds(wire.socket, 65536, 1)
-        told = json.loads(data)["return"]
+        told, fds = _reply(wire, _request("region-map", device="d0", region="bar0"))
         device = stack.enter_context(FileDescriptor(fds[0]))
         window = stack.enter_context(mmap.mmap(device.number, told["size"], offset=told["offset"]))
-        words = memoryview(window).cast("I")
+        words = stack.enter_context(memoryview(window).cast("I"))
         poll = select.poll()
         poll.register(trigger.number, select.POLLIN)
         time.sleep(0.5)  # it still has to fall asleep after its reply
@@ -272,7 +270,6 @@ def _direct(bench: _Kernel) -> Iterator[Line]:
             arrived += os.eventfd_read(trigger.number)
             words[pci.EDU_IRQ_ACK // 4] = 1
         woken = bench.process.wakeups() - before
-        words.release()
     assert arrived == count, f"{arrived} of {count} interrupts came"
     yield Line(f"{count} direct interrupts of the kernel: wake-ups of vfiod", woken, "", budget=0)
     wire.command("irq-stop", device="d0")
@@ -356,12 +353,22 @@ def _noresize(wire: Wire) -> str:
 
 def _start(wire: Wire, vectors: Any) -> None:
     """Start vectors whose eventfds vfiod makes; those that come with the reply are closed."""
-    wire.socket.sendall(_request("irq-start", device="d0", index="msix", vectors=list(vectors)))
+    _, fds = _reply(wire, _request("irq-start", device="d0", index="msix", vectors=list(vectors)))
+    for fd in fds:
+        os.close(fd)
+
+
+def _reply(wire: Wire, request: bytes) -> tuple[Any, list[int]]:
+    """The result of a request, and the fds that came with it; events are passed over."""
+    wire.socket.sendall(request)
     data = b""
-    while not data.endswith(b"\n") or b'"return"' not in data:
-        more, fds, _, _ = socket.recv_fds(wire.socket, 1 << 20, 253)
-        data += more
-        for fd in fds:
-            os.close(fd)
-        if b'"error"' in data:
-            raise RuntimeError(data.decode())
+    fds: list[int] = []
+    while True:
+        more, came, _, _ = socket.recv_fds(wire.socket, 1 << 20, 253)
+        data, fds = data + more, fds + came
+        for line in data.splitlines() if data.endswith(b"\n") else ():
+            message = json.loads(line)
+            if "error" in message:
+                raise RuntimeError(message["error"]["desc"])
+            if "return" in message:
+                return message["return"], fds

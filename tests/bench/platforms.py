@@ -105,21 +105,21 @@ def _relayed(process: Process, wire: Wire, rounds: int) -> Iterator[Line]:
 
 def _sustained(process: Process, wire: Wire, count: int) -> Iterator[Line]:
     """So many interrupts one after the other: how fast, and whether each arrived."""
-    with ExitStack() as stack, _device(wire, "p0"):
-        line = _start(process, wire, stack, "p0", 0, "relayed")
+    with ExitStack() as stack, _device(wire, "p1"):
+        line = _start(process, wire, stack, "p1", 0, "relayed")
         start = perf_counter_ns()
         for _ in range(count):
             line.once()
         rate = count / (perf_counter_ns() - start) * 1e9
-        (told,) = (irq for irq in wire.command("query-irqs", device="p0") if irq["index"] == 0)
+        (told,) = (irq for irq in wire.command("query-irqs", device="p1") if irq["index"] == 0)
     yield Line("platform, relayed: level interrupts per second", rate, "/s", budget=10_000, at_least=True)
     yield Line(f"of these {count}: lost", count - told["delivered"], "", budget=0)
 
 
 def _direct(process: Process, wire: Wire) -> Iterator[Line]:
     """The kernel signals the caller's eventfd; that is played here, so this shows only that vfiod does not listen."""
-    with ExitStack() as stack, _device(wire, "p0"):
-        line = _start(process, wire, stack, "p0", 0, "direct")
+    with ExitStack() as stack, _device(wire, "p2"):
+        line = _start(process, wire, stack, "p2", 0, "direct")
         time.sleep(0.1)  # it still has to fall asleep after its reply
         before, cpu = process.wakeups(), process.cpu_ns()
         for _ in range(10_000):

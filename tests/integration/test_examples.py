@@ -130,7 +130,7 @@ class TestHypervisor:
 
 
 class TestKvm:
-    @pytest.mark.parametrize("driver", ["vfio-pci"])
+    @pytest.mark.parametrize("driver", ["vfio-platform", "vfio-pci"])
     def test_a_level_interrupt_into_a_guest_and_back(self, tmp_path: Path, driver: str) -> None:
         done = run("kvm_irqfd.py", "--driver", driver, tmp=tmp_path)
         if done.returncode == 77:
@@ -142,3 +142,50 @@ class TestKvm:
         ):  # fmt: skip
             assert said in done.stdout
         assert list(tmp_path.iterdir()) == []
+
+
+class TestChannelProgram:
+    def test_the_disk_and_the_terminal(self, tmp_path: Path) -> None:
+        done = run("channel_program.py", tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        assert done.stdout.splitlines() == [
+            "disk: device 0200, enabled, interruption subclass 0",
+            "disk: channel paths 00; available 0x80, operational 0xff, last used 0x80",
+            "disk: status: no status (idle)",
+            "disk: control unit 6310-80, device 9336-10",
+            "disk: ended normally",
+            "disk: blocks 7 to 9: ended normally",
+            "disk: block 7, block 8, block 9",
+            "terminal: control unit 3270-00, device 3278-02",
+            "terminal: ended normally",
+            "terminal: written: ended normally",
+            "operator: sees 'YOUR NAME?'",
+            "terminal: unsolicited: attention",
+            "terminal: the operator entered 'ADA'",
+            "done",
+        ]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_device_that_is_none(self, tmp_path: Path) -> None:
+        with own_server(tmp_path, name="vm1") as server:
+            done = run("channel_program.py", server.path, "nobody", tmp=tmp_path)
+        assert done.returncode == 1
+        assert "Device 'nobody' not found" in done.stderr
+
+
+class TestMdevParent:
+    def test_it_throws(self, tmp_path: Path) -> None:
+        done = run("mdev_parent.py", tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        said = done.stdout.splitlines()
+        assert said[0] == "casino makes dice: One die; 8 available"
+        assert said[1].endswith("EINVAL: 'sides' is a number from 2 to 255, got 1")
+        throws = [int(word) for word in said[2].removeprefix("thrown: ").split()]
+        assert len(throws) == 10 and all(1 <= one <= 20 for one in throws)
+        assert said[3] == "guessed right: 1 interrupt"
+
+    def test_the_manual_shows_what_is_run(self) -> None:
+        """docs/mediated.md has the parent as it is here, letter by letter."""
+        manual = (EXAMPLES.parent / "docs/mediated.md").read_text()
+        [shown] = [part.partition("```")[0] for part in manual.split("```python\n")[1:]]
+        assert shown in (EXAMPLES / "mdev_parent.py").read_text()

@@ -187,6 +187,13 @@ VFIO_USER_MAX_PENDING: Final = 4096
 VFIO_USER_MAX_INFO: Final = 64 * 1024
 """Bytes of a region's information with its capabilities, or of a region's ioeventfds, that vfiod asks for or sends."""
 
+DEFAULT_MSG_TIMEOUT_MS: Final = 5_000
+"""Milliseconds a vfio-user server has for a reply: QEMU's ``x-msg-timeout`` (1,000 were too few with many VMs starting
+at once, SPDK#2392)."""
+
+VFIO_USER_MAX_UNREAD: Final = 8 * 1024 * 1024
+"""Bytes that wait to be sent to a vfio-user peer. More: it does not read, and the connection ends."""
+
 VFIO_USER_MAX_QUEUE: Final = 4 * 1024 * 1024
 """Bytes of requests a client may have waiting behind one that takes long; beyond it its socket is not read. While vfiod
 waits for an answer of the same client's, eight times as much: the answer stands behind them."""

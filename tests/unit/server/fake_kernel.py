@@ -30,6 +30,7 @@ from uuid import UUID
 from tests.unit.server import fake_iommufd
 from tests.unit.server.fake_device import FakeDevice, refuse
 from tests.unit.server.fake_iommufd import FakeCdevFile, FakeIoas, FakeIommufd
+from tests.unit.server.fake_platform import FakePlatformDevice
 
 from vfiod.protocol import vfio
 from vfiod.protocol.fd import FdKind
@@ -119,6 +120,18 @@ class FakeKernel(Syscalls):
     def add_device(self, name: str, group: int, *, noiommu: bool = False, **settings: object) -> FakeDevice:
         """A device of the host; ``settings`` are attributes of :class:`FakeDevice`."""
         device = FakeDevice(name, group, len(self.devices))
+        for key, value in settings.items():
+            getattr(device, key)
+            setattr(device, key, value)
+        self.devices[name] = device
+        self.groups.setdefault(group, FakeGroup(group, noiommu))
+        return device
+
+    def add_platform_device(
+        self, name: str, group: int, *, noiommu: bool = False, **settings: object
+    ) -> FakePlatformDevice:
+        """A platform device of the host; ``settings`` are attributes of :class:`FakePlatformDevice`."""
+        device = FakePlatformDevice(name, group, len(self.devices))
         for key, value in settings.items():
             getattr(device, key)
             setattr(device, key, value)
@@ -702,8 +715,8 @@ class FakeKernel(Syscalls):
                 raise refuse(errno.EINVAL)
             numbers.add(group.number)
         for one in affected:
-            if not (one.driver and "vfio" in one.driver):
-                raise refuse(errno.EINVAL)
+            if one.vf_of is not None or not (one.driver and "vfio" in one.driver):
+                raise refuse(errno.EINVAL)  # a VF is in no set but its own (vfio_pci_dev_set_resettable)
             if file is not None and file.iommufd is not None:
                 owned = self._owner_id(one, file.iommufd) >= 0
             else:
@@ -804,6 +817,8 @@ class FakeKernel(Syscalls):
                 return ""
             case ["driver"]:
                 return f"../../bus/{device.bus}/drivers/{device.driver}" if device.driver else None
+            case ["physfn"]:
+                return f"../{device.vf_of}" if device.vf_of is not None else None
             case ["iommu_group"]:
                 return f"../../kernel/iommu_groups/{device.group}" if device.group >= 0 else None
             case ["subsystem"]:

@@ -9,6 +9,7 @@ LATER = (
     "vfiod.protocol.drawing",
     "vfiod.protocol.introspection",
     "vfiod.protocol.vfio",
+    "vfiod.protocol.vfio_user",
     "vfiod.server.backends.",
     "vfiod.server.commands.adding",
     "vfiod.server.devices.pci",

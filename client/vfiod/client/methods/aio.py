@@ -386,21 +386,29 @@ class AsyncMethods:
         first_number: int | UnsetType = UNSET,
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
+        indexes: list[int | str] | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-        Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-        ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-        direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+        Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+        interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+        device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+        ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+        resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+        cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
         A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
         and the reply has the message of each.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -420,6 +428,8 @@ class AsyncMethods:
                 first_number=first_number,
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
+                indexes=indexes,
+                force=force,
             ),
             fds=lent.named,
             timeout=timeout,
@@ -431,29 +441,39 @@ class AsyncMethods:
         device: str | UnsetType = UNSET,
         index: int | str | UnsetType = UNSET,
         vectors: list[int] | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> Empty:
         """Stop the interrupts of a device, of one index, or some vectors of it.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(IrqStop(device=device, index=index, vectors=vectors), timeout=timeout)
+        return await self.call(IrqStop(device=device, index=index, vectors=vectors, force=force), timeout=timeout)
 
     async def irq_mask(
-        self, *, device: str, index: int | str, vector: int = 0, oob: bool = False, timeout: float | None = None
+        self,
+        *,
+        device: str,
+        index: int | str,
+        vector: int = 0,
+        force: bool = False,
+        oob: bool = False,
+        timeout: float | None = None,
     ) -> Empty:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -461,32 +481,43 @@ class AsyncMethods:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(IrqMask(device=device, index=index, vector=vector), oob=oob, timeout=timeout)
+        return await self.call(
+            IrqMask(device=device, index=index, vector=vector, force=force), oob=oob, timeout=timeout
+        )
 
     async def irq_unmask(
-        self, *, device: str, index: int | str, vector: int = 0, timeout: float | None = None
+        self, *, device: str, index: int | str, vector: int = 0, force: bool = False, timeout: float | None = None
     ) -> Empty:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(IrqUnmask(device=device, index=index, vector=vector), timeout=timeout)
+        return await self.call(IrqUnmask(device=device, index=index, vector=vector, force=force), timeout=timeout)
 
     async def irq_eoi(
-        self, *, device: str, index: int | str, vector: int = 0, oob: bool = False, timeout: float | None = None
+        self,
+        *,
+        device: str,
+        index: int | str,
+        vector: int = 0,
+        force: bool = False,
+        oob: bool = False,
+        timeout: float | None = None,
     ) -> Empty:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -494,23 +525,24 @@ class AsyncMethods:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(IrqEoi(device=device, index=index, vector=vector), oob=oob, timeout=timeout)
+        return await self.call(IrqEoi(device=device, index=index, vector=vector, force=force), oob=oob, timeout=timeout)
 
     async def irq_trigger(
-        self, *, device: str, index: int | str, vector: int = 0, timeout: float | None = None
+        self, *, device: str, index: int | str, vector: int = 0, force: bool = False, timeout: float | None = None
     ) -> Empty:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(IrqTrigger(device=device, index=index, vector=vector), timeout=timeout)
+        return await self.call(IrqTrigger(device=device, index=index, vector=vector, force=force), timeout=timeout)
 
     async def irq_route(
         self,
@@ -519,6 +551,7 @@ class AsyncMethods:
         index: int | str,
         vector: int = 0,
         number: int | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> Empty:
         """Say which interrupt number a vector has now. Direct mode is torn down and set up again for a new route.
@@ -526,16 +559,19 @@ class AsyncMethods:
         Without ``number`` the route is disabled: torn down and left so. An unchanged route does nothing.
 
         Args:
-            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).
+            index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(IrqRoute(device=device, index=index, vector=vector, number=number), timeout=timeout)
+        return await self.call(
+            IrqRoute(device=device, index=index, vector=vector, number=number, force=force), timeout=timeout
+        )
 
     async def query_irqs(
         self, *, device: str | UnsetType = UNSET, oob: bool = False, timeout: float | None = None
@@ -561,6 +597,7 @@ class AsyncMethods:
         memory_backend: str | UnsetType = UNSET,
         offset: int = 0,
         readonly: bool = False,
+        force: bool = False,
         timeout: float | None = None,
     ) -> DmaMapResult:
         """Let every device of the machine, now and later, reach a piece of memory.
@@ -575,6 +612,7 @@ class AsyncMethods:
             memory_backend: The id of a memory-backend-fd object.
             offset: Where in the file, in bytes (0 or more).
             readonly: Devices may read it, not write it.
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -584,25 +622,34 @@ class AsyncMethods:
         lent = LentFds()
         return await self.call(
             DmaMap(
-                iova=iova, size=size, fd=lent.name(fd), memory_backend=memory_backend, offset=offset, readonly=readonly
+                iova=iova,
+                size=size,
+                fd=lent.name(fd),
+                memory_backend=memory_backend,
+                offset=offset,
+                readonly=readonly,
+                force=force,
             ),
             fds=lent.named,
             timeout=timeout,
         )
 
-    async def dma_unmap(self, *, iova: int, size: int, timeout: float | None = None) -> DmaUnmapResult:
+    async def dma_unmap(
+        self, *, iova: int, size: int, force: bool = False, timeout: float | None = None
+    ) -> DmaUnmapResult:
         """Take a range back. Clips as ``dma-map`` does; refuses to split a mapping; may cover several.
 
         Args:
             iova: An I/O virtual address (IOVA), in bytes; below 2**64 (0 or more).
             size: A size, in bytes (above 0).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(DmaUnmap(iova=iova, size=size), timeout=timeout)
+        return await self.call(DmaUnmap(iova=iova, size=size, force=force), timeout=timeout)
 
     async def query_dma(self, *, oob: bool = False, timeout: float | None = None) -> list[MappingInfo]:
         """List guest memory mappings: the machine's, which every address space has, then those of clients of exports.
@@ -861,6 +908,10 @@ class AsyncMethods:
         fd: Fd | UnsetType = UNSET,
         iommufd: str | UnsetType = UNSET,
         mdev: str | UnsetType = UNSET,
+        socket: str | UnsetType = UNSET,
+        socket_fd: Fd | UnsetType = UNSET,
+        x_msg_timeout: int | UnsetType = UNSET,
+        reconnect_ms: int | UnsetType = UNSET,
         vf_token: str | UnsetType = UNSET,
         romfile: str | UnsetType = UNSET,
         rombar: bool | UnsetType = UNSET,
@@ -873,6 +924,7 @@ class AsyncMethods:
         x_irqfd: bool | UnsetType = UNSET,
         x_no_mmap: bool | UnsetType = UNSET,
         x_noiommu: bool = False,
+        export: str | UnsetType = UNSET,
         x_dry_run: bool = False,
         timeout: float | None = None,
     ) -> DeviceAddResult:
@@ -881,6 +933,7 @@ class AsyncMethods:
         Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
         none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
         Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
+        Served by another program (vfio-user): ``socket``, or ``socket-fd`` with a socket that is connected to it.
         Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
         Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
@@ -896,6 +949,12 @@ class AsyncMethods:
             fd: The device's own fd (cdev). An open fd, lent; or a name the server knows (length 1 to 255).
             iommufd: The id of an iommufd object.
             mdev: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            socket: The path of a vfio-user server's socket.
+            socket_fd: A socket that is connected to a vfio-user server. An open fd, lent; or a name the server
+                knows (length 1 to 255).
+            x_msg_timeout: vfio-user: how long a reply may take; default 5000 (QEMU's) (0 to 86400000).
+            reconnect_ms: vfio-user: after which time to connect again to a server that went away; 0, default: never
+                (0 to 86400000).
             vf_token: SR-IOV: the secret the users of a PF and of its VFs share (VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
             romfile: A file whose bytes stand in for the device's ROM; empty: no ROM.
             rombar: Whether the guest sees a ROM BAR; default: true.
@@ -908,6 +967,7 @@ class AsyncMethods:
             x_irqfd: Whether interrupts may be direct, signalled by the kernel to the hypervisor; default: true.
             x_no_mmap: Never map regions: every access is a read or write; default: false.
             x_noiommu: Accept a noiommu group: the device can reach all memory.
+            export: Offer it to a hypervisor by a vfio-user socket at this path; the export's id is the device's.
             x_dry_run: Make every check and report it; change nothing.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -928,6 +988,10 @@ class AsyncMethods:
                 fd=lent.name(fd),
                 iommufd=iommufd,
                 mdev=mdev,
+                socket=socket,
+                socket_fd=lent.name(socket_fd),
+                x_msg_timeout=x_msg_timeout,
+                reconnect_ms=reconnect_ms,
                 vf_token=vf_token,
                 romfile=romfile,
                 rombar=rombar,
@@ -940,6 +1004,7 @@ class AsyncMethods:
                 x_irqfd=x_irqfd,
                 x_no_mmap=x_no_mmap,
                 x_noiommu=x_noiommu,
+                export=export,
                 x_dry_run=x_dry_run,
             ),
             fds=lent.named,
@@ -1203,7 +1268,7 @@ class AsyncMethods:
         """Read a register (``size``), or bytes (``length``). Reading a device may change it.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             length: How many bytes, by the widest accesses that fit (1 to 1048576).
@@ -1226,16 +1291,18 @@ class AsyncMethods:
         size: Literal[1, 2, 4, 8] | UnsetType = UNSET,
         value: int | UnsetType = UNSET,
         data: bytes | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> Empty:
         """Write a register (``size`` and ``value``), or bytes (``data``).
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             offset: Where in the region, in bytes (0 or more).
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
             data: base64 (length 1 to 1048576).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -1243,11 +1310,12 @@ class AsyncMethods:
 
         """
         return await self.call(
-            RegionWrite(device=device, region=region, offset=offset, size=size, value=value, data=data), timeout=timeout
+            RegionWrite(device=device, region=region, offset=offset, size=size, value=value, data=data, force=force),
+            timeout=timeout,
         )
 
     async def region_map(
-        self, *, device: str, region: int | str, timeout: float | None = None
+        self, *, device: str, region: int | str, force: bool = False, timeout: float | None = None
     ) -> values.RegionMapResult:
         """Give out the fd through which a region can be mapped.
 
@@ -1256,7 +1324,8 @@ class AsyncMethods:
         completed by the first access: use ``irq-eoi`` or a resample eventfd.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -1266,7 +1335,7 @@ class AsyncMethods:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(RegionMap(device=device, region=region), timeout=timeout)
+        return await self.call(RegionMap(device=device, region=region, force=force), timeout=timeout)
 
     async def region_unmap(self, *, device: str, region: int | str, timeout: float | None = None) -> Empty:
         """This session no longer holds a region that ``region-map`` gave it: it has unmapped it and closed the fd.
@@ -1276,7 +1345,7 @@ class AsyncMethods:
         cannot know who else has the fd by now.
 
         Args:
-            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).
+            region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -1285,17 +1354,18 @@ class AsyncMethods:
         """
         return await self.call(RegionUnmap(device=device, region=region), timeout=timeout)
 
-    async def device_reset(self, *, id: str, timeout: float | None = None) -> Empty:
+    async def device_reset(self, *, id: str, force: bool = False, timeout: float | None = None) -> Empty:
         """Reset one device (``VFIO_DEVICE_RESET``): interrupts off, bus mastering off, reset, state restored.
 
         Args:
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(DeviceReset(id=id), timeout=timeout)
+        return await self.call(DeviceReset(id=id, force=force), timeout=timeout)
 
     async def query_hot_reset(self, *, id: str, oob: bool = False, timeout: float | None = None) -> HotResetReport:
         """List every function that a hot reset of this device would reset, and say whether and why not it would be done.
@@ -1311,7 +1381,7 @@ class AsyncMethods:
         return await self.call(QueryHotReset(id=id), oob=oob, timeout=timeout)
 
     async def hot_reset(
-        self, *, id: str, group_fds: Sequence[Fd] | UnsetType = UNSET, timeout: float | None = None
+        self, *, id: str, group_fds: Sequence[Fd] | UnsetType = UNSET, force: bool = False, timeout: float | None = None
     ) -> HotResetReport:
         """Reset the bus or slot of a device (``VFIO_DEVICE_PCI_HOT_RESET``), with every function on it.
 
@@ -1321,6 +1391,7 @@ class AsyncMethods:
 
         Args:
             group_fds: Groups lent for this call (group devices only).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -1332,19 +1403,21 @@ class AsyncMethods:
             HotReset(
                 id=id,
                 group_fds=group_fds if isinstance(group_fds, UnsetType) else [lent.name(one) for one in group_fds],
+                force=force,
             ),
             fds=lent.named,
             timeout=timeout,
         )
 
-    async def system_reset(self, *, timeout: float | None = None) -> Empty:
+    async def system_reset(self, *, force: bool = False, timeout: float | None = None) -> Empty:
         """Reset every device that can be reset, as the machine's own reset does.
 
         Args:
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return await self.call(SystemReset(), timeout=timeout)
+        return await self.call(SystemReset(force=force), timeout=timeout)

@@ -27,7 +27,9 @@ class VectorFds:
     The client's picture of it: fds are open ones, lent, or names the server knows.
     """
 
-    vector: int
+    index: int | str | UnsetType = UNSET
+    """Of a platform device; default: the command's index."""
+    vector: int = 0
     """An interrupt within its index (VFIO sub-index), from 0 (0 to 2047)."""
     trigger: Fd
     """Signalled when the interrupt fires. An open fd, lent; or a name the server knows (length 1 to 255)."""
@@ -37,7 +39,7 @@ class VectorFds:
     def lend(self, lent: LentFds) -> interrupts.VectorFds:
         """As the catalogue has it, with a name for each open fd."""
         return interrupts.VectorFds(
-            vector=self.vector, trigger=lent.name(self.trigger), resample=lent.name(self.resample)
+            index=self.index, vector=self.vector, trigger=lent.name(self.trigger), resample=lent.name(self.resample)
         )
 
 

@@ -24,7 +24,7 @@ from vfiod.protocol.catalogue.words import (
     UnsetType,
     Uuid,
 )
-from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS, DEFAULT_UNPLUG_TIMEOUT_MS
+from vfiod.protocol.limits import DEFAULT_MMAP_TIMEOUT_MS, DEFAULT_MSG_TIMEOUT_MS, DEFAULT_UNPLUG_TIMEOUT_MS
 
 
 class Driver(enum.StrEnum):
@@ -45,6 +45,10 @@ ONLY_OF: Final[Mapping[str, frozenset[Driver]]] = {
     "mmap-timeout-ms": frozenset({Driver.VFIO_PCI, Driver.VFIO_PLATFORM}),
     "x-irqfd": frozenset({Driver.VFIO_PLATFORM}),
     "x-no-mmap": frozenset({Driver.VFIO_PCI, Driver.VFIO_PLATFORM}),
+    "socket": frozenset({Driver.VFIO_PCI}),
+    "socket-fd": frozenset({Driver.VFIO_PCI}),
+    "x-msg-timeout": frozenset({Driver.VFIO_PCI}),
+    "reconnect-ms": frozenset({Driver.VFIO_PCI}),
 }
 """Properties of ``device_add`` that not every driver has; those that are not here, every driver has."""
 
@@ -85,6 +89,7 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     Kernel group: ``host`` or ``sysfsdev`` with ``group-fd`` (once per group; later devices of the group need
     none), and ``container-fd``, or ``container`` with the id of an object, when the manager passes its own.
     Kernel cdev: ``fd`` with the device's own fd (``/dev/vfio/devices/vfioN``) and ``iommufd`` with the id of an object.
+    Served by another program (vfio-user): ``socket``, or ``socket-fd`` with a socket that is connected to it.
     Mediated: ``mdev``. Opened here: ``host`` alone, when the server was started with ``--allow-open``.
 
     Succeeding consumes the fd names it was given; failing leaves them, and the machine, as they were.
@@ -103,6 +108,18 @@ class DeviceAdd(Arguments[DeviceAddResult]):
     fd: Annotated[FdName | UnsetType, Meta(description="The device's own fd (cdev).")] = UNSET
     iommufd: Annotated[Id | UnsetType, Meta(description="The id of an iommufd object.")] = UNSET
     mdev: Uuid | UnsetType = UNSET
+    socket: Annotated[str | UnsetType, Meta(description="The path of a vfio-user server's socket.")] = UNSET
+    socket_fd: Annotated[FdName | UnsetType, Meta(description="A socket that is connected to a vfio-user server.")] = (
+        UNSET
+    )
+    x_msg_timeout: Annotated[
+        Milliseconds | UnsetType,
+        Meta(description=f"vfio-user: how long a reply may take; default {DEFAULT_MSG_TIMEOUT_MS} (QEMU's)."),
+    ] = UNSET
+    reconnect_ms: Annotated[
+        Milliseconds | UnsetType,
+        Meta(description="vfio-user: after which time to connect again to a server that went away; 0, default: never."),
+    ] = UNSET
     vf_token: Annotated[
         Uuid | UnsetType,
         Meta(
@@ -136,6 +153,12 @@ class DeviceAdd(Arguments[DeviceAddResult]):
         bool | UnsetType, Meta(description="Never map regions: every access is a read or write; default: false.")
     ] = UNSET
     x_noiommu: Annotated[bool, Meta(description="Accept a noiommu group: the device can reach all memory.")] = False
+    export: Annotated[
+        str | UnsetType,
+        Meta(
+            description="Offer it to a hypervisor by a vfio-user socket at this path; the export's id is the device's."
+        ),
+    ] = UNSET
     x_dry_run: Annotated[bool, Meta(description="Make every check and report it; change nothing.")] = False
 
 
@@ -189,7 +212,7 @@ class DeviceInfo(Result, kw_only=True):
     id: str
     path: str
     driver: Driver
-    backend: Annotated[str, Meta(description="kernel-group, kernel-cdev, mdev")]
+    backend: Annotated[str, Meta(description="kernel-group, kernel-cdev, mdev, vfio-user")]
     host: Annotated[str | UnsetType, Meta(description="Host address, or a mediated device's UUID.")] = UNSET
     state: DeviceState
     reset: Annotated[bool, Meta(description="Whether device-reset can reset it (VFIO_DEVICE_FLAGS_RESET).")]
@@ -285,7 +308,9 @@ class MachineInfo(Result):
     irqs: list[IrqInfo]
     objects: list[ObjectInfo]
     containers: list[ContainerInfo]
-    address_spaces: Annotated[list[str], Meta(description="container:N, mdev:UUID; each has every mapping.")]
+    address_spaces: Annotated[
+        list[str], Meta(description="container:N, mdev:UUID, vfio-user:ID; each has every mapping.")
+    ]
     mappings: list[MappingInfo]
     fdsets: list[FdsetInfo]
     mdevs: list[str]
@@ -342,3 +367,13 @@ class DeviceError(EventData):
 
     device: str
     reason: str
+
+
+@event("DEVICE_RECONNECTED", Family.DEVICES)
+class DeviceReconnected(EventData):
+    """A device's vfio-user server is there again, and has guest memory and interrupts as before.
+
+    What else it knew (registers, BARs, what a guest had set up) is as the server made it: reset the device.
+    """
+
+    device: str

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
-from vfiod.protocol.catalogue.words import UNSET, FdName, IrqKind, IrqMode, IrqName, UnsetType, Vector
+from vfiod.protocol.catalogue.words import UNSET, FdName, Force, IrqKind, IrqMode, IrqName, UnsetType, Vector
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_VECTORS
 
 NUMBERS: Final = 1 << 32
@@ -22,10 +22,19 @@ Vectors = Annotated[
 ]
 
 
-class VectorFds(Result, forbid_unknown_fields=True):
+Indexes = Annotated[
+    list[IrqName],
+    Meta(min_length=1, max_length=MAX_VECTORS, description="Indexes of a platform device; irq-start: all it has."),
+]
+
+
+class VectorFds(Result, forbid_unknown_fields=True, kw_only=True):
     """The eventfds of one vector."""
 
-    vector: Vector
+    index: Annotated[IrqName | UnsetType, Meta(description="Of a platform device; default: the command's index.")] = (
+        UNSET
+    )
+    vector: Vector = 0
     trigger: Annotated[FdName, Meta(description="Signalled when the interrupt fires.")]
     resample: Annotated[
         FdName | UnsetType, Meta(description="Signalled by the hypervisor to complete a level interrupt.")
@@ -35,6 +44,7 @@ class VectorFds(Result, forbid_unknown_fields=True):
 class Route(Result, forbid_unknown_fields=True, kw_only=True):
     """Which interrupt number of the machine an index has."""
 
+    device: Annotated[str | UnsetType, Meta(description="Whose index it is, when the command names no device.")] = UNSET
     index: IrqName
     vector: Vector = 0
     number: Number
@@ -71,9 +81,13 @@ class IrqStartResult(Result):
 class IrqStart(Arguments[IrqStartResult]):
     """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
 
-    Without ``device`` it is the "machine complete" notification and covers platform devices. A PCI device takes
-    ``index`` (default ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is
-    direct when it has a resample eventfd. Starting again changes the eventfds or the mode, and is harmless.
+    Without ``device`` it is the "machine complete" notification: it starts every platform device, numbers their
+    interrupts from ``first-number`` or by ``routes``, and those of devices that are added later follow. A platform
+    device has one interrupt per index: ``index``, ``indexes``, else all. A PCI device takes ``index`` (default
+    ``intx``); starting one kind ends the others. Without ``mode``, MSI is direct, and INTx is direct when it has a
+    resample eventfd; a platform interrupt is direct when its eventfds are taken (``x-irqfd``), and relayed when that
+    cannot be set up. Starting again changes the eventfds or the mode, and is harmless.
+
     A platform device's index ``x-msi`` grants messages as a block from vector 0 on, perhaps fewer than were asked for,
     and the reply has the message of each.
     """
@@ -85,6 +99,8 @@ class IrqStart(Arguments[IrqStartResult]):
     first_number: Number | UnsetType = UNSET
     routes: list[Route] | UnsetType = UNSET
     mode: IrqMode | UnsetType = UNSET
+    indexes: Indexes | UnsetType = UNSET
+    force: Force = False
 
 
 @command("irq-stop", Family.INTERRUPTS, device="device")
@@ -94,6 +110,7 @@ class IrqStop(Arguments[Empty]):
     device: str | UnsetType = UNSET
     index: IrqName | UnsetType = UNSET
     vectors: Vectors | UnsetType = UNSET
+    force: Force = False
 
 
 @command("irq-mask", Family.INTERRUPTS, oob=True, device="device")
@@ -103,6 +120,7 @@ class IrqMask(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-unmask", Family.INTERRUPTS, device="device")
@@ -112,6 +130,7 @@ class IrqUnmask(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-eoi", Family.INTERRUPTS, oob=True, device="device")
@@ -121,6 +140,7 @@ class IrqEoi(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-trigger", Family.INTERRUPTS, device="device")
@@ -130,6 +150,7 @@ class IrqTrigger(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-route", Family.INTERRUPTS, device="device")
@@ -143,6 +164,7 @@ class IrqRoute(Arguments[Empty]):
     index: IrqName
     vector: Vector = 0
     number: Number | UnsetType = UNSET
+    force: Force = False
 
 
 class IrqFlags(Result):
@@ -159,7 +181,13 @@ class VectorInfo(Result, kw_only=True):
 
     vector: int
     mode: IrqMode
-    state: Annotated[str, Meta(description="INTx: inactive, pending, masked; MSI: armed, masked")]
+    state: Annotated[
+        str,
+        Meta(
+            description="INTx: inactive, pending, masked; MSI: armed, masked; platform: inactive, pending, active, "
+            "direct, masked"
+        ),
+    ]
     number: int | UnsetType = UNSET
     fired: int | None
     delivered: int | None
@@ -220,6 +248,7 @@ class IrqModeChanged(EventData, kw_only=True):
 
     device: str
     kind: IrqKind
+    index: Annotated[int | UnsetType, Meta(description="Of a platform device: which interrupt.")] = UNSET
     vector: int | UnsetType = UNSET
     mode: IrqMode | UnsetType = UNSET
     reason: str

@@ -20,6 +20,7 @@ __all__ = [
     "Address",
     "Size",
     "Milliseconds",
+    "Force",
     "Uuid",
     "AnyJson",
     "DeviceState",
@@ -48,10 +49,11 @@ FdName = Annotated[
     ),
 ]
 RegionName = Annotated[
-    int | str, Meta(description="A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI).")
+    int | str, Meta(description="A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).")
 ]
 IrqName = Annotated[
-    int | str, Meta(description="An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI).")
+    int | str,
+    Meta(description="An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform)."),
 ]
 Vector = Annotated[
     int, Meta(ge=0, lt=MAX_VECTORS, description="An interrupt within its index (VFIO sub-index), from 0.")
@@ -59,6 +61,9 @@ Vector = Annotated[
 Address = Annotated[int, Meta(ge=0, description="An I/O virtual address (IOVA), in bytes; below 2**64.")]
 Size = Annotated[int, Meta(gt=0, description="A size, in bytes.")]
 Milliseconds = Annotated[int, Meta(ge=0, le=MAX_TIMEOUT_MS, description="A time, in milliseconds.")]
+Force = Annotated[
+    bool, Meta(description="Do it also while a hypervisor is attached to the device by an export, under its hands.")
+]
 Uuid = Annotated[str, Meta(pattern=UUID_PATTERN, description="A UUID in its 8-4-4-4-12 form (RFC 9562).")]
 AnyJson = Any
 
@@ -80,9 +85,10 @@ class IrqMode(enum.StrEnum):
 
 
 class IrqKind(enum.StrEnum):
-    """The kind of interrupt that is active on a PCI device: one at a time."""
+    """The kind of interrupt that is active on a device: one at a time on a PCI device; ``platform`` has no others."""
 
     NONE = "none"
     INTX = "intx"
     MSI = "msi"
     MSIX = "msix"
+    PLATFORM = "platform"

@@ -53,7 +53,8 @@ class OrbFlags(enum.IntFlag):
 
 
 DEFAULT_FLAGS: Final = OrbFlags.FMT | OrbFlags.PFCH
-_ALL: Final = OrbFlags((1 << 28) - 1) & ~OrbFlags(0xFF00)
+_ALL: Final = 0x0FFF00FF
+"""Every bit that is no other field's."""
 
 
 class Orb(Struct, frozen=True):
@@ -107,8 +108,9 @@ class Orb(Struct, frozen=True):
         for name, value, bits in (("intparm", self.intparm, 32), ("key", self.key, 4), ("lpm", self.lpm, 8)):
             if not 0 <= value < 1 << bits:
                 raise BadChannelStructure(f"The ORB's {name} has {bits} bits, got {value}")
-        if self.flags & ~_ALL:
-            raise BadChannelStructure(f"The ORB has no flags 0x{self.flags & ~_ALL:x}")
+        unknown = int(self.flags) & ~_ALL
+        if unknown:
+            raise BadChannelStructure(f"The ORB has no flags 0x{unknown:x}")
 
     def pack(self) -> bytes:
         """12 bytes. Raises BadChannelStructure for values that do not fit their fields."""

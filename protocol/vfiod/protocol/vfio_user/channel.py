@@ -144,7 +144,7 @@ class Channel:
     """
 
     def __init__(self, accepts: frozenset[Command], *, max_fds: int = VFIO_USER_MAX_FDS) -> None:
-        self._accepts: Final = accepts
+        self._accepts = accepts
         self._framer: Final = Framer(max_message=VFIO_USER_MAX_MESSAGE, max_fds=max_fds)
         self._awaits_version = Command.VERSION in accepts
         self._pending: dict[int, Command | None] = {}  # by id; None: nobody waits for it any more
@@ -167,6 +167,10 @@ class Channel:
         other = Channel(self._accepts & ASKED_OF_CLIENT)
         other.wire = self.wire
         return other
+
+    def accept_nothing(self) -> None:
+        """The peer's requests have a twin socket: here it may only answer from now on."""
+        self._accepts = frozenset()
 
     # --- receiving ---
     def receive(self, data: bytes, fds: Sequence[FileDescriptor] = ()) -> list[Happening]:

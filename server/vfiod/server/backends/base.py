@@ -155,7 +155,23 @@ class Backend(Protocol):
 
     @property
     def kind(self) -> str:
-        """``kernel-group``, ``kernel-cdev`` or ``mdev``."""
+        """``kernel-group``, ``kernel-cdev``, ``mdev`` or ``vfio-user``."""
+        ...
+
+    @property
+    def may_block(self) -> bool:
+        """Whether its calls wait for another program, which may never answer: then none is made on the event loop.
+
+        There :meth:`set_irqs` alone may be called, to mask, unmask or trigger; it returns without waiting.
+        """
+        ...
+
+    @property
+    def foreign(self) -> bool:
+        """Whether what maps its regions is another program's: it may be cut at any time, which is SIGBUS here.
+
+        It is given out, but never mapped in this process.
+        """
         ...
 
     @property

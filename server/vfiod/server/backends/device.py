@@ -75,6 +75,9 @@ class KernelDevice:
 
     """
 
+    may_block: Final = False
+    foreign: Final = False
+
     def __init__(
         self,
         calls: Syscalls,

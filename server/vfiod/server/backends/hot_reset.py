@@ -8,6 +8,8 @@ of the reference on device behaviour:
 * Asked by a device of a group: each function's group is held here, or lent for the call and in no container.
 * Asked by a cdev: each function is bound to the same iommufd, by a device here, or owned through its group.
 * The two do not mix.
+* No function is a virtual one: the kernel has each VF in a set of its own, finds it on the bus, and says EINVAL
+  (``vfio_pci_dev_set_resettable``), whoever holds it.
 
 :func:`judge` is pure; :func:`look_at_lent` asks the kernel about the fds of a call.
 """
@@ -77,6 +79,7 @@ class Surroundings:
         lingering: those of them where only another process has a device.
         lent: groups lent for the call, by number.
         drivers: of host functions, by address; one that is not known is left out.
+        virtual: addresses of the affected functions that are virtual ones of SR-IOV.
 
     """
 
@@ -85,6 +88,7 @@ class Surroundings:
     lingering: Set[int] = frozenset()
     lent: Mapping[int, Lent] = field(default_factory=lambda: MappingProxyType({}))
     drivers: Mapping[str, str | None] = field(default_factory=lambda: MappingProxyType({}))
+    virtual: Set[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,12 @@ def judge(asked: Held, info: vfio.HotResetInfo, around: Surroundings) -> Verdict
         here = _find(asked, function, around.held, by_devid=by_devid)
         if here is not None:
             devices.append(here.device)
-        if by_devid:
+        if function.address in around.virtual:
+            reason: str | None = (
+                "it is a virtual function: the kernel resets no bus that has any, whoever holds them; take them away "
+                "first (0 into sriov_numvfs of the physical function)"
+            )
+        elif by_devid:
             reason = _why_not_cdev(asked, function, here, around)
         else:
             reason = _why_not_group(asked, function, here, around)

@@ -128,6 +128,8 @@ class MediatedBackend:
 
     kind = "mdev"
     given_out = False
+    may_block = False
+    foreign = False
 
     def __init__(
         self,

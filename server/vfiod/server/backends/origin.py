@@ -192,7 +192,8 @@ def open_group(calls: Syscalls, group: int, device: HostDevice, *, noiommu: bool
             f"{path}, or start the server with --allow-open",
             errno="EACCES",
         )
-    unbound = f"bind {device.name} to vfio-pci first (its driver: {device.driver or 'none'})"
+    vfio_driver = "vfio-platform" if device.bus == "platform" else "vfio-pci"
+    unbound = f"bind {device.name} to {vfio_driver} first (its driver: {device.driver or 'none'})"
     advice: Advice = {
         errno.ENOENT: unbound,
         errno.ENODEV: unbound,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty
 from vfiod.protocol.catalogue.interrupts import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
     from vfiod.server.devices.model import Interrupts
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "refuse_twice", "replies", "take"]
 
 
 # --- irq-start ------------------------------------------------------------------------------------
@@ -44,12 +44,21 @@ def irq_start(call: Call, arguments: IrqStart) -> IrqStartResult | Awaitable[Irq
     """Start vectors of a device, or tell every platform device that the machine is complete."""
     a = arguments
     if a.device is UNSET:
-        for name in ("index", "vectors", "eventfds", "routes", "mode"):
+        for name in ("index", "indexes", "vectors", "eventfds"):
             if getattr(a, name) is not UNSET:
                 raise InvalidArgument(f"Parameter 'device' is missing: '{name}' is of one device")
-        # "Machine complete" concerns platform devices, and this machine can have none yet.
-        return IrqStartResult(irqs=[])
-    device = call.machine.device(a.device)
+        from vfiod.server.commands.platform_irqs import machine_complete
+
+        return machine_complete(call, a)
+    device = call.device_to_change(a.device)
+    if device.on_platform_bus:
+        from vfiod.server.commands.platform_irqs import of_messages, start_platform
+        from vfiod.server.devices.platform import PlatformDevice
+
+        platform = cast("PlatformDevice", device)
+        if not of_messages(a, platform):
+            return start_platform(call, a, platform)
+    _refuse_platform(a)
     one = device.interrupts.find("intx" if a.index is UNSET else a.index)
     vectors = _vectors(a)
     mode = None if a.mode is UNSET else a.mode
@@ -68,32 +77,53 @@ def irq_start(call: Call, arguments: IrqStart) -> IrqStartResult | Awaitable[Irq
                 "Parameter 'eventfds' is missing: this reply can carry no fds, so none can be handed back; "
                 "ask singly, on a Unix socket, or bring eventfds"
             )
-        wanted = [Wanted(vector) for vector in vectors] if a.eventfds is UNSET else _take(call, a.eventfds)
+        eventfds = a.eventfds
+        # The session's fds are the loop's; starting may be in a worker.
+        if eventfds is UNSET:
+            wanted = [Wanted(vector) for vector in vectors]
+        else:
+            wanted = device.on_loop(lambda: take(call, eventfds))
         started = device.interrupts.start(one, wanted, mode, numbers)
-        return IrqStartResult(irqs=_replies(call, device, started))
+        return IrqStartResult(irqs=device.on_loop(lambda: replies(call, device, started)))
 
     return device.in_order("irq-start", start)
+
+
+def _refuse_platform(a: IrqStart) -> None:
+    """Refuse what only platform devices take. InvalidArgument."""
+    routes = () if a.routes is UNSET else a.routes
+    entries = () if a.eventfds is UNSET else a.eventfds
+    for name, given in (
+        ("indexes", a.indexes is not UNSET),
+        ("eventfds[].index", any(entry.index is not UNSET for entry in entries)),
+        ("routes[].device", any(route.device is not UNSET for route in routes)),
+    ):
+        if given:
+            raise InvalidArgument(
+                f"Parameter '{name}' is for platform devices: '{a.device}' starts vectors of one index, by 'index'"
+            )
 
 
 def _vectors(a: IrqStart) -> list[int]:
     """The vectors that are meant, each once. InvalidArgument when 'vectors' and 'eventfds' disagree."""
     named = [] if a.vectors is UNSET else a.vectors
-    _refuse_twice("vectors", "vector", named)
+    refuse_twice("vectors", "vector", named)
     if a.eventfds is UNSET:
         return named or [0]
     brought = [entry.vector for entry in a.eventfds]
-    _refuse_twice("eventfds", "vector", brought)
+    refuse_twice("eventfds", "vector", brought)
     if named and set(named) != set(brought):
         raise InvalidArgument(
             f"Parameters 'vectors' ({_list(named)}) and 'eventfds' ({_list(brought)}) name different vectors: "
             "leave 'vectors' out, or name the same ones"
         )
     names = [name for entry in a.eventfds for name in (entry.trigger, entry.resample) if name is not UNSET]
-    _refuse_twice("eventfds", "fd", names)
+    refuse_twice("eventfds", "fd", names)
     return brought
 
 
-def _refuse_twice(argument: str, what: str, values: list[Any]) -> None:
+def refuse_twice(argument: str, what: str, values: list[Any]) -> None:
+    """Refuse a value that is there twice. InvalidArgument."""
     twice = [value for value, times in Counter(values).items() if times > 1]
     if twice:
         raise InvalidArgument(f"Parameter '{argument}' names {what} {twice[0]!r} twice: name each once")
@@ -132,7 +162,7 @@ def _fds_each(one: IrqIndex, mode: IrqMode | None) -> int:
     return 2 if one.info.automasked and mode is not IrqMode.RELAYED else 1
 
 
-def _take(call: Call, entries: list[VectorFds]) -> list[Wanted]:
+def take(call: Call, entries: list[VectorFds]) -> list[Wanted]:
     """Duplicates of the eventfds that were named; none when one of the names is wrong."""
     from vfiod.server.devices.irq_index import Wanted
 
@@ -154,7 +184,8 @@ def _take(call: Call, entries: list[VectorFds]) -> list[Wanted]:
     return wanted
 
 
-def _replies(call: Call, device: Device, started: list[Started]) -> list[StartedIrq]:
+def replies(call: Call, device: Device, started: list[Started]) -> list[StartedIrq]:
+    """What was started, for the reply, which takes the eventfds with it."""
     return [
         StartedIrq(
             device=device.name,
@@ -182,8 +213,9 @@ def irq_stop(call: Call, arguments: IrqStop) -> Empty | Awaitable[Empty]:
         for name in ("index", "vectors"):
             if getattr(a, name) is not UNSET:
                 raise InvalidArgument(f"Parameter 'device' is missing: '{name}' is of one device")
+        call.check_no_client()
         return _stop_all(call)
-    device = call.machine.device(a.device)
+    device = call.device_to_change(a.device)
     if a.vectors is not UNSET and a.index is UNSET:
         raise InvalidArgument("Parameter 'index' is missing: 'vectors' are of one index")
     one = None if a.index is UNSET else device.interrupts.find(a.index)
@@ -192,6 +224,7 @@ def irq_stop(call: Call, arguments: IrqStop) -> Empty | Awaitable[Empty]:
 
 
 async def _stop_all(call: Call) -> Empty:
+    call.machine.devices.completion = None  # what is added from now on is not started
     for device in call.machine.devices.all():
         if device.realized:
             stopped = _stop_one(device)
@@ -206,35 +239,35 @@ def _stop_one(device: Device) -> Empty | Awaitable[Empty]:
 
 def irq_mask(call: Call, arguments: IrqMask) -> Empty | Awaitable[Empty]:
     """Mask one interrupt; out of band at once, whatever the device is at."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _now_or_ordered(call, device, "irq-mask", lambda: device.interrupts.mask(one, arguments.vector))
 
 
 def irq_unmask(call: Call, arguments: IrqUnmask) -> Empty | Awaitable[Empty]:
     """Unmask one interrupt."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
-    return _do(device, "irq-unmask", lambda: device.interrupts.unmask(one, arguments.vector))
+    return _do_on_loop(device, "irq-unmask", lambda: device.interrupts.unmask(one, arguments.vector))
 
 
 def irq_eoi(call: Call, arguments: IrqEoi) -> Empty | Awaitable[Empty]:
     """Complete a level interrupt; out of band at once, whatever the device is at."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _now_or_ordered(call, device, "irq-eoi", lambda: device.interrupts.eoi(one, arguments.vector))
 
 
 def irq_trigger(call: Call, arguments: IrqTrigger) -> Empty | Awaitable[Empty]:
     """Make the kernel signal an interrupt's eventfd."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _do(device, "irq-trigger", lambda: device.interrupts.trigger(one, arguments.vector))
 
 
 def irq_route(call: Call, arguments: IrqRoute) -> Empty | Awaitable[Empty]:
     """Say which interrupt number a vector has now."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     number = None if arguments.number is UNSET else arguments.number
     return _do(device, "irq-route", lambda: device.interrupts.route(one, arguments.vector, number))
@@ -255,11 +288,22 @@ def _do(device: Device, what: str, action: Callable[[], None]) -> Empty | Awaita
     return device.in_order(what, done)
 
 
-def _now_or_ordered(call: Call, device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
-    if call.oob and not device.lane.closed:
+def _do_on_loop(device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
+    """For what touches the line that relayed interrupts move: both on the loop."""
+
+    def done() -> Empty:
         action()
         return Empty()
-    return _do(device, what, action)
+
+    return device.in_order_on_loop(what, done)
+
+
+def _now_or_ordered(call: Call, device: Device, what: str, action: Callable[[], None]) -> Empty | Awaitable[Empty]:
+    # A worker may be at the interrupts of a device that waits for another program.
+    if call.oob and not device.lane.closed and not device.waits:
+        action()
+        return Empty()
+    return _do_on_loop(device, what, action)
 
 
 HANDLERS: Final[dict[type[Arguments[Any]], Handler]] = {

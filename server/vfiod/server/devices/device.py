@@ -75,6 +75,7 @@ class Device(ABC):
     Attributes:
         driver: which model this is.
         hot_resettable: whether devices of this class share resets with others (``hot-reset``): PCI only.
+        on_platform_bus: whether ``irq-start`` without a device ("machine complete") starts its interrupts.
         lane: the order of its commands.
         claim: who has it for itself: the client of an export.
         state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
@@ -83,6 +84,7 @@ class Device(ABC):
 
     driver: ClassVar[Driver]
     hot_resettable: ClassVar[bool] = False
+    on_platform_bus: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -106,6 +108,7 @@ class Device(ABC):
         self._environment = environment
         self._on_requested = on_requested
         self._model: Model | None = None
+        self._waits = False  # its backend may wait for another program
         self._going = False  # stopped: whatever still runs must leave it alone
         self._requested = 0
         self._fast_path_told = True
@@ -125,9 +128,29 @@ class Device(ABC):
     def in_order(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
         """Do something quick on the loop, in the device's order: at once when nothing else is at work on it.
 
-        Else an awaitable is returned, which does it in its turn. Raises what the lane says once the device goes.
+        Else an awaitable is returned, which does it in its turn: on the loop, or in a worker when the device's backend
+        may wait for another program. Raises what the lane says once the device goes.
         """
+        if self._waits:
+            return self._in_worker(what, action)
         return action() if self.lane.free else self._in_turn(what, action)
+
+    def in_order_on_loop(self, what: str, action: Callable[[], T]) -> T | Awaitable[T]:
+        """:meth:`in_order` for what never waits, whatever the backend: looking, giving fds out, masking."""
+        return action() if self.lane.free else self._in_turn(what, action)
+
+    def on_loop(self, function: Callable[[], T]) -> T:
+        """Do something on the loop, from inside an :meth:`in_order`, which may be in a worker."""
+        return self._environment.on_loop(function)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its backend may wait for another program (``may_block``): then its commands run in a worker."""
+        return self._waits
+
+    async def _in_worker(self, what: str, action: Callable[[], T]) -> T:
+        async with self.lane.turn(what) as turn:
+            return await self._in_thread(turn, action)
 
     async def _in_turn(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what):
@@ -138,6 +161,7 @@ class Device(ABC):
     def realize(self, open_backend: Callable[[], Backend]) -> None:
         """Open the device and read what it has. Blocks; in a worker. On failure closes everything, and raises."""
         backend = open_backend()
+        self._waits = backend.may_block
         try:
             model = self.populate(backend, self._environment)
         except BaseException:
@@ -289,7 +313,7 @@ class Device(ABC):
         regions.check(region, offset, length, write=False)
         async with self.lane.turn("region-read") as turn:
             data = await self._in_thread(turn, lambda: regions.read(region, offset, length))
-            self._accessed(region)
+            await self._step(turn, lambda: self._accessed(region))
         return data
 
     async def write(self, region: Region, offset: int, data: bytes) -> None:
@@ -300,10 +324,14 @@ class Device(ABC):
             for at, size, virtual in regions.pieces(region, offset, len(data)):
                 part = data[at - offset : at - offset + size]
                 if virtual:
-                    regions.write(region, at, part)
+                    await self._step(turn, functools.partial(regions.write, region, at, part))
                 else:
                     await self._in_thread(turn, functools.partial(regions.write, region, at, part))
-            self._accessed(region, written=True)
+            await self._step(turn, lambda: self._accessed(region, written=True))
+
+    async def _step(self, turn: Turn, work: Callable[[], T]) -> T:
+        """Do something quick on the loop; in a thread when the backend may wait."""
+        return await self._in_thread(turn, work) if self._waits else work()
 
     async def _in_thread(self, turn: Turn, work: Callable[[], T]) -> T:
         """Do it in a thread. DeviceNotActive when the device was forced away meanwhile, whatever else went wrong."""
@@ -326,12 +354,12 @@ class Device(ABC):
         self._accessed(region, written=True)
 
     def _accessed(self, region: Region, *, written: bool = False) -> None:
-        """A region was accessed through vfiod, successfully. On the loop."""
+        """A region was accessed through vfiod, successfully. On the loop, or where :meth:`in_order` is."""
         model = self._model
         if model is None:
             return
         if region.completes:
-            model.interrupts.accessed()
+            self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:
         """Give out the fd that maps a region, a duplicate. The session holds the device from now on.
@@ -469,12 +497,12 @@ class Device(ABC):
         model = self._active()
         if trace.reset_begin.on:
             trace.reset_begin(device=self.name, method=method)
-        model.interrupts.suspend()
+        await self._step(turn, model.interrupts.suspend)
         try:
             saved = await self._in_thread(turn, lambda: self._save(model))
         except Exception:
             if not self._going:
-                model.interrupts.resume()
+                await self._step(turn, model.interrupts.resume)
             raise
         return Quiesced(model, saved, method)
 
@@ -495,7 +523,7 @@ class Device(ABC):
         if self._going:
             raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
         try:
-            model.interrupts.resume()
+            await self._step(turn, model.interrupts.resume)
         except CommandError as error:
             failure = failure or error
         self._tell_fast_path()

@@ -6,12 +6,15 @@ The machine gives one to each device. Everything here is called on the loop's th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.server.lanes import Lane
 
 __all__ = ["Environment", "Timer"]
+
+
+T = TypeVar("T")
 
 
 class Timer(Protocol):
@@ -43,6 +46,9 @@ class Environment(Protocol):
 
     def after(self, milliseconds: int, callback: Callable[[], None]) -> Timer:
         """Call back once, after so many milliseconds of monotonic time."""
+
+    def on_loop(self, function: Callable[[], T]) -> T:
+        """Do something on the loop's thread, and wait until it is done; what it returns or raises comes back."""
 
     def now(self) -> float:
         """Monotonic time, in seconds (``loop.time``)."""

@@ -74,7 +74,7 @@ def populate(
     place_rom(device, backend, regions[ROM], shown)
     virtual = virtual_config(device, backend, regions, has_intx=indexes[INTX].info.count > 0, shown=shown)
     migratable = backend.probe_feature(int(vfio.Feature.MIGRATION))
-    model_regions = Regions(device, backend, regions, no_mmap=no_mmap)
+    model_regions = Regions(device, backend, regions, no_mmap=no_mmap, foreign=backend.foreign)
     model_regions.decodes = config.decodes()
     interrupts = DeviceInterrupts(
         device,
@@ -110,8 +110,9 @@ def _irq(device: str, backend: Backend, index: int) -> PciIrqIndex:
     try:
         info = backend.irq_info(index)
     except OperationFailed as error:
-        # The kernel has no ERR on a conventional bus, and none of what it does not know.
-        if index < _LEAST_IRQS or error.errno != "EINVAL":
+        # The kernel has no ERR on a conventional bus, and mediated drivers say EINVAL to whatever they do not have
+        # (mtty to MSI-X, ERR and REQ).
+        if error.errno != "EINVAL":
             raise
         info = vfio.IrqInfo(index)
     one = PciIrqIndex(device, info)

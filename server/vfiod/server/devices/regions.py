@@ -141,6 +141,7 @@ class Regions:
         backend: where it comes from.
         regions: in the order of their indexes.
         no_mmap: never map any (``x-no-mmap``).
+        foreign: what maps them is another program's memory (``Backend.foreign``): never map any either.
 
     Attributes:
         trapped: an INTx waits for the access that completes it.
@@ -149,10 +150,19 @@ class Regions:
 
     """
 
-    def __init__(self, device: str, backend: Backend, regions: tuple[Region, ...], *, no_mmap: bool = False) -> None:
+    def __init__(
+        self,
+        device: str,
+        backend: Backend,
+        regions: tuple[Region, ...],
+        *,
+        no_mmap: bool = False,
+        foreign: bool = False,
+    ) -> None:
         self.device = device
         self.all = regions
-        self.no_mmap = no_mmap
+        self.no_mmap = no_mmap or foreign
+        self._foreign = foreign
         self.trapped = False
         self.shared = False
         self.decodes = True
@@ -212,6 +222,8 @@ class Regions:
     def _note(self, region: Region) -> str | None:
         if region.note is not None or not region.areas:
             return region.note
+        if self._foreign:
+            return "its memory is another program's: vfiod gives it out, and accesses it by read and write"
         if self.no_mmap:
             return "x-no-mmap: every access is a read or write"
         if self.shared:

@@ -23,9 +23,26 @@ from vfiod.server.devices.irq_index import INTX
 from vfiod.server.devices.vectors import Vector
 from vfiod.server.interrupts.intx import Action, IntxLine, LineState
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "tell_delivered", "tell_fired"]
 
 _log: Final = logging.getLogger(__name__)
+
+
+def tell_delivered(environment: Environment, device: str, index: int, vector: Vector) -> None:
+    """A relayed interrupt went on to its consumer: the event ``IRQ``."""
+    counts = vector.counts
+    environment.emit(
+        Irq(device=device, index=index, vector=vector.number, fired=counts.fired, delivered=counts.delivered)
+    )
+
+
+def tell_fired(environment: Environment, device: str, index: int, vector: Vector, count: int) -> None:
+    """So many came from the device: trace it, and say so when it is a storm."""
+    storm = vector.counts.storm.note(count, environment.now())
+    if storm is not None:
+        environment.emit(IrqStorm(device=device, index=index, vector=vector.number, per_second=storm))
+    if trace.irq_fired.on:
+        trace.irq_fired(device=device, index=index, vector=vector.number, count=count)
 
 
 class Relay:
@@ -104,8 +121,8 @@ class Relay:
         counts = vector.counts
         counts.fired += count
         counts.delivered += count
-        self._delivered(index, vector)
-        self._counted(index, vector, count)
+        tell_delivered(self._environment, self._device, index, vector)
+        tell_fired(self._environment, self._device, index, vector, count)
 
     def _line_fired(self, vector: Vector, line: IntxLine) -> None:
         if vector.own is None or not (count := eventfds.take(vector.own)):
@@ -114,35 +131,16 @@ class Relay:
         before = vector.counts.delivered
         self.quietly(lambda: self.step(line, line.fired, vector))
         if vector.counts.delivered != before:
-            self._delivered(INTX, vector)
+            tell_delivered(self._environment, self._device, INTX, vector)
         elif trace.irq_pending.on:
             trace.irq_pending(device=self._device, index=INTX, state=line.state.value)
-        self._counted(INTX, vector, count)
+        tell_fired(self._environment, self._device, INTX, vector, count)
 
     def _resampled(self, vector: Vector, line: IntxLine) -> None:
         if vector.resample is not None and eventfds.take_foreign(vector.resample):
             if trace.irq_eoi.on:
                 trace.irq_eoi(device=self._device, index=INTX, by="resample")
             self.quietly(lambda: self.step(line, line.eoi, vector))
-
-    def _delivered(self, index: int, vector: Vector) -> None:
-        counts = vector.counts
-        self._environment.emit(
-            Irq(
-                device=self._device,
-                index=index,
-                vector=vector.number,
-                fired=counts.fired,
-                delivered=counts.delivered,
-            )
-        )
-
-    def _counted(self, index: int, vector: Vector, count: int) -> None:
-        storm = vector.counts.storm.note(count, self._environment.now())
-        if storm is not None:
-            self._environment.emit(IrqStorm(device=self._device, index=index, vector=vector.number, per_second=storm))
-        if trace.irq_fired.on:
-            trace.irq_fired(device=self._device, index=index, vector=vector.number, count=count)
 
     # --- the line -----------------------------------------------------------------------------------------
 

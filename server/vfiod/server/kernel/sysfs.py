@@ -198,6 +198,10 @@ class Sysfs:
             return None
         return "some method" if self._calls.exists(f"{device.path}/reset") else ""
 
+    def is_virtual_function(self, address: str) -> bool:
+        """Whether a PCI function is a virtual one of SR-IOV, as far as sysfs says."""
+        return self._calls.exists(f"/sys/bus/pci/devices/{address}/physfn")
+
     # --- groups ---
     def members(self, group: int) -> tuple[GroupMember, ...]:
         """Return the devices of an IOMMU group and their drivers; empty when sysfs does not say."""

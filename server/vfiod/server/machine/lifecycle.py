@@ -36,13 +36,16 @@ from vfiod.server import trace
 from vfiod.server.events import EventHub
 from vfiod.server.lanes import Lane, Turn
 from vfiod.server.machine.ending import Ending
-from vfiod.server.machine.environment import LoopEnvironment
+from vfiod.server.machine.environment import AnyThreadEnvironment, LoopEnvironment
+from vfiod.server.onloop import OnLoop
 
 if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.backends.base import Backend
     from vfiod.server.devices.device import Device
+    from vfiod.server.devices.environment import Environment
     from vfiod.server.devices.model import Options
     from vfiod.server.devices.regions import Region
+    from vfiod.server.machine.completion import Completion
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -62,6 +65,7 @@ class NewDevice(Struct, frozen=True):
         host: host address or UUID, when known before it is open.
         options: properties of the device model.
         on_request_timeout_ms: with ``on-request=delete``, how long holders are waited for.
+        in_workers: its backend may wait for another program: whatever is done to it is done in a worker's thread.
         open: opens it for a user (its id or path). Blocks; in a worker's thread; takes the origin's fds over,
             whatever comes of it, and unwinds itself on failure.
         discard: closes the origin's fds, when it does not come to ``open``.
@@ -76,6 +80,7 @@ class NewDevice(Struct, frozen=True):
     open: Callable[[str], Backend]
     discard: Callable[[], None]
     on_request_timeout_ms: int = DEFAULT_UNPLUG_TIMEOUT_MS
+    in_workers: bool = False
 
 
 class _Unplug(Struct, eq=False):
@@ -116,6 +121,9 @@ class Devices:
         topology: the lane in which devices come and go.
         on_deleted: called on the loop after each ``DEVICE_DELETED``.
 
+    Attributes:
+        completion: how devices are started that are added after the machine was complete; None: it is not yet.
+
     """
 
     def __init__(
@@ -133,6 +141,7 @@ class Devices:
         self._on_deleted = on_deleted
         self._added: dict[str, _Added] = {}  # by name, oldest first
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.completion: Completion | None = None
         self._anonymous = 0
         self._refusal: CommandError | None = None
         self.on_gone: Callable[[str], None] | None = None
@@ -204,13 +213,18 @@ class Devices:
             path=path,
             backend_kind=new.backend_kind,
             host=new.host,
-            environment=LoopEnvironment(self._loop, self._hub, lane),
+            environment=self._environment(new, lane),
             options=new.options,
             on_requested=self._requested,
         )
         added = self._added[name] = _Added(device, lane, new)
         lane.on_idle = lambda: self._wake(added)
         return added
+
+    def _environment(self, new: NewDevice, lane: Lane) -> Environment:
+        if new.in_workers:
+            return AnyThreadEnvironment(OnLoop(self._loop), self._hub, lane)
+        return LoopEnvironment(self._loop, self._hub, lane)
 
     async def _realize(self, added: _Added) -> Device:
         device = added.device
@@ -232,6 +246,8 @@ class Devices:
                 await turn.run(realize)
                 try:
                     device.start()
+                    if self.completion is not None:
+                        self.completion.added(device)
                 except BaseException:
                     await self._shut(added, turn)
                     raise

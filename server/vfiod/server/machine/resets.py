@@ -115,11 +115,12 @@ class Resets:
         except ValueError as error:  # its fd was closed in this moment
             raise DeviceNotActive(f"Device '{name}' was removed meanwhile") from error
         drivers = {}
+        virtual = frozenset(one.address for one in info.devices if self._sysfs.is_virtual_function(one.address))
         for function in info.devices:
             known, driver = self._driver(function.address)
             if known:
                 drivers[function.address] = driver
-        whole = Surroundings(around.held, around.groups, around.lingering, around.lent, drivers)
+        whole = Surroundings(around.held, around.groups, around.lingering, around.lent, drivers, virtual)
         return judge(_held(name, backend), info, whole)
 
     def _driver(self, address: str) -> tuple[bool, str | None]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # imported with the first device: what a server without one d
     from vfiod.server.backends.base import Backend
     from vfiod.server.backends.cdev import CdevOrigin
     from vfiod.server.backends.group import GroupOrigin, KernelGroups
+    from vfiod.server.backends.vfio_user.source import VfioUserOrigin
     from vfiod.server.devices.device import Device
     from vfiod.server.devices.regions import Region
     from vfiod.server.machine.doors import Doors
@@ -101,7 +102,7 @@ class Machine:
         self.topology = Lane("topology", self.executor)
         self.memory = GuestMemory(self._mapping_lost)
         self._calls = syscalls or Syscalls()
-        self.sources = Sources(self._calls, self.memory, hub, self.executor, allow_open=allow_open)
+        self.sources = Sources(self._calls, self.memory, hub, self.executor, loop=self.loop, allow_open=allow_open)
         self.objects = Objects(self.memory, self.sources.container_users, self._devices_on)
         self.fdsets = FdSets()
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
@@ -176,6 +177,10 @@ class Machine:
         from vfiod.server.backends.cdev import IommufdSource
 
         return replace(origin, iommufd=IommufdSource(origin.iommufd.object_id, fd))
+
+    def check_served(self, origin: VfioUserOrigin) -> Awaitable[tuple[Check, ...]]:
+        """What a dry run says of a device of a vfio-user server. Takes the origin's fd over on every path."""
+        return self._change("device_add (dry run)", lambda: self.sources.served.check(origin), *origin.fds())
 
     def check_mediated(self, uuid: str, driver: str) -> Awaitable[tuple[Check, ...]]:
         """What a dry run says of a mediated device."""

@@ -7,6 +7,7 @@ or memory. Looking never makes one: what is not there has nothing to show.
 from __future__ import annotations
 
 import threading
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
@@ -16,11 +17,13 @@ from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.syscalls import Syscalls
+from vfiod.server.onloop import OnLoop
 
 if TYPE_CHECKING:
     from vfiod.server.backends.cdev import IoasInfo, KernelCdevs
     from vfiod.server.backends.group import HeldFd, KernelGroups
     from vfiod.server.backends.mediated import MediatedDevices
+    from vfiod.server.backends.vfio_user.source import VfioUserDevices
     from vfiod.server.mdev.bus import MdevBus
 
 __all__ = ["Sources"]
@@ -34,12 +37,20 @@ class Sources:
         memory: guest memory, replayed into each new address space.
         hub: the machine's events.
         executor: the machine's threads.
+        loop: the machine's event loop.
         allow_open: whether devices may be opened here.
 
     """
 
     def __init__(
-        self, calls: Syscalls, memory: GuestMemory, hub: EventHub, executor: Executor, *, allow_open: bool
+        self,
+        calls: Syscalls,
+        memory: GuestMemory,
+        hub: EventHub,
+        executor: Executor,
+        *,
+        loop: AbstractEventLoop,
+        allow_open: bool,
     ) -> None:
         self._calls = calls
         self._memory = memory
@@ -49,6 +60,8 @@ class Sources:
         # The first need may be the loop's or the topology lane's, at the same time.
         self._making = threading.Lock()
         self._kernel: tuple[KernelGroups, KernelCdevs] | None = None
+        self._served: VfioUserDevices | None = None
+        self._on_loop = OnLoop(loop)
         self._mediation: tuple[MdevBus, MediatedDevices] | None = None
 
     # --- made when first needed -----------------------------------------------------------------------
@@ -67,6 +80,22 @@ class Sources:
     def bus(self) -> MdevBus:
         """The mediated bus."""
         return self._need_mediation()[0]
+
+    @property
+    def served(self) -> VfioUserDevices:
+        """Where devices of other programs (vfio-user) are opened."""
+        with self._making:
+            if self._served is None:
+                from vfiod.server.backends.vfio_user.source import VfioUserDevices
+
+                self._served = VfioUserDevices(
+                    self._memory.attach,
+                    self._memory.detach,
+                    on_loop=self._on_loop,
+                    executor=self._executor,
+                    emit=self._hub.emit,
+                )
+            return self._served
 
     @property
     def mediated(self) -> MediatedDevices:

@@ -10,7 +10,7 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vfiod.protocol.catalogue.devices import ContainerInfo, DeviceInfo, TopologyEdge, TopologyNode
+from vfiod.protocol.catalogue.devices import ContainerInfo, DeviceInfo, Driver, TopologyEdge, TopologyNode
 from vfiod.protocol.catalogue.reset import AffectedFunction, HotResetReport
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.server.backends.cdev import IoasInfo
@@ -108,7 +108,7 @@ def _words(device: DeviceInfo) -> dict[str, str | None]:
         "backend": device.backend,
         "state": str(device.state),
         "interrupts": str(device.irq_kind),
-        "reset": "yes" if device.reset else "only with its bus",
+        "reset": "yes" if device.reset else "only with its bus" if device.driver is Driver.VFIO_PCI else "no",
     }
 
 

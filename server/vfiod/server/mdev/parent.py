@@ -63,6 +63,7 @@ from vfiod.protocol.vfio import Area, IrqTypeCap, MsiMessage, RegionTypeCap, Set
 __all__ = [
     "ENTRY_POINTS",
     "Area",
+    "DeviceApi",
     "DeviceInfo",
     "DmaFault",
     "Host",
@@ -72,6 +73,7 @@ __all__ = [
     "MediatedDevice",
     "Parent",
     "Pin",
+    "SetIrqs",
     "RegionInfo",
     "Watch",
 ]

@@ -107,16 +107,14 @@ class PlatformIrqs:
 
     def set_irqs(self, request: SetIrqs) -> int:
         """``VFIO_DEVICE_SET_IRQS``. Returns 0, or how many messages can be had. Raises OSError as vfio-platform."""
-        has = self.info(request.index).count
-        start, count = request.start, request.count
+        index, start, count = request.index, request.start, request.count
+        has = 1 if 0 <= index < len(self._irqs) else self.info(index).count
         if start < 0 or count < 0 or start >= has or start + count > has:
-            raise OSError(
-                errno.EINVAL, f"index {request.index} has {has} interrupts, not {start} to {start + count - 1}"
-            )
+            raise OSError(errno.EINVAL, f"index {index} has {has} interrupts, not {start} to {start + count - 1}")
         with self._lock:
-            if request.index == len(self._irqs):
+            if index == len(self._irqs):
                 return self._set_messages(request)
-            irq = self._irqs[request.index]
+            irq = self._irqs[index]
             if request.action is IrqAction.TRIGGER:
                 self._set_trigger(irq, request)
             else:

@@ -58,6 +58,10 @@ def test_every_affected_function_held_by_its_group() -> None:
         (Surroundings(held=[ASKED, Held("c", "0000:04:00.1", iommufd="i", devid=2)], groups={7}), "'c' here.*cdev"),
         (Surroundings(held=[ASKED], groups={7, 8}, drivers={**VFIO, "0000:04:00.1": "igb"}), "bound to igb: bind"),
         (Surroundings(held=[ASKED], groups={7, 8}, drivers={**VFIO, "0000:04:00.1": None}), "bound to no driver"),
+        (
+            Surroundings(held=[ASKED, OTHER], groups={7, 8}, virtual={"0000:04:00.1"}),
+            "virtual function: .*sriov_numvfs",
+        ),
         # The kernel takes stubs for viable, and yet does not reset them under nobody's eyes.
         (Surroundings(held=[ASKED], groups={7, 8}, drivers={**VFIO, "0000:04:00.1": "pci-stub"}), "bound to pci-stub"),
     ],

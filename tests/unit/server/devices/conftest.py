@@ -18,7 +18,7 @@ from vfiod.protocol.catalogue.declare import COMMANDS
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import IrqAction, IrqData, PciRegion, SetIrqs
 from vfiod.protocol.wire.arguments import decode_arguments
-from vfiod.server.commands import devices, interrupts, regions, reset
+from vfiod.server.commands import ccw, devices, interrupts, regions, reset
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event, EventHub
 from vfiod.server.fds import FdNames
@@ -28,7 +28,7 @@ from vfiod.server.machine import Machine
 from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, RegionInfo
 from vfiod.server.mdev.samples.pci import Primer, PrimerDevice
 
-HANDLERS = {**devices.HANDLERS, **regions.HANDLERS, **interrupts.HANDLERS, **reset.HANDLERS}
+HANDLERS = {**devices.HANDLERS, **regions.HANDLERS, **interrupts.HANDLERS, **reset.HANDLERS, **ccw.HANDLERS}
 
 
 class Rig(PrimerDevice):

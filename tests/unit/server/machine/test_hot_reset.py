@@ -118,6 +118,26 @@ def test_refused_for_a_missing_group_and_nothing_is_touched(play: Play) -> None:
     play(scenario)
 
 
+def test_refused_while_there_are_virtual_functions(play: Play) -> None:
+    """Section 6, ``query-hot-reset``: "for what reason the reset would be refused"; whoever holds them."""
+
+    async def scenario(world: Any) -> None:
+        await add(world, "n0", FIRST, 7)
+        await add(world, "n1", SECOND, 8)
+        assert (await world.command("query-hot-reset", id="n1")).possible
+        world.kernel.device(SECOND).vf_of = FIRST
+        world.kernel.log.clear()
+        report = await world.command("query-hot-reset", id="n0")
+        assert [one.reason is UNSET for one in report.affected] == [True, False]
+        with pytest.raises(PermissionRefused, match=rf"{SECOND}: it is a virtual function: .*sriov_numvfs"):
+            await world.command("hot-reset", id="n0")
+        assert touched(world) == []
+        assert resets(world) == []
+        world.kernel.device(SECOND).vf_of = None
+
+    play(scenario)
+
+
 def test_granted_with_a_lent_group_which_is_given_back(play: Play) -> None:
     """Section 6: a group lent for the call and attached to no container."""
 

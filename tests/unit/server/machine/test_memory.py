@@ -242,7 +242,7 @@ def test_the_snapshot_is_one_picture_with_its_number(play: Play) -> None:
         assert picture.mdevs == [uuid]
         assert (picture.name, picture.uuid) == ("test", "00000000-0000-0000-0000-000000000000")
         owners = {one.owner for one in world.machine.fd_infos()}
-        assert owners == {"object:ram0", "device:n0"}
+        assert owners == {"object:ram0", "device:n0", f"mdev:{uuid}"}
 
     play(scenario)
 

@@ -1,0 +1,202 @@
+"""A device that another program serves, as a backend, and what its DMA reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.devices import GroupInfo
+from vfiod.protocol.errors import OperationFailed
+from vfiod.protocol.vfio_user import (
+    Command,
+    DeviceFeature,
+    Nothing,
+    RegionData,
+    RegionRead,
+    RegionWrite,
+    RegionWritten,
+)
+from vfiod.server.backends.base import AddressSpace, Mapping
+from vfiod.server.backends.vfio_user.peer import Peer
+from vfiod.server.mdev.space import Piece
+
+__all__ = ["VfioUserBackend", "VfioUserSpace"]
+
+T = TypeVar("T")
+
+ALL_ADDRESSES: Final = (0, (1 << 64) - 1)
+
+
+class VfioUserSpace:
+    """What the server can reach (:class:`AddressSpace`): all guest memory, by fds of it where it takes them."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.name = f"vfio-user:{peer.user}"
+        self.page_size = peer.agreement.page_size
+        self._peer = peer
+
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Everything below 2**64."""
+        return (ALL_ADDRESSES,)
+
+    def map(self, mapping: Mapping) -> None:
+        """See :class:`AddressSpace`. The server may use it as soon as it knows of it, and not before it can."""
+        piece = Piece(mapping.iova, mapping.size, mapping.memory, mapping.offset, mapping.readonly)
+        self._peer.translation.add(piece)
+        try:
+            self._peer.map(mapping)
+        except BaseException:
+            self._peer.translation.remove(mapping.iova, mapping.size)
+            raise
+
+    def unmap(self, iova: int, size: int) -> None:
+        """See :class:`AddressSpace`."""
+        self._peer.unmap(iova, size)
+        self._peer.translation.remove(iova, size)
+
+
+class VfioUserBackend:
+    """One device (:class:`~vfiod.server.backends.base.Backend`)."""
+
+    kind = "vfio-user"
+    given_out = False
+    may_block = True
+    foreign = True
+
+    def __init__(self, peer: Peer, space: VfioUserSpace, left: Callable[[AddressSpace], None]) -> None:
+        self.name = peer.what
+        self._peer = peer
+        self._space = space
+        self._left = left
+        self._closed = False
+
+    @property
+    def address_space(self) -> AddressSpace:
+        """Its own."""
+        return self._space
+
+    @property
+    def group(self) -> GroupInfo | None:
+        """None: it is the server that knows of groups, if there is one."""
+        return None
+
+    def give_out(self) -> None:
+        """Nothing to note: what is given out is the server's memory."""
+
+    # --- looking: asked when connected, known since ---------------------------------------------------------
+
+    def info(self) -> vfio.DeviceInfo:
+        """See :class:`Backend`."""
+        return self._peer.facts.info
+
+    def region_info(self, index: int) -> vfio.RegionInfo:
+        """See :class:`Backend`."""
+        return self._known(self._peer.facts.regions, index, "DEVICE_GET_REGION_INFO")
+
+    def irq_info(self, index: int) -> vfio.IrqInfo:
+        """See :class:`Backend`."""
+        return self._known(self._peer.facts.irqs, index, "DEVICE_GET_IRQ_INFO")
+
+    def _known(self, known: tuple[T | OperationFailed, ...], index: int, operation: str) -> T:
+        if not 0 <= index < len(known):
+            raise OperationFailed(f"VFIO_USER_{operation}", f"{self.name} index {index}", errno="EINVAL")
+        told = known[index]
+        if isinstance(told, OperationFailed):
+            raise told.with_traceback(None)
+        return told
+
+    def region_fd(self, index: int) -> int | None:
+        """See :class:`Backend`."""
+        fd = self._peer.facts.files.get(index)
+        return None if fd is None else fd.number
+
+    def hot_reset_info(self) -> vfio.HotResetInfo:
+        """A device of another program has no bus here. OperationFailed, EOPNOTSUPP."""
+        raise self._no_bus("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO")
+
+    def hot_reset(self, group_fds: Sequence[int]) -> None:
+        """See :meth:`hot_reset_info`."""
+        del group_fds
+        raise self._no_bus("VFIO_DEVICE_PCI_HOT_RESET")
+
+    def _no_bus(self, operation: str) -> OperationFailed:
+        advice = "vfio-user has no reset of a bus: use device-reset"
+        return OperationFailed(operation, self.name, errno="EOPNOTSUPP", advice=advice)
+
+    # --- access: blocks --------------------------------------------------------------------------------------
+
+    def region_read(self, index: int, offset: int, length: int) -> bytes:
+        """See :class:`Backend`."""
+        data = self.region_read_some(index, offset, length)
+        if len(data) != length:
+            advice = f"{length} bytes were asked for at offset 0x{offset:x}, {len(data)} came"
+            raise OperationFailed("VFIO_USER_REGION_READ", self._what(index), errno="EIO", advice=advice)
+        return data
+
+    def region_read_some(self, index: int, offset: int, length: int) -> bytes:
+        """See :class:`Backend`."""
+        limit = self._peer.agreement.wire.max_transfer
+        parts: list[bytes] = []
+        done = 0
+        while done < length:
+            wanted = min(length - done, limit)
+            part = self._read(index, offset + done, wanted)
+            parts.append(part)
+            done += len(part)
+            if len(part) < wanted:
+                break
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read(self, index: int, offset: int, length: int) -> bytes:
+        reply = self._peer.ask(RegionRead(index, offset, length)).payload
+        if not isinstance(reply, RegionData) or len(reply.data) > length:
+            raise self._nonsense("REGION_READ", index, f"more than the {length} bytes that were asked for")
+        return reply.data
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """See :class:`Backend`."""
+        limit = self._peer.agreement.wire.max_transfer
+        for done in range(0, len(data), limit):
+            part = data[done : done + limit]
+            reply = self._peer.ask(RegionWrite(index, offset + done, part)).payload
+            if not isinstance(reply, RegionWritten) or reply.count > len(part):
+                raise self._nonsense("REGION_WRITE", index, f"more than the {len(part)} bytes that were sent")
+            if reply.count < len(part):
+                advice = f"{len(part)} bytes were sent for offset 0x{offset + done:x}, {reply.count} were written"
+                raise OperationFailed("VFIO_USER_REGION_WRITE", self._what(index), errno="EIO", advice=advice)
+
+    def _nonsense(self, operation: str, index: int, what: str) -> OperationFailed:
+        return OperationFailed(
+            f"VFIO_USER_{operation}", self._what(index), errno="EPROTO", advice=f"the server answers with {what}"
+        )
+
+    def _what(self, index: int) -> str:
+        return f"{self.name} region {index}"
+
+    def set_irqs(self, request: vfio.SetIrqs) -> None:
+        """See :class:`Backend`. On the loop it does not wait, and takes no eventfds."""
+        self._peer.set_irqs(request)
+
+    def reset(self) -> None:
+        """See :class:`Backend`."""
+        self._peer.ask(Nothing(), command=Command.DEVICE_RESET).close()
+
+    def probe_feature(self, feature: int) -> bool:
+        """See :class:`Backend`. What a server does not know, it does not have."""
+        flags = vfio.FeatureFlags.PROBE | vfio.FeatureFlags.GET
+        try:
+            self._peer.ask(DeviceFeature(feature, flags)).close()
+        except OperationFailed as error:
+            if error.errno in ("ENOTCONN", "ETIMEDOUT"):
+                raise
+            return False
+        return True
+
+    def close(self) -> bool:
+        """See :class:`Backend`. True: the server hears that we are gone, and lets go of everything."""
+        if not self._closed:
+            self._closed = True
+            self._peer.close()
+            self._left(self._space)
+        return True

@@ -1,0 +1,163 @@
+"""Opening devices that other programs serve: by the path of a socket, or by a connected socket that was passed."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+from msgspec import Struct
+
+from vfiod.protocol.catalogue import EventData
+from vfiod.protocol.catalogue.devices import Check
+from vfiod.protocol.errors import InvalidArgument, OperationFailed
+from vfiod.protocol.fd import FileDescriptor
+from vfiod.protocol.limits import DEFAULT_MSG_TIMEOUT_MS
+from vfiod.server.backends.base import AddressSpace, Backend
+from vfiod.server.backends.origin import check_class
+from vfiod.server.backends.vfio_user.device import VfioUserBackend, VfioUserSpace
+from vfiod.server.backends.vfio_user.peer import Peer
+from vfiod.server.onloop import OnLoop
+
+__all__ = ["VfioUserDevices", "VfioUserOrigin"]
+
+
+class VfioUserOrigin(Struct, frozen=True):
+    """What ``device_add`` was told: a path, or a connected socket.
+
+    Attributes:
+        driver: ``vfio-pci``.
+        path: of the server's socket; None: ``fd`` is connected to it.
+        fd: a duplicate; whoever is given the origin owns it.
+        name: what the fd was called.
+        timeout_ms: how long a reply may take, in milliseconds.
+        reconnect_ms: after which time to connect again, in milliseconds; 0: never. Only with a path.
+
+    """
+
+    driver: str
+    path: str | None = None
+    fd: FileDescriptor | None = None
+    name: str = ""
+    timeout_ms: int = DEFAULT_MSG_TIMEOUT_MS
+    reconnect_ms: int = 0
+
+    @property
+    def what(self) -> str:
+        """The server, for messages."""
+        return self.path if self.path is not None else f"fd '{self.name}'"
+
+    def fds(self) -> Iterator[FileDescriptor]:
+        """Every fd that came with it."""
+        if self.fd is not None:
+            yield self.fd
+
+
+class VfioUserDevices:
+    """Opens them. Any thread.
+
+    Args:
+        attach_space: replays all guest memory into a new address space, or raises and leaves nothing.
+        detach_space: forgets an address space.
+        on_loop: the machine's loop.
+        executor: the machine's threads.
+        emit: sends an event; on the loop.
+
+    """
+
+    def __init__(
+        self,
+        attach_space: Callable[[AddressSpace], None],
+        detach_space: Callable[[AddressSpace], None],
+        *,
+        on_loop: OnLoop,
+        executor: Executor,
+        emit: Callable[[EventData], None],
+    ) -> None:
+        self._attach_space = attach_space
+        self._detach_space = detach_space
+        self._on_loop = on_loop
+        self._executor = executor
+        self._emit = emit
+
+    def open(self, origin: VfioUserOrigin, user: str) -> Backend:
+        """Connect, look, and give it guest memory. Blocks: in the topology lane. Takes the origin's fd over.
+
+        Raises OperationFailed: nobody there, no vfio-user, refused; InvalidArgument: another class of device.
+        """
+        peer = Peer(
+            lambda: _connected(origin),
+            origin.what,
+            user,
+            on_loop=self._on_loop,
+            executor=self._executor,
+            emit=self._emit,
+            timeout_ms=origin.timeout_ms,
+            reconnect_ms=origin.reconnect_ms if origin.path is not None else 0,
+        )
+        try:
+            check_class(origin.driver, origin.what, peer.facts.info)
+            space = VfioUserSpace(peer)
+            self._attach_space(space)
+            return VfioUserBackend(peer, space, self._detach_space)
+        except BaseException:
+            peer.close()
+            raise
+
+    def check(self, origin: VfioUserOrigin) -> tuple[Check, ...]:
+        """What ``device_add`` with ``x-dry-run`` says. Connects to nothing: a server may end with its client."""
+        try:
+            if origin.path is None:
+                return (Check(name="socket", ok=True, detail=f"{origin.what} is a socket"),)
+            return (_check_path(origin.path),)
+        finally:
+            for fd in origin.fds():
+                fd.close()
+
+
+def _check_path(path: str) -> Check:
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        return Check(name="socket", ok=False, detail=f"{path} cannot be looked at: {error.strerror}")
+    if not stat.S_ISSOCK(mode):
+        return Check(name="socket", ok=False, detail=f"{path} is not a socket: a vfio-user server listens on one")
+    return Check(name="socket", ok=True, detail=f"{path} is a socket")
+
+
+def _connected(origin: VfioUserOrigin) -> socket.socket:
+    """A connected socket. Blocks. Takes the origin's fd over."""
+    if origin.fd is not None:
+        return _passed(origin, origin.fd)
+    path = origin.path or ""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(origin.timeout_ms / 1000)
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        advice = {
+            "ENOENT": "no server listens there; start it first",
+            "ECONNREFUSED": "no server listens there any more; start it first",
+            "EACCES": "this server may not connect to it: give its user the socket, or pass socket-fd",
+        }
+        failed = OperationFailed("connect", path, errno=error.errno or "ETIMEDOUT")
+        raise OperationFailed(
+            "connect", path, errno=failed.errno or "EIO", advice=advice.get(failed.errno or "", "")
+        ) from error
+    return sock
+
+
+def _passed(origin: VfioUserOrigin, fd: FileDescriptor) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd.number)
+    except OSError:
+        fd.close()
+        raise InvalidArgument(f"Parameter 'socket-fd': {origin.what} is not a socket") from None
+    fd.give_away()
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        sock.close()
+        raise InvalidArgument(f"Parameter 'socket-fd': {origin.what} is not a Unix stream socket")
+    return sock

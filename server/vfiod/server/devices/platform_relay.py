@@ -1,0 +1,215 @@
+"""The relayed interrupts of a platform device, at the rim: eventfds heard and signalled, a timer, the kernel's mask.
+
+What happens when is decided in :mod:`vfiod.server.interrupts.platform`; here it is done. On the loop's thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.devices import DeviceError
+from vfiod.protocol.errors import CommandError
+from vfiod.server import trace
+from vfiod.server.backends.base import Backend
+from vfiod.server.devices import eventfds
+from vfiod.server.devices.environment import Environment, Timer
+from vfiod.server.devices.irq_index import IrqIndex
+from vfiod.server.devices.relay import tell_delivered, tell_fired
+from vfiod.server.devices.vectors import Vector
+from vfiod.server.interrupts.intx import Action
+from vfiod.server.interrupts.platform import Act, IrqState, Line, PlatformLines
+
+__all__ = ["PlatformRelay"]
+
+_log: Final = logging.getLogger(__name__)
+
+_KERNEL: Final = {Action.HOST_MASK: vfio.IrqAction.MASK, Action.HOST_UNMASK: vfio.IrqAction.UNMASK}
+
+
+class PlatformRelay:
+    """Listens to the relayed interrupts of one platform device.
+
+    Args:
+        device: what the device is called, for messages and events.
+        backend: where it comes from.
+        environment: events, watching, timers.
+        mmap_timeout_ms: before the fast path returns; 0: never.
+        on_trap: called with True when accesses must be seen from now on, with False when not any more.
+
+    Attributes:
+        lines: what is active, what waits, what is masked.
+        disabled: the kernel has no interrupt of this device now (a reset is at work): it is told nothing.
+
+    """
+
+    def __init__(
+        self,
+        device: str,
+        backend: Backend,
+        environment: Environment,
+        *,
+        mmap_timeout_ms: int,
+        on_trap: Callable[[bool], None],
+    ) -> None:
+        self.lines = PlatformLines(timed=mmap_timeout_ms > 0)
+        self.disabled = False
+        self._device = device
+        self._backend = backend
+        self._environment = environment
+        self._mmap_timeout_ms = mmap_timeout_ms
+        self._on_trap = on_trap
+        self._timer: Timer | None = None
+        self._vectors: dict[int, Vector] = {}
+
+    # --- listening --------------------------------------------------------------------------------------
+
+    def listen(self, one: IrqIndex, vector: Vector) -> None:
+        """Hear a relayed interrupt from now on, and what completes it."""
+        if vector.own is None:
+            return
+        index = one.index
+        self._vectors[index] = vector
+        self.lines.add(index, Line(automasked=one.info.automasked, by_access=vector.resample is None))
+        self._environment.watch(vector.own.number, functools.partial(self._fired, index, vector))
+        if vector.resample is not None:
+            self._environment.watch(vector.resample.number, functools.partial(self._resampled, index, vector))
+
+    def unlisten(self, one: IrqIndex) -> int:
+        """Hear it no more; whoever waits behind it comes next.
+
+        Returns how many arrived that were not delivered: one that waited, and what is still in its eventfd.
+        """
+        vector = self._vectors.pop(one.index, None)
+        if vector is None or vector.own is None:
+            return 0
+        self._environment.unwatch(vector.own.number)
+        if vector.resample is not None:
+            self._environment.unwatch(vector.resample.number)
+        left = eventfds.take(vector.own)
+        vector.counts.fired += left
+        waited = self.lines.state(one.index) is IrqState.PENDING
+        self._do(self.lines.remove(one.index))
+        return left + waited
+
+    def silence(self) -> list[tuple[Vector, int]]:
+        """Hear nothing any more, and let nobody come next: the vectors, each with what was not delivered of it."""
+        undelivered = []
+        for index, vector in self._vectors.items():
+            if vector.own is not None:
+                self._environment.unwatch(vector.own.number)
+                if vector.resample is not None:
+                    self._environment.unwatch(vector.resample.number)
+                left = eventfds.take(vector.own)
+                vector.counts.fired += left
+                undelivered.append((vector, left + (index in self.lines.waiting)))
+        self._vectors.clear()
+        self._do(self.lines.clear())
+        return undelivered
+
+    # --- what is heard ------------------------------------------------------------------------------------
+
+    def _fired(self, index: int, vector: Vector) -> None:
+        if vector.own is None or not (count := eventfds.take(vector.own)):
+            return
+        vector.counts.fired += count
+        self._do(self.lines.fired(index), index)
+        if trace.irq_pending.on and index in self.lines.waiting:
+            trace.irq_pending(device=self._device, index=index, state=IrqState.PENDING.value)
+        tell_fired(self._environment, self._device, index, vector, count)
+
+    def _resampled(self, index: int, vector: Vector) -> None:
+        if vector.resample is not None and eventfds.take_foreign(vector.resample):
+            self.quietly(lambda: self.eoi(index, "resample"))
+
+    def inherit(self, one: IrqIndex, count: int) -> None:
+        """What arrived for a former binding of this edge interrupt: it fires now."""
+        if count and not one.info.automasked:
+            self._do(self.lines.fired(one.index), one.index)
+
+    def stop_by_access(self) -> None:
+        """From now on accesses complete nothing."""
+        self._do(self.lines.stop_by_access())
+
+    def accessed(self) -> None:
+        """A region was accessed through vfiod. Never raises."""
+        active = self.lines.active
+        if active is None or self.disabled:
+            return
+        self.quietly(lambda: self.perform(self.lines.access))
+        if trace.irq_eoi.on and self.lines.active != active:
+            trace.irq_eoi(device=self._device, index=active, by="access")
+
+    def eoi(self, index: int, by: str) -> None:
+        """Complete an interrupt. OperationFailed when the kernel refuses: then it is not completed."""
+        if trace.irq_eoi.on and index == self.lines.active:
+            trace.irq_eoi(device=self._device, index=index, by=by)
+        self.perform(lambda: self.lines.eoi(index))
+
+    # --- doing --------------------------------------------------------------------------------------------
+
+    def perform(self, move: Callable[[], tuple[Act, ...]]) -> None:
+        """Let the lines move, and do what they say. OperationFailed when the kernel refuses: then nothing moved."""
+        lines = self.lines
+        mark = lines.mark()
+        acts = move()
+        # The kernel first: what it refuses has not happened.
+        try:
+            for act in acts:
+                if act.action in _KERNEL and not self.disabled:
+                    self._backend.set_irqs(vfio.SetIrqs.now(_KERNEL[act.action], act.index))
+        except CommandError:
+            lines.go_back(mark)
+            raise
+        self._do(acts)
+
+    def _do(self, acts: tuple[Act, ...], fired: int = -1) -> None:
+        """Everything but the kernel's part. ``fired``: the index that just arrived."""
+        for act in acts:
+            if act.action is Action.RAISE:
+                vector = self._vectors[act.index]
+                vector.deliver(1)
+                tell_delivered(self._environment, self._device, act.index, vector)
+                if act.index != fired and trace.irq_pending_injected.on:
+                    trace.irq_pending_injected(device=self._device, index=act.index)
+            elif act.index < 0:
+                self._fast_path(act.action)
+
+    def _fast_path(self, action: Action) -> None:
+        if action is Action.FAST_PATH_OFF:
+            self._on_trap(True)
+            if trace.fast_path_off.on:
+                trace.fast_path_off(device=self._device)
+        elif action is Action.FAST_PATH_ON:
+            self._on_trap(False)
+            if trace.fast_path_on.on:
+                trace.fast_path_on(device=self._device)
+        elif action is Action.START_TIMER:
+            self._stop_timer()
+            self._timer = self._environment.after(self._mmap_timeout_ms, self._timer_fired)
+        elif action is Action.STOP_TIMER:
+            self._stop_timer()
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        if self.lines.active is not None and trace.timer_still_active.on:
+            trace.timer_still_active(device=self._device, index=self.lines.active)
+        self._do(self.lines.timer())
+
+    def _stop_timer(self) -> None:
+        """No timer any more."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def quietly(self, move: Callable[[], None]) -> None:
+        """For what nobody waits for: a failure becomes ``DEVICE_ERROR``."""
+        try:
+            move()
+        except CommandError as error:
+            _log.warning("Device %s: completing an interrupt failed: %s", self._device, error)
+            reason = f"An interrupt could not be completed: {error}"
+            self._environment.emit(DeviceError(device=self._device, reason=reason))
