@@ -7,6 +7,7 @@ DMA between the device and memory that the IOMMU lets it reach. Nothing of QEMU 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.lab.guest.machine import UNPRIVILEGED_GID, UNPRIVILEGED_UID
 from tests.lab.guest.vm import Vm, running_vm
 from tests.lab.small.guest import SEEN, SmallGuest, build_initrd, unavailable_reason, vfio_user
 from tests.lab.topologies import EDU_PORT
+
 from vfiod.protocol.catalogue.exports import ExportState
 
 MACHINE = "nested"
@@ -36,8 +38,8 @@ def test_a_second_level_guest_drives_a_real_device(tmp_path: Path) -> None:
     if reason is not None:
         pytest.fail(reason)
     initrd = build_initrd(tmp_path)
-    sockets = tmp_path / "s"
-    sockets.mkdir()
+    # pytest's own directories are closed to the user that vfiod runs as.
+    sockets = Path(tempfile.mkdtemp(dir="/tmp"))
     os.chown(sockets, UNPRIVILEGED_UID, UNPRIVILEGED_GID)
     with running_vm(tmp_path, memlock=MEMLOCK) as vm, vm.bound(EDU_PORT):
         vm.add(EDU_PORT, "edu0")
