@@ -21,22 +21,22 @@ Written by `make docs` from the tables of
 [`interrupts/platform.py`](../server/vfiod/server/interrupts/platform.py); what a table does not list cannot happen.
 
 Each interrupt of a device is in one of three states, and at most one of them is active: the access that completes an
-interrupt cannot say which it means. The others wait in a queue, in the order they came. When the active one is completed
-or stopped, the first of the queue that the user does not mask has its turn.
+interrupt cannot say which it means. The others wait in a queue, in the order they came. When the active one is
+completed or stopped, the first of the queue that the user does not mask has its turn.
 
 ## One interrupt
 
 """
 
 _MIDDLE: Final = """
-"Unmask in the kernel" is left out for an edge, and for an interrupt that the user masked. An edge that arrives while it is
-active is coalesced: the access that completes it comes after the edge. When `irq-eoi` completes it instead, it is
+"Unmask in the kernel" is left out for an edge, and for an interrupt that the user masked. An edge that arrives while it
+is active is coalesced: the access that completes it comes after the edge. When `irq-eoi` completes it instead, it is
 delivered once more. An edge *passes* when accesses complete nothing, because another process maps a region.
 
 ## The fast path
 
-Mapped access to regions goes off when an interrupt becomes active that an access will complete. With `mmap-timeout-ms` 0
-there is no timer: it stays off until nothing is relayed any more.
+Mapped access to regions goes off when an interrupt becomes active that an access will complete. "BAR" is any region
+here. With `mmap-timeout-ms` 0 there is no timer: it stays off until nothing is relayed any more.
 
 """
 
