@@ -370,7 +370,14 @@ class ClientSession:
         if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
             return None
         memory, region, device = self.memory, self._regions[index], self._device
-        if memory is None or memory.by_messages or not device.lane.free or offset % count or not region.ready:
+        if (
+            memory is None
+            or memory.by_messages
+            or device.waits
+            or not device.lane.free
+            or offset % count
+            or not region.ready
+        ):
             return None
         try:
             if command == _READ and size == 32 and not flags:
