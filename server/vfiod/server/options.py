@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="vfiod serve",
         description="Hold the VFIO devices of one VM, and serve them.",
         epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already; either may "
-        "end in ,role=NAME: operator (all commands; the default), observer (those that change nothing), or one of --role.",
+        "end in ,role=NAME: operator (all commands, the default), observer (those that change nothing), or one of "
+        "--role.",
         allow_abbrev=False,
         argument_default=None,
     )
