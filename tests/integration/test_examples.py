@@ -144,6 +144,35 @@ class TestKvm:
         assert list(tmp_path.iterdir()) == []
 
 
+class TestChannelProgram:
+    def test_the_disk_and_the_terminal(self, tmp_path: Path) -> None:
+        done = run("channel_program.py", tmp=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        assert done.stdout.splitlines() == [
+            "disk: device 0200, enabled, interruption subclass 0",
+            "disk: channel paths 00; available 0x80, operational 0xff, last used 0x80",
+            "disk: status: no status (idle)",
+            "disk: control unit 6310-80, device 9336-10",
+            "disk: ended normally",
+            "disk: blocks 7 to 9: ended normally",
+            "disk: block 7, block 8, block 9",
+            "terminal: control unit 3270-00, device 3278-02",
+            "terminal: ended normally",
+            "terminal: written: ended normally",
+            "operator: sees 'YOUR NAME?'",
+            "terminal: unsolicited: attention",
+            "terminal: the operator entered 'ADA'",
+            "done",
+        ]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_device_that_is_none(self, tmp_path: Path) -> None:
+        with own_server(tmp_path, name="vm1") as server:
+            done = run("channel_program.py", server.path, "nobody", tmp=tmp_path)
+        assert done.returncode == 1
+        assert "Device 'nobody' not found" in done.stderr
+
+
 class TestMdevParent:
     def test_it_throws(self, tmp_path: Path) -> None:
         done = run("mdev_parent.py", tmp=tmp_path)

@@ -256,8 +256,9 @@ def check_ccws(ccws: tuple[Ccw, ...], address: int, format: int, idaws: Idaws = 
             raise BadChannelStructure(f"{what}: a TIC goes to a multiple of {CCW_SIZE}")
         if tic:
             continue
-        if not ccw.command & 0xF:
-            raise BadChannelStructure(f"{what}: a command whose low four bits are zero does not exist")
+        chained = number > 0 and CcwFlags.CHAIN_DATA in ccws[number - 1].flags
+        if ccw.command & 0xF in (0, 8) and not chained:
+            raise BadChannelStructure(f"{what}: a command whose low four bits are 0, or 8 and no TIC, does not exist")
         if not ccw.count and (not format or CcwFlags.CHAIN_DATA in ccw.flags):
             raise BadChannelStructure(f"{what}: a count of 0 is for format 1 without data chaining only")
         if CcwFlags.INDIRECT in ccw.flags and ccw.address % idaws.width:

@@ -253,7 +253,8 @@ class ChannelProgramRun:
         """What makes a CCW invalid."""
         in_data = chained_data or CcwFlags.CHAIN_DATA in ccw.flags
         if (
-            (not chained_data and not ccw.command & 0xF)
+            # No command ends in 0; what ends in 8 is a TIC, and in format 1 only 08 itself is one.
+            (not chained_data and ccw.command & 0xF in (0, 8))
             or (not ccw.count and (in_data or not self._orb.format))
             or CcwFlags.MODIFIED_INDIRECT in ccw.flags
             or (CcwFlags.SUSPEND in ccw.flags and OrbFlags.SPND not in self._orb.flags)

@@ -110,7 +110,7 @@ def test_no_length_is_too_long() -> None:
         ([NOP, Ccw(Command.TIC, 0x1008)], "which is a TIC itself"),
         ([NOP, Ccw(Command.TIC, 0x1000), Ccw(Command.TIC, 0x1000)], "a TIC does not follow a TIC"),
         ([NOP], "chained to a CCW that is not there"),
-        ([Ccw(0x50, 0, 1)], "low four bits are zero"),
+        ([Ccw(0x50, 0, 1)], "low four bits are 0"),
         ([Ccw(2, 0x7FFFFFFF, 2)], "reach beyond 0x80000000"),
         ([Ccw(2, 0x2001, 2, CcwFlags.INDIRECT)], "aligned to 4 bytes"),
         ([Ccw(2, 0, 0, CcwFlags.CHAIN_DATA)], "count of 0"),
