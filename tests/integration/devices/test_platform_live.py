@@ -31,8 +31,8 @@ class Platform:
         self.client = Client.connect(server.path, timeout=PATIENCE)
         self.eventfds: list[FileDescriptor] = []
 
-    def add(self, name: str = "dev0", **parameters: int) -> None:
-        made = self.client.mdev_create(parent="platform", type="primer-platform", parameters=dict(parameters))
+    def add(self, parameters: dict[str, int] | None = None, name: str = "dev0") -> None:
+        made = self.client.mdev_create(parent="platform", type="primer-platform", parameters=parameters or {})
         self.client.device_add(driver="vfio-platform", id=name, mdev=made.uuid)
 
     def store(self, register: int, value: int) -> None:
@@ -72,7 +72,7 @@ def program(platform: Platform, source: int, address: int, data: int) -> None:
 
 
 def test_messages_from_grant_to_release(platform: Platform) -> None:
-    platform.add(messages=4)
+    platform.add({"messages": 4})
     before = platform.fds()
     bells = [platform.eventfd() for _ in range(3)]
     pairs = [VectorFds(vector=vector, trigger=bell) for vector, bell in enumerate(bells)]
@@ -98,7 +98,7 @@ def test_messages_from_grant_to_release(platform: Platform) -> None:
 
 
 def test_a_short_host_and_eventfds_from_the_server(platform: Platform) -> None:
-    platform.add(**{"messages": 8, "granted-messages": 2})
+    platform.add({"messages": 8, "granted-messages": 2})
     with platform.client.irq_start(device="dev0", index=MSI, vectors=list(range(8))) as started:
         assert [irq.vector for irq in started.irqs] == [0, 1]
         platform.client.irq_trigger(device="dev0", index=MSI, vector=1)
@@ -114,7 +114,7 @@ def test_the_machine_is_complete_without_messages(platform: Platform) -> None:
     platform.add()
     with platform.client.irq_start() as started:
         assert [irq.index for irq in started.irqs] == [LEVEL, EDGE]
-    platform.add("dev1")
+    platform.add(name="dev1")
     assert [irq.active for irq in platform.client.query_irqs(device="dev1")] == [True, True, False]
 
 
@@ -193,7 +193,7 @@ def test_devices_that_cannot_be_made(platform: Platform, parameters: dict[str, A
 
 
 def test_256_interrupts_of_a_device_each_arrives_at_its_own_eventfd(platform: Platform) -> None:
-    platform.add(level=0, edge=MANY, messages=0)
+    platform.add({"level": 0, "edge": MANY, "messages": 0})
     bells = [platform.eventfd() for _ in range(MANY)]
     for index, bell in enumerate(bells):
         pairs = [VectorFds(vector=0, trigger=bell)]
