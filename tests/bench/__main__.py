@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import devices, kernel, monitor, platforms, vectors
+from tests.bench import channel, devices, kernel, monitor, platforms, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -19,7 +19,9 @@ def main() -> None:
     """Measure, and print each line as it is known."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
-    parser.add_argument("--only", choices=["monitor", "devices", "vectors", "platforms", "kernel"], help="one part")
+    parser.add_argument(
+        "--only", choices=["monitor", "devices", "vectors", "platforms", "channel", "kernel"], help="one part"
+    )
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
@@ -31,7 +33,13 @@ def main() -> None:
 
 
 def _lines(only: str | None, scale: float) -> Iterator[Line]:
-    for name, part in (("monitor", monitor), ("devices", devices), ("vectors", vectors), ("platforms", platforms)):
+    for name, part in (
+        ("monitor", monitor),
+        ("devices", devices),
+        ("vectors", vectors),
+        ("platforms", platforms),
+        ("channel", channel),
+    ):
         if only in (None, name):
             yield from part.lines(scale)
     if only == "kernel" and not kernel.available():
