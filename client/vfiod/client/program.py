@@ -16,6 +16,7 @@ SUBCOMMANDS: Final = {
     "call": ("vfiod.client.call", "run one command on a server"),
     "monitor": ("vfiod.client.monitor.program", "talk to a server: history, completion, events as they come"),
     "watch": ("vfiod.client.watch", "devices, interrupts and events of a server, live"),
+    "mdev": ("vfiod.client.mdev", "serve a mediated device to a hypervisor by vfio-user, with no monitor"),
     "host": ("vfiod.client.host.program", "this host's devices and groups: list, bind, unbind"),
 }
 

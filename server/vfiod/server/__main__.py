@@ -1,4 +1,4 @@
-"""``python -m vfiod.server``: what ``vfiod serve`` executes."""
+"""``python -m vfiod.server``: what ``vfiod serve`` executes; with ``mdev-serve``, ``vfiod mdev serve``."""
 
 import gc
 import sys
@@ -14,6 +14,11 @@ if "ssl" not in sys.modules:
     import asyncio  # noqa: F401
 
     del sys.modules["ssl"]
+
+if sys.argv[1:2] == ["mdev-serve"]:
+    from vfiod.server.mdev_serve import main as mdev_serve
+
+    sys.exit(mdev_serve(sys.argv[2:]))
 
 from vfiod.server.program import main  # noqa: E402 - after what makes it quick
 

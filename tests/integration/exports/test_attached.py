@@ -1,4 +1,7 @@
-"""A hypervisor attaches to an export of the built-in device, and does all a hypervisor does."""
+"""A hypervisor attaches to an export of the built-in device, and does all a hypervisor does.
+
+Rules are those of behaviour.md, sections 2 and 5.
+"""
 
 from __future__ import annotations
 

@@ -385,6 +385,7 @@ class Methods:
         routes: list[Route] | UnsetType = UNSET,
         mode: IrqMode | Literal["direct", "relayed"] | UnsetType = UNSET,
         indexes: list[int | str] | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> values.IrqStartResult:
         """Start interrupts of a device, with the caller's eventfds or with new ones that the reply carries.
@@ -405,6 +406,7 @@ class Methods:
             eventfds: length 1 to 253.
             first_number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
             indexes: Indexes of a platform device; irq-start: all it has (length 1 to 2048).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -425,6 +427,7 @@ class Methods:
                 routes=routes,
                 mode=mode if isinstance(mode, UnsetType) else IrqMode(mode),
                 indexes=indexes,
+                force=force,
             ),
             fds=lent.named,
             timeout=timeout,
@@ -436,6 +439,7 @@ class Methods:
         device: str | UnsetType = UNSET,
         index: int | str | UnsetType = UNSET,
         vectors: list[int] | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> Empty:
         """Stop the interrupts of a device, of one index, or some vectors of it.
@@ -443,22 +447,31 @@ class Methods:
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vectors: Vectors of the index; irq-start: [0] (length 1 to 2048).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(IrqStop(device=device, index=index, vectors=vectors), timeout=timeout)
+        return self.call(IrqStop(device=device, index=index, vectors=vectors, force=force), timeout=timeout)
 
     def irq_mask(
-        self, *, device: str, index: int | str, vector: int = 0, oob: bool = False, timeout: float | None = None
+        self,
+        *,
+        device: str,
+        index: int | str,
+        vector: int = 0,
+        force: bool = False,
+        oob: bool = False,
+        timeout: float | None = None,
     ) -> Empty:
         """Mask an interrupt. Its index must be maskable.
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -466,30 +479,41 @@ class Methods:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(IrqMask(device=device, index=index, vector=vector), oob=oob, timeout=timeout)
+        return self.call(IrqMask(device=device, index=index, vector=vector, force=force), oob=oob, timeout=timeout)
 
-    def irq_unmask(self, *, device: str, index: int | str, vector: int = 0, timeout: float | None = None) -> Empty:
+    def irq_unmask(
+        self, *, device: str, index: int | str, vector: int = 0, force: bool = False, timeout: float | None = None
+    ) -> Empty:
         """Unmask an interrupt. Its index must be maskable.
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(IrqUnmask(device=device, index=index, vector=vector), timeout=timeout)
+        return self.call(IrqUnmask(device=device, index=index, vector=vector, force=force), timeout=timeout)
 
     def irq_eoi(
-        self, *, device: str, index: int | str, vector: int = 0, oob: bool = False, timeout: float | None = None
+        self,
+        *,
+        device: str,
+        index: int | str,
+        vector: int = 0,
+        force: bool = False,
+        oob: bool = False,
+        timeout: float | None = None,
     ) -> Empty:
         """Complete a level interrupt: the line goes down and is unmasked. With nothing pending it does nothing.
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             oob: Run out of band, ahead of commands that wait.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -497,21 +521,24 @@ class Methods:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(IrqEoi(device=device, index=index, vector=vector), oob=oob, timeout=timeout)
+        return self.call(IrqEoi(device=device, index=index, vector=vector, force=force), oob=oob, timeout=timeout)
 
-    def irq_trigger(self, *, device: str, index: int | str, vector: int = 0, timeout: float | None = None) -> Empty:
+    def irq_trigger(
+        self, *, device: str, index: int | str, vector: int = 0, force: bool = False, timeout: float | None = None
+    ) -> Empty:
         """Make the kernel signal an interrupt's eventfd as the device would (loopback).
 
         Args:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(IrqTrigger(device=device, index=index, vector=vector), timeout=timeout)
+        return self.call(IrqTrigger(device=device, index=index, vector=vector, force=force), timeout=timeout)
 
     def irq_route(
         self,
@@ -520,6 +547,7 @@ class Methods:
         index: int | str,
         vector: int = 0,
         number: int | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> Empty:
         """Say which interrupt number a vector has now. Direct mode is torn down and set up again for a new route.
@@ -530,13 +558,16 @@ class Methods:
             index: An interrupt index: its VFIO index, or intx, msi, msix, err, req (PCI), irqN (platform).
             vector: An interrupt within its index (VFIO sub-index), from 0 (0 to 2047).
             number: An interrupt number of the machine (GSI): 32 bits, as in kvm_irqfd (0 to 4294967295).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(IrqRoute(device=device, index=index, vector=vector, number=number), timeout=timeout)
+        return self.call(
+            IrqRoute(device=device, index=index, vector=vector, number=number, force=force), timeout=timeout
+        )
 
     def query_irqs(
         self, *, device: str | UnsetType = UNSET, oob: bool = False, timeout: float | None = None
@@ -562,6 +593,7 @@ class Methods:
         memory_backend: str | UnsetType = UNSET,
         offset: int = 0,
         readonly: bool = False,
+        force: bool = False,
         timeout: float | None = None,
     ) -> DmaMapResult:
         """Let every device of the machine, now and later, reach a piece of memory.
@@ -576,6 +608,7 @@ class Methods:
             memory_backend: The id of a memory-backend-fd object.
             offset: Where in the file, in bytes (0 or more).
             readonly: Devices may read it, not write it.
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -585,25 +618,32 @@ class Methods:
         lent = LentFds()
         return self.call(
             DmaMap(
-                iova=iova, size=size, fd=lent.name(fd), memory_backend=memory_backend, offset=offset, readonly=readonly
+                iova=iova,
+                size=size,
+                fd=lent.name(fd),
+                memory_backend=memory_backend,
+                offset=offset,
+                readonly=readonly,
+                force=force,
             ),
             fds=lent.named,
             timeout=timeout,
         )
 
-    def dma_unmap(self, *, iova: int, size: int, timeout: float | None = None) -> DmaUnmapResult:
+    def dma_unmap(self, *, iova: int, size: int, force: bool = False, timeout: float | None = None) -> DmaUnmapResult:
         """Take a range back. Clips as ``dma-map`` does; refuses to split a mapping; may cover several.
 
         Args:
             iova: An I/O virtual address (IOVA), in bytes; below 2**64 (0 or more).
             size: A size, in bytes (above 0).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(DmaUnmap(iova=iova, size=size), timeout=timeout)
+        return self.call(DmaUnmap(iova=iova, size=size, force=force), timeout=timeout)
 
     def query_dma(self, *, oob: bool = False, timeout: float | None = None) -> list[MappingInfo]:
         """List guest memory mappings: the machine's, which every address space has, then those of clients of exports.
@@ -878,6 +918,7 @@ class Methods:
         x_irqfd: bool | UnsetType = UNSET,
         x_no_mmap: bool | UnsetType = UNSET,
         x_noiommu: bool = False,
+        export: str | UnsetType = UNSET,
         x_dry_run: bool = False,
         timeout: float | None = None,
     ) -> DeviceAddResult:
@@ -920,6 +961,7 @@ class Methods:
             x_irqfd: Whether interrupts may be direct, signalled by the kernel to the hypervisor; default: true.
             x_no_mmap: Never map regions: every access is a read or write; default: false.
             x_noiommu: Accept a noiommu group: the device can reach all memory.
+            export: Offer it to a hypervisor by a vfio-user socket at this path; the export's id is the device's.
             x_dry_run: Make every check and report it; change nothing.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
@@ -956,6 +998,7 @@ class Methods:
                 x_irqfd=x_irqfd,
                 x_no_mmap=x_no_mmap,
                 x_noiommu=x_noiommu,
+                export=export,
                 x_dry_run=x_dry_run,
             ),
             fds=lent.named,
@@ -1242,6 +1285,7 @@ class Methods:
         size: Literal[1, 2, 4, 8] | UnsetType = UNSET,
         value: int | UnsetType = UNSET,
         data: bytes | UnsetType = UNSET,
+        force: bool = False,
         timeout: float | None = None,
     ) -> Empty:
         """Write a register (``size`` and ``value``), or bytes (``data``).
@@ -1252,6 +1296,7 @@ class Methods:
             size: One access of this many bytes, little-endian.
             value: Below 2**(8*size) (0 or more).
             data: base64 (length 1 to 1048576).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -1259,10 +1304,13 @@ class Methods:
 
         """
         return self.call(
-            RegionWrite(device=device, region=region, offset=offset, size=size, value=value, data=data), timeout=timeout
+            RegionWrite(device=device, region=region, offset=offset, size=size, value=value, data=data, force=force),
+            timeout=timeout,
         )
 
-    def region_map(self, *, device: str, region: int | str, timeout: float | None = None) -> values.RegionMapResult:
+    def region_map(
+        self, *, device: str, region: int | str, force: bool = False, timeout: float | None = None
+    ) -> values.RegionMapResult:
         """Give out the fd through which a region can be mapped.
 
         For a kernel device this is the device's own fd: its receiver has full control of the device and keeps it
@@ -1271,6 +1319,7 @@ class Methods:
 
         Args:
             region: A region: its VFIO index, or bar0 to bar5, rom, config, vga (PCI), regionN (any).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Returns:
@@ -1280,7 +1329,7 @@ class Methods:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(RegionMap(device=device, region=region), timeout=timeout)
+        return self.call(RegionMap(device=device, region=region, force=force), timeout=timeout)
 
     def region_unmap(self, *, device: str, region: int | str, timeout: float | None = None) -> Empty:
         """This session no longer holds a region that ``region-map`` gave it: it has unmapped it and closed the fd.
@@ -1299,17 +1348,18 @@ class Methods:
         """
         return self.call(RegionUnmap(device=device, region=region), timeout=timeout)
 
-    def device_reset(self, *, id: str, timeout: float | None = None) -> Empty:
+    def device_reset(self, *, id: str, force: bool = False, timeout: float | None = None) -> Empty:
         """Reset one device (``VFIO_DEVICE_RESET``): interrupts off, bus mastering off, reset, state restored.
 
         Args:
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(DeviceReset(id=id), timeout=timeout)
+        return self.call(DeviceReset(id=id, force=force), timeout=timeout)
 
     def query_hot_reset(self, *, id: str, oob: bool = False, timeout: float | None = None) -> HotResetReport:
         """List every function that a hot reset of this device would reset, and say whether and why not it would be done.
@@ -1325,7 +1375,7 @@ class Methods:
         return self.call(QueryHotReset(id=id), oob=oob, timeout=timeout)
 
     def hot_reset(
-        self, *, id: str, group_fds: Sequence[Fd] | UnsetType = UNSET, timeout: float | None = None
+        self, *, id: str, group_fds: Sequence[Fd] | UnsetType = UNSET, force: bool = False, timeout: float | None = None
     ) -> HotResetReport:
         """Reset the bus or slot of a device (``VFIO_DEVICE_PCI_HOT_RESET``), with every function on it.
 
@@ -1335,6 +1385,7 @@ class Methods:
 
         Args:
             group_fds: Groups lent for this call (group devices only).
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
@@ -1346,19 +1397,21 @@ class Methods:
             HotReset(
                 id=id,
                 group_fds=group_fds if isinstance(group_fds, UnsetType) else [lent.name(one) for one in group_fds],
+                force=force,
             ),
             fds=lent.named,
             timeout=timeout,
         )
 
-    def system_reset(self, *, timeout: float | None = None) -> Empty:
+    def system_reset(self, *, force: bool = False, timeout: float | None = None) -> Empty:
         """Reset every device that can be reset, as the machine's own reset does.
 
         Args:
+            force: Do it also while a hypervisor is attached to the device by an export, under its hands.
             timeout: Seconds to wait for the answer; None: the client's own default.
 
         Raises:
             RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
 
         """
-        return self.call(SystemReset(), timeout=timeout)
+        return self.call(SystemReset(force=force), timeout=timeout)

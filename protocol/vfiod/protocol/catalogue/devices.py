@@ -153,6 +153,12 @@ class DeviceAdd(Arguments[DeviceAddResult]):
         bool | UnsetType, Meta(description="Never map regions: every access is a read or write; default: false.")
     ] = UNSET
     x_noiommu: Annotated[bool, Meta(description="Accept a noiommu group: the device can reach all memory.")] = False
+    export: Annotated[
+        str | UnsetType,
+        Meta(
+            description="Offer it to a hypervisor by a vfio-user socket at this path; the export's id is the device's."
+        ),
+    ] = UNSET
     x_dry_run: Annotated[bool, Meta(description="Make every check and report it; change nothing.")] = False
 
 

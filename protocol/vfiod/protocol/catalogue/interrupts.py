@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
-from vfiod.protocol.catalogue.words import UNSET, FdName, IrqKind, IrqMode, IrqName, UnsetType, Vector
+from vfiod.protocol.catalogue.words import UNSET, FdName, Force, IrqKind, IrqMode, IrqName, UnsetType, Vector
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_VECTORS
 
 NUMBERS: Final = 1 << 32
@@ -100,6 +100,7 @@ class IrqStart(Arguments[IrqStartResult]):
     routes: list[Route] | UnsetType = UNSET
     mode: IrqMode | UnsetType = UNSET
     indexes: Indexes | UnsetType = UNSET
+    force: Force = False
 
 
 @command("irq-stop", Family.INTERRUPTS, device="device")
@@ -109,6 +110,7 @@ class IrqStop(Arguments[Empty]):
     device: str | UnsetType = UNSET
     index: IrqName | UnsetType = UNSET
     vectors: Vectors | UnsetType = UNSET
+    force: Force = False
 
 
 @command("irq-mask", Family.INTERRUPTS, oob=True, device="device")
@@ -118,6 +120,7 @@ class IrqMask(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-unmask", Family.INTERRUPTS, device="device")
@@ -127,6 +130,7 @@ class IrqUnmask(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-eoi", Family.INTERRUPTS, oob=True, device="device")
@@ -136,6 +140,7 @@ class IrqEoi(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-trigger", Family.INTERRUPTS, device="device")
@@ -145,6 +150,7 @@ class IrqTrigger(Arguments[Empty]):
     device: str
     index: IrqName
     vector: Vector = 0
+    force: Force = False
 
 
 @command("irq-route", Family.INTERRUPTS, device="device")
@@ -158,6 +164,7 @@ class IrqRoute(Arguments[Empty]):
     index: IrqName
     vector: Vector = 0
     number: Number | UnsetType = UNSET
+    force: Force = False
 
 
 class IrqFlags(Result):

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from vfiod.protocol.catalogue.declare import Arguments, EventData, Family, Result, command, event
-from vfiod.protocol.catalogue.words import UNSET, Address, FdName, Id, Size, UnsetType
+from vfiod.protocol.catalogue.words import UNSET, Address, FdName, Force, Id, Size, UnsetType
 
 Offset = Annotated[int, Meta(ge=0, description="Where in the file, in bytes.")]
 
@@ -33,6 +33,7 @@ class DmaMap(Arguments[DmaMapResult]):
     memory_backend: Annotated[Id | UnsetType, Meta(description="The id of a memory-backend-fd object.")] = UNSET
     offset: Offset = 0
     readonly: Annotated[bool, Meta(description="Devices may read it, not write it.")] = False
+    force: Force = False
 
 
 class DmaUnmapResult(Result):
@@ -47,6 +48,7 @@ class DmaUnmap(Arguments[DmaUnmapResult]):
 
     iova: Address
     size: Size
+    force: Force = False
 
 
 class MappingInfo(Result, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
-from vfiod.protocol.catalogue.words import UNSET, RegionName, UnsetType
+from vfiod.protocol.catalogue.words import UNSET, Force, RegionName, UnsetType
 from vfiod.protocol.limits import MAX_REGION_TRANSFER
 
 Offset = Annotated[int, Meta(ge=0, description="Where in the region, in bytes.")]
@@ -77,6 +77,7 @@ class RegionWrite(Arguments[Empty]):
     size: AccessSize | UnsetType = UNSET
     value: Annotated[int, Meta(ge=0, description="Below 2**(8*size).")] | UnsetType = UNSET
     data: Annotated[bytes, Meta(min_length=1, max_length=MAX_REGION_TRANSFER, description="base64")] | UnsetType = UNSET
+    force: Force = False
 
 
 class RegionMapResult(Result):
@@ -99,6 +100,7 @@ class RegionMap(Arguments[RegionMapResult]):
 
     device: str
     region: RegionName
+    force: Force = False
 
 
 @command("region-unmap", Family.REGIONS, device="device")

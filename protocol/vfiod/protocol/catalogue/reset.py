@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
-from vfiod.protocol.catalogue.words import UNSET, FdName, UnsetType
+from vfiod.protocol.catalogue.words import UNSET, FdName, Force, UnsetType
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 
 
@@ -16,6 +16,7 @@ class DeviceReset(Arguments[Empty]):
     """Reset one device (``VFIO_DEVICE_RESET``): interrupts off, bus mastering off, reset, state restored."""
 
     id: str
+    force: Force = False
 
 
 class AffectedFunction(Result):
@@ -66,11 +67,14 @@ class HotReset(Arguments[HotResetReport]):
         ]
         | UnsetType
     ) = UNSET
+    force: Force = False
 
 
 @command("system_reset", Family.RESET, slow=True)
 class SystemReset(Arguments[Empty]):
     """Reset every device that can be reset, as the machine's own reset does."""
+
+    force: Force = False
 
 
 @event("DEVICE_RESET", Family.RESET)

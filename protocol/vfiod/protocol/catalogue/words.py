@@ -20,6 +20,7 @@ __all__ = [
     "Address",
     "Size",
     "Milliseconds",
+    "Force",
     "Uuid",
     "AnyJson",
     "DeviceState",
@@ -60,6 +61,9 @@ Vector = Annotated[
 Address = Annotated[int, Meta(ge=0, description="An I/O virtual address (IOVA), in bytes; below 2**64.")]
 Size = Annotated[int, Meta(gt=0, description="A size, in bytes.")]
 Milliseconds = Annotated[int, Meta(ge=0, le=MAX_TIMEOUT_MS, description="A time, in milliseconds.")]
+Force = Annotated[
+    bool, Meta(description="Do it also while a hypervisor is attached to the device by an export, under its hands.")
+]
 Uuid = Annotated[str, Meta(pattern=UUID_PATTERN, description="A UUID in its 8-4-4-4-12 form (RFC 9562).")]
 AnyJson = Any
 

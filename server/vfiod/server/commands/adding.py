@@ -6,7 +6,7 @@ Imported with the first device: a server that has none does not pay for device m
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from msgspec.structs import replace
@@ -24,6 +24,9 @@ from vfiod.server.commands.properties import check_properties, options
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.model import Options
 from vfiod.server.machine import NewDevice
+
+if TYPE_CHECKING:
+    from vfiod.server.exports import NewExport
 
 __all__ = ["add"]
 
@@ -45,7 +48,10 @@ def add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
     check_properties(a)
     _check_origin(a)
     chosen = options(call, a)
+    door = None
     try:
+        if a.export is not UNSET:
+            door = _door(call, a, a.export)
         if a.mdev is not UNSET:
             work = _add_mediated(call, a, chosen, a.mdev.lower())
         elif a.socket is not UNSET or a.socket_fd is not UNSET:
@@ -57,10 +63,40 @@ def add(call: Call, arguments: DeviceAdd) -> Awaitable[DeviceAddResult]:
     except BaseException:
         if chosen.romfile is not None:
             chosen.romfile.close()
+        if door is not None:
+            door.close()
         raise
     if a.x_dry_run and chosen.romfile is not None:
         chosen.romfile.close()
-    return work
+    return work if door is None else _with_door(call, a, work, door)
+
+
+def _door(call: Call, a: DeviceAdd, path: str) -> NewExport | None:
+    """The socket of its export, before there is a device: what is wrong with it is said before anything is opened."""
+    from vfiod.server.exports import NewExport, exports_of
+
+    if a.id is UNSET:
+        raise InvalidArgument("Parameter 'id' is missing: an export has the id of its device")
+    exports_of(call.machine).check(a.id)
+    return None if a.x_dry_run else NewExport.at(a.id, path)
+
+
+async def _with_door(call: Call, a: DeviceAdd, work: Awaitable[DeviceAddResult], door: NewExport) -> DeviceAddResult:
+    from vfiod.server.exports import exports_of
+
+    try:
+        result = await work
+    except BaseException:
+        door.close()
+        raise
+    device = call.machine.device(door.id)
+    try:
+        exports_of(call.machine).add(door, device)
+    except BaseException:
+        # It was asked for with its door, or not at all.
+        call.machine.remove_device(door.id, force=True, timeout_ms=0)
+        raise
+    return result
 
 
 def _check_origin(a: DeviceAdd) -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from vfiod.protocol.catalogue import Arguments
+from vfiod.protocol.catalogue import Arguments, command_of
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, ShutdownCause, StatsResult, StatusInfo
@@ -20,6 +20,7 @@ from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 from vfiod.server.fds import FdNames, HeldFd
 
 if TYPE_CHECKING:
+    from vfiod.server.devices.device import Device
     from vfiod.server.machine import Machine
 
 __all__ = ["Call", "Handler", "Handlers", "ServerLike", "SessionLike"]
@@ -136,6 +137,22 @@ class Call:
         self.used_fds = True
         self._used.append((name, held))
         return _duplicate(held, argument, name)
+
+    def device_to_change(self, name: str) -> Device:
+        """The device with this id or path, for a command that changes it.
+
+        Raises DeviceNotFound; Busy while it belongs to the client of an export, unless the command has ``force``.
+        """
+        device = self.machine.device(name)
+        if device.claim is not None:
+            device.check_unclaimed(command_of(self.arguments).name, force=self.arguments.force)
+        return device
+
+    def check_no_client(self) -> None:
+        """Refuse a command that concerns every device while one belongs to a client. Busy, unless it has ``force``."""
+        for device in self.machine.devices.all():
+            if device.claim is not None:
+                device.check_unclaimed(command_of(self.arguments).name, force=self.arguments.force)
 
     def keep_names(self) -> None:
         """Succeeding will consume no name: a dry run changes nothing."""

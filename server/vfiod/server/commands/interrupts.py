@@ -50,7 +50,7 @@ def irq_start(call: Call, arguments: IrqStart) -> IrqStartResult | Awaitable[Irq
         from vfiod.server.commands.platform_irqs import machine_complete
 
         return machine_complete(call, a)
-    device = call.machine.device(a.device)
+    device = call.device_to_change(a.device)
     if device.on_platform_bus:
         from vfiod.server.commands.platform_irqs import of_messages, start_platform
         from vfiod.server.devices.platform import PlatformDevice
@@ -213,8 +213,9 @@ def irq_stop(call: Call, arguments: IrqStop) -> Empty | Awaitable[Empty]:
         for name in ("index", "vectors"):
             if getattr(a, name) is not UNSET:
                 raise InvalidArgument(f"Parameter 'device' is missing: '{name}' is of one device")
+        call.check_no_client()
         return _stop_all(call)
-    device = call.machine.device(a.device)
+    device = call.device_to_change(a.device)
     if a.vectors is not UNSET and a.index is UNSET:
         raise InvalidArgument("Parameter 'index' is missing: 'vectors' are of one index")
     one = None if a.index is UNSET else device.interrupts.find(a.index)
@@ -238,35 +239,35 @@ def _stop_one(device: Device) -> Empty | Awaitable[Empty]:
 
 def irq_mask(call: Call, arguments: IrqMask) -> Empty | Awaitable[Empty]:
     """Mask one interrupt; out of band at once, whatever the device is at."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _now_or_ordered(call, device, "irq-mask", lambda: device.interrupts.mask(one, arguments.vector))
 
 
 def irq_unmask(call: Call, arguments: IrqUnmask) -> Empty | Awaitable[Empty]:
     """Unmask one interrupt."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _do_on_loop(device, "irq-unmask", lambda: device.interrupts.unmask(one, arguments.vector))
 
 
 def irq_eoi(call: Call, arguments: IrqEoi) -> Empty | Awaitable[Empty]:
     """Complete a level interrupt; out of band at once, whatever the device is at."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _now_or_ordered(call, device, "irq-eoi", lambda: device.interrupts.eoi(one, arguments.vector))
 
 
 def irq_trigger(call: Call, arguments: IrqTrigger) -> Empty | Awaitable[Empty]:
     """Make the kernel signal an interrupt's eventfd."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     return _do(device, "irq-trigger", lambda: device.interrupts.trigger(one, arguments.vector))
 
 
 def irq_route(call: Call, arguments: IrqRoute) -> Empty | Awaitable[Empty]:
     """Say which interrupt number a vector has now."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     one = device.interrupts.find(arguments.index)
     number = None if arguments.number is UNSET else arguments.number
     return _do(device, "irq-route", lambda: device.interrupts.route(one, arguments.vector, number))

@@ -66,7 +66,7 @@ async def _read_long(device: Device, region: Region, offset: int, length: int) -
 
 def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]:
     """Write a register, or bytes."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     region = device.regions.find(arguments.region)
     offset, size, value, data = arguments.offset, arguments.size, arguments.value, arguments.data
     if data is not UNSET:
@@ -105,7 +105,7 @@ async def _write_long(device: Device, region: Region, offset: int, data: bytes) 
 
 def region_map(call: Call, arguments: RegionMap) -> RegionMapResult | Awaitable[RegionMapResult]:
     """Give out the fd through which a region can be mapped."""
-    device = call.machine.device(arguments.device)
+    device = call.device_to_change(arguments.device)
     region = device.regions.find(arguments.region)
     session = call.session
     if session is None or not call.carries_fds:

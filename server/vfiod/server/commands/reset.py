@@ -16,7 +16,7 @@ __all__ = ["HANDLERS"]
 
 async def device_reset(call: Call, arguments: DeviceReset) -> Empty:
     """Reset one device."""
-    await call.machine.device(arguments.id).reset()
+    await call.device_to_change(arguments.id).reset()
     return Empty()
 
 
@@ -27,6 +27,7 @@ def query_hot_reset(call: Call, arguments: QueryHotReset) -> Awaitable[HotResetR
 
 def hot_reset(call: Call, arguments: HotReset) -> Awaitable[HotResetReport]:
     """Reset a bus or slot."""
+    call.check_no_client()  # whose device it would touch besides is known only when it is judged
     lent: list[FileDescriptor] = []
     try:
         for position, name in enumerate(() if arguments.group_fds is UNSET else arguments.group_fds):
@@ -39,6 +40,7 @@ def hot_reset(call: Call, arguments: HotReset) -> Awaitable[HotResetReport]:
 
 async def system_reset(call: Call, arguments: SystemReset) -> Empty:
     """Reset every device that can be reset; the rest of them also when one fails."""
+    call.check_no_client()
     await call.machine.resets.system_reset()
     return Empty()
 

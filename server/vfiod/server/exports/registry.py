@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
@@ -84,6 +84,8 @@ class Exports:
         self._access: Final = Access(machine.allow_uid)
         self._exports: dict[str, Export] = {}
         self._ending = False
+        self.on_gone: Callable[[], None] | None = None
+        """Called on the loop when an export has ended."""
 
     def __len__(self) -> int:
         return len(self._exports)
@@ -135,6 +137,8 @@ class Exports:
 
     def _gone(self, export: Export) -> None:
         self._exports.pop(export.id, None)
+        if self.on_gone is not None:
+            self.on_gone()
 
     # --- for the machine (:class:`vfiod.server.machine.doors.Doors`) ------------------------------------
 
