@@ -155,6 +155,11 @@ class MediatedBackend:
         self._closed = False
 
     @property
+    def prompt(self) -> bool:
+        """See :class:`Backend`."""
+        return not self._instance.calls.waits
+
+    @property
     def address_space(self) -> AddressSpace:
         """Its own."""
         return self._space

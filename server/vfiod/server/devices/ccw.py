@@ -5,8 +5,8 @@ capability, the async command region (halt, clear), the SCHIB and the CRWs. Whic
 decided in :mod:`vfiod.server.devices.subchannel`; here is the I/O.
 
 A program is handed over in a turn of the device's lane, in a thread: the kernel pins its pages then, and a mediated
-device may run it whole. Waiting for the interrupt holds nobody up. Halt and clear wait for no lane: stopping what holds
-the others up is what they are for.
+device may run it whole. One that promised never to wait is handed it at once. Waiting for the interrupt holds nobody
+up. Halt and clear wait for no lane: stopping what holds the others up is what they are for.
 """
 
 from __future__ import annotations
@@ -242,14 +242,14 @@ class CcwDevice(Device):
                 )
             if model.notices.take(CcwIrq.IO):
                 self._feed(Input.SIGNAL)  # of before: told as an event, not taken for this one's
-            self._reply = asyncio.get_running_loop().create_future()
+            reply = self._reply = asyncio.get_running_loop().create_future()
             self._orb = orb
             self._started += 1
             if trace.ccw_request.on:
                 trace.ccw_request(device=self.name, cpa=f"0x{orb.cpa:x}", flags=f"0x{orb.flags:x}", function="start")
             self._timer = self._environment.after(timeout_ms, functools.partial(self._feed, Input.TIMEOUT))
             self._feed(Input.START, CcwIoRegion(orb.pack(), scsw).pack())
-            result = await self._reply
+            result = await reply
         except CommandError as error:
             if trace.ccw_result.on:
                 trace.ccw_result(device=self.name, failed=error)
@@ -290,6 +290,17 @@ class CcwDevice(Device):
             self._ACTIONS[action](self, what)
 
     def _write(self, data: bytes) -> None:
+        model = self._ccw()
+        if model.backend.prompt and self.lane.free:
+            try:
+                model.backend.region_write(model.io, 0, data)
+            except OperationFailed as error:
+                if error.errno != "EAGAIN":
+                    self._feed(Input.REFUSED, error)
+                    return
+            else:
+                self._feed(Input.ACCEPTED)
+                return
         task = asyncio.get_running_loop().create_task(self._hand_over(self._ccw(), data))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
