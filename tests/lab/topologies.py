@@ -180,6 +180,20 @@ NVME = Topology(
 )
 
 
+# --- a hypervisor in the guest -----------------------------------------------------------------
+
+NESTED = Topology(
+    name="nested",
+    about="an edu behind a root port, and memory enough for a QEMU of the guest's own",
+    devices=(
+        INTEL_IOMMU,
+        port("port1", 0x11, chassis=1),
+        device("edu", "edu-port", "port1", 0),
+    ),
+    memory="2G",
+)
+
+
 # --- machines that lack something ------------------------------------------------------------
 
 #: A USB controller with sixteen MSI vectors and no MSI-X, behind a root port.
@@ -314,7 +328,8 @@ CCW = Topology(
 
 
 TOPOLOGIES: Mapping[str, Topology] = {
-    topology.name: topology for topology in (EDU, IGB, E1000E, NVME, MICROVM, SHORT, NOREMAP, NOIOMMU, BENCH, CCW)
+    topology.name: topology
+    for topology in (EDU, IGB, E1000E, NVME, MICROVM, SHORT, NOREMAP, NOIOMMU, NESTED, BENCH, CCW)
 }
 
 

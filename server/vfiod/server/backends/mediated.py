@@ -83,6 +83,16 @@ class MediatedDevices:
             checks.append(Check(name="reset", ok=info.reset, detail=detail))
         return tuple(checks)
 
+    def waits(self, uuid: str) -> bool:
+        """Whether a device may wait (it has not promised to be quick): then all its commands run in workers.
+
+        False for one that is not there: adding it will say so.
+        """
+        try:
+            return self._bus.look(uuid).calls.waits
+        except CommandError:
+            return False
+
     def open(self, uuid: str, user: str, driver: str = DeviceApi.VFIO_PCI) -> Backend:
         """Open a device for a user (a device's id or path), with the device driver that is to have it.
 
@@ -128,7 +138,6 @@ class MediatedBackend:
 
     kind = "mdev"
     given_out = False
-    may_block = False
     foreign = False
 
     def __init__(
@@ -158,6 +167,11 @@ class MediatedBackend:
     def prompt(self) -> bool:
         """See :class:`Backend`."""
         return not self._instance.calls.waits
+
+    @property
+    def may_block(self) -> bool:
+        """Whether the device has not promised to be quick."""
+        return self._instance.calls.waits
 
     @property
     def address_space(self) -> AddressSpace:

@@ -30,6 +30,11 @@ class MediatedSpace:
         )
         instance.host.memory = self._translation
 
+    @property
+    def quick(self) -> bool:
+        """Whether the device does not care what is mapped: then nothing is called, and nothing waits."""
+        return not self._listens
+
     def iova_ranges(self) -> tuple[tuple[int, int], ...]:
         """Everything below 2**64: there is no IOMMU that could be narrower."""
         return ((0, (1 << 64) - 1),)

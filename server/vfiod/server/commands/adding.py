@@ -145,6 +145,7 @@ def _add_mediated(call: Call, a: DeviceAdd, options: Options, uuid: str) -> Awai
         options=options,
         open=lambda user: machine.sources.mediated.open(uuid, user, a.driver),
         discard=lambda: None,
+        in_workers=machine.sources.mediated.waits(uuid),
         on_request_timeout_ms=a.on_request_timeout_ms,
     )
     return _added(machine.add_device(_with_romfile(new)))

@@ -306,22 +306,46 @@ class CcwDevice(Device):
         task.add_done_callback(self._forget)
 
     def _read(self, _: object) -> None:
-        """Read the IRB and go on with what it says."""
+        """Read the IRB and go on with what it says: at once, or in a worker when the backend may wait."""
         model = self._ccw()
-        try:
-            region = CcwIoRegion.unpack(model.backend.region_read(model.io, 0, CcwIoRegion.LAYOUT.size))
-        except OperationFailed as error:
-            if self._requests.state is State.WAITING:
-                self._feed(Input.ANSWER, unreadable(error, self._orb))
-            else:
-                _log.warning("Device %s: an interrupt came, and reading its IRB failed: %s", self.name, error)
+        if model.backend.may_block:
+            task = asyncio.get_running_loop().create_task(self._read_in_worker(model))
+            self._tasks.add(task)
+            task.add_done_callback(self._forget)
             return
-        if region.ret_code and self._requests.state is State.WAITING:
+        try:
+            data = model.backend.region_read(model.io, 0, CcwIoRegion.LAYOUT.size)
+        except OperationFailed as error:
+            self._unreadable(error)
+        else:
+            self._have_read(CcwIoRegion.unpack(data))
+
+    async def _read_in_worker(self, model: CcwModel) -> None:
+        try:
+            async with self.lane.turn("the IRB") as turn:
+                data = await turn.run(lambda: model.backend.region_read(model.io, 0, CcwIoRegion.LAYOUT.size))
+        except OperationFailed as error:
+            self._unreadable(error)
+        else:
+            self._have_read(CcwIoRegion.unpack(data))
+
+    def _unreadable(self, error: OperationFailed) -> None:
+        if self._requests.state is State.WAITING:
+            self._feed(Input.ANSWER, unreadable(error, self._orb))
+        else:
+            _log.warning("Device %s: an interrupt came, and reading its IRB failed: %s", self.name, error)
+
+    def _have_read(self, region: CcwIoRegion) -> None:
+        state = self._requests.state
+        if region.ret_code and state is State.WAITING:
             failed = OperationFailed("The channel program", f"device '{self.name}'", errno=-region.ret_code)
             self._feed(Input.ANSWER, unreadable(failed, self._orb))
             return
-        irb = Irb.unpack(region.irb)
-        self._feed(kind_of_status(irb.scsw), region.irb)
+        kind = kind_of_status(Irb.unpack(region.irb).scsw)
+        if state in (State.IDLE, State.WAITING):
+            self._feed(kind, region.irb)
+        elif kind is not Input.EMPTY and not self._going:
+            self._tell(region.irb)  # a worker read it before the program that is being handed over now
 
     def _answer(self, what: bytes | CcwResult) -> None:
         self._settle(answered(what) if isinstance(what, bytes) else what)

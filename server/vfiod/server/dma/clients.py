@@ -141,6 +141,11 @@ class Client:
         shared = self.mapped_bytes - self.unreachable_bytes
         return self._remote is not None and self._writable_remote > shared
 
+    @property
+    def quick(self) -> bool:
+        """Whether mapping and unmapping files in its address space waits for nobody: no pages are pinned."""
+        return bool(getattr(self._table.space, "quick", False))
+
     def map(self, iova: int, size: int, fd: FileDescriptor | None, *, offset: int, readonly: bool) -> None:
         """Make a piece of the client's memory reachable for its device.
 

@@ -40,8 +40,9 @@ _log: Final = logging.getLogger(__name__)
 _ACCESS: Final = struct.Struct("=HHIIIQII")
 """A whole REGION_READ, and what a REGION_WRITE begins with: id, command, size, flags, error, offset, region, count."""
 
-_DATA: Final = {size: struct.Struct(f"=HHIIIQII{letter}") for size, letter in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
-"""A whole reply to a REGION_READ of so many bytes; a whole REGION_WRITE of so many."""
+_unpack: Final = _ACCESS.unpack_from
+_DATA: Final = {size: struct.Struct(f"=HHIIIQII{one}").pack for size, one in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
+"""Make a whole reply to a REGION_READ of so many bytes."""
 
 _READ: Final = int(Command.REGION_READ)
 _WRITE: Final = int(Command.REGION_WRITE)
@@ -235,7 +236,7 @@ class ClientSession:
             def work() -> None:
                 memory.map(asked.address, asked.size, fd, offset=asked.offset, readonly=not asked.writable)
 
-            await self._machine.topology.run("dma-map of an export", work)
+            await self._change_memory("dma-map of an export", work)
         except CommandError as error:
             if fd is not None:
                 fd.close()
@@ -263,8 +264,17 @@ class ClientSession:
             else:
                 memory.unmap(asked.address, asked.size)
 
-        await self._machine.topology.run("dma-unmap of an export", work)
+        await self._change_memory("dma-unmap of an export", work)
         return Answer(asked)
+
+    async def _change_memory(self, what: str, work: Callable[[], None]) -> None:
+        """In the lane where memory changes: in a thread, unless it cannot wait for anybody."""
+        memory = self._joined()
+        # A device that asks its client holds its memory's lock meanwhile, and the loop brings it the answer.
+        if memory.quick and not memory.unreachable_bytes and self._machine.topology.free:
+            work()
+        else:
+            await self._machine.topology.run(what, work)
 
     # --- what the device is ---------------------------------------------------------------------------
 
@@ -352,23 +362,22 @@ class ClientSession:
 
     # --- registers ------------------------------------------------------------------------------------
 
-    def _fast(self, data: bytes) -> bytes | None:
+    def _fast(self, data: bytearray, size: int) -> bytes | None:
         """A register access that is a whole message by itself, and can be done now; None: it is something else."""
-        size = len(data)
-        if size < 32 or size > 40 or self.memory is None or self.memory.by_messages or not self._device.lane.free:
+        if size < 32 or size > 40:
             return None
-        number, command, told, flags, _, offset, index, count = _ACCESS.unpack_from(data)
-        if told != size or index >= len(self._regions) or count not in ACCESS_SIZES or trace.export_request.on:
+        number, command, told, flags, _, offset, index, count = _unpack(data)
+        if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
             return None
-        region = self._regions[index]
-        if offset % count or not region.ready:
+        memory, region, device = self.memory, self._regions[index], self._device
+        if memory is None or memory.by_messages or not device.lane.free or offset % count or not region.ready:
             return None
         try:
             if command == _READ and size == 32 and not flags:
-                value = self._device.load(region, offset, count)
-                return _DATA[count].pack(number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
+                value = device.load(region, offset, count)
+                return _DATA[count](number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
             if command == _WRITE and size == 32 + count and not flags & ~_NO_REPLY:
-                self._device.store(region, offset, count, int.from_bytes(data[32:], "little"))
+                device.store(region, offset, count, int.from_bytes(data[32:size], "little"))
                 if flags:
                     return b""
                 return _ACCESS.pack(number, _WRITE, 32, _REPLY, 0, offset, index, count)
