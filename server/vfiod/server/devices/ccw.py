@@ -242,7 +242,8 @@ class CcwDevice(Device):
                 )
             if model.notices.take(CcwIrq.IO):
                 self._feed(Input.SIGNAL)  # of before: told as an event, not taken for this one's
-            reply = self._reply = asyncio.get_running_loop().create_future()
+            reply: asyncio.Future[CcwResult] = asyncio.get_running_loop().create_future()
+            self._reply = reply
             self._orb = orb
             self._started += 1
             if trace.ccw_request.on:
