@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import devices, exports, kernel, monitor, platforms, vectors
+from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -20,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
     parser.add_argument(
-        "--only", choices=["monitor", "devices", "vectors", "platforms", "exports", "kernel"], help="one part"
+        "--only",
+        choices=["monitor", "devices", "vectors", "platforms", "channel", "exports", "mediated", "kernel"],
+        help="one part",
     )
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
@@ -38,7 +40,9 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("devices", devices),
         ("vectors", vectors),
         ("platforms", platforms),
+        ("channel", channel),
         ("exports", exports),
+        ("mediated", mediated),
     ):
         if only in (None, name):
             yield from part.lines(scale)

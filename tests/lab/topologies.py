@@ -38,6 +38,8 @@ class Topology:
     #: The emulated processor. ``max``, virtme-ng's choice, has the wide vector instructions that libraries pick
     #: where they find them, and that emulation makes slow.
     cpu: str = "Nehalem"
+    #: Whether the kernel must be told how fast the processor's clock is: it finds no other to compare it with.
+    tell_clock: bool = False
     #: Further QEMU arguments that are no devices (``-drive``, ``-object``, ``-netdev`` ...).
     arguments: tuple[str, ...] = ()
     #: Of the guest: ``x86_64`` or ``s390x``, which says how it boots, too.
@@ -286,8 +288,8 @@ MICROVM = Topology(
     machine="microvm,acpi=on,pcie=on,rtc=on,pit=on,pic=on,isa-serial=on",
     # These devices have no reset that Linux knows of; without this vfio-platform would not take them.
     kernel_arguments=("vfio_platform.reset_required=0",),
-    # It has no timer to measure the processor's clock with; this one says how fast it is.
-    cpu="max",
+    # Its ACPI is "hardware reduced": Linux does not look for a PIT there, and would wait for ever for a first tick.
+    tell_clock=True,
     devices=("virtio-rng-device,id=rng", "virtio-balloon-device,id=balloon"),
 )
 

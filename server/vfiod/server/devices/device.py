@@ -285,6 +285,11 @@ class Device(ABC):
         """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
         self._save(self._active())
 
+    async def stop_interrupts(self, *, reason: str) -> None:
+        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were."""
+        async with self.lane.turn("stopping interrupts") as turn:
+            await self._step(turn, lambda: self._active().interrupts.stop(reason=reason))
+
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
         self._mapped_by.pop(session, None)
