@@ -1,8 +1,7 @@
-"""Channel I/O on the built-in disk: round trips, to the same shape in C; and registers of mediated devices."""
+"""Channel I/O on the built-in disk: round trips, to the same shape in C."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import mmap
@@ -10,16 +9,12 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from statistics import median
 
 from tests.bench.measuring import Line, paired, per_call
 from tests.bench.processes import Wire, compiled, vfiod
 
 from vfiod.protocol.channel import ChannelProgram
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.vfio import PciRegion
-from vfiod.server.mdev.instance import MdevHost
-from vfiod.server.mdev.samples.pci import PrimerDevice
 
 __all__ = ["lines"]
 
@@ -33,7 +28,6 @@ def lines(scale: float) -> Iterator[Line]:
     with vfiod() as process:
         wire = process.connect()
         yield from _requests(wire, rounds)
-        yield from _registers(wire, rounds)
         wire.socket.close()
 
 
@@ -78,25 +72,3 @@ def _requests(wire: Wire, rounds: int) -> Iterator[Line]:
         return
     note = "the monitor, JSON and words included; C has neither"
     yield Line("the same, to pwrite, poll and pread in C", result.ratio("request", "c"), note=note)
-
-
-def _registers(wire: Wire, rounds: int) -> Iterator[Line]:
-    made = wire.command("mdev-create", parent="primer", type="primer-pci", parameters={"memory": 4096})
-    wire.command("device_add", driver="vfio-pci", id="card", mdev=made["uuid"])
-    arguments = {"device": "card", "region": "bar0", "offset": 0, "size": 4}
-    request = json.dumps({"execute": "region-read", "arguments": arguments}).encode()
-    loop = asyncio.new_event_loop()
-    card = PrimerDevice(MdevHost("bench", loop), memory=4096, vectors=1)
-    result = paired(
-        {
-            "vfiod": lambda: per_call(lambda: wire.call(request), 200),
-            "trivial": lambda: per_call(lambda: wire.call(SMALL), 200),
-            "direct": lambda: per_call(lambda: card.read(PciRegion.BAR0, 0, 4), 2000),
-        },
-        rounds,
-    )
-    loop.close()
-    rows = zip(*(result.values[name] for name in ("vfiod", "trivial", "direct")), strict=True)
-    added = median((through - trivial) / direct for through, trivial, direct in rows)
-    yield Line("a mediated register through vfiod, to a direct call of the device", result.ratio("vfiod", "direct"))
-    yield Line("the same, less what a trivial command takes", added)
