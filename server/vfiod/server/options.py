@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from msgspec import Struct
@@ -34,12 +34,14 @@ class SocketOption(Struct, frozen=True):
         dialect: ``qmp`` or ``jsonrpc``.
         path: of a Unix socket to make.
         fd: an inherited, listening Unix socket.
+        role: what its sessions may do.
 
     """
 
     dialect: str
     path: str | None = None
     fd: int | None = None
+    role: str = "operator"
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path is not None else f"fd={self.fd}"
@@ -75,6 +77,8 @@ class Options(Struct, frozen=True):
     pidfile: str | None = None
     log_level: int = logging.WARNING
     trace: tuple[str, ...] = ()
+    roles: Mapping[str, tuple[str, ...]] = {}
+    audit: str | None = None
     bus: BusOption | None = None
     events: BusOption | None = None
     bus_key: str | None = None
@@ -93,6 +97,8 @@ _KEYS: Final[dict[str, type | tuple[type, ...]]] = {
     "pidfile": str,
     "log-level": str,
     "trace": (str, list),
+    "role": (str, list),
+    "audit": str,
     "bus": str,
     "events": str,
     "bus-key": str,
@@ -105,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vfiod serve",
         description="Hold the VFIO devices of one VM, and serve them.",
-        epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already.",
+        epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already; either may "
+        "end in ,role=NAME: operator (all commands, the default), observer (those that change nothing), or one of "
+        "--role.",
         allow_abbrev=False,
         argument_default=None,
     )
@@ -125,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--pidfile", metavar="P", help="lock this file, and write the process id into it once ready")
     add("--log-level", metavar="L", help=f"what to log to stderr: {', '.join(LEVELS)} (warning)")
     add("--trace", metavar="PATTERN", action="append", help="switch trace points on; may be repeated")
+    add("--role", metavar="NAME=PATTERN,...", action="append", help="make a role of the commands that match")
+    add("--audit", metavar="FILE", help="note every command that may change something here; - is stderr")
     add("--bus", metavar="ADDRESS", help="serve JSON-RPC in msgpack on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
@@ -202,6 +212,8 @@ def _checked(values: dict[str, Any]) -> Options:
         pidfile=values.get("pidfile"),
         log_level=_level(values.get("log-level", "warning")),
         trace=tuple(str(one) for one in _list(values.get("trace"), "trace")),
+        roles=_roles(_list(values.get("role"), "role")),
+        audit=values.get("audit"),
         bus=bus,
         events=events,
         bus_key=values.get("bus-key"),
@@ -218,12 +230,25 @@ def _list(value: Any, key: str) -> list[Any]:
 
 
 def _socket(dialect: str, text: Any) -> SocketOption:
-    kind, separator, rest = re.match(r"([a-z]*)([:=]?)(.*)", str(text), re.DOTALL).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"([a-z]*)([:=]?)(.*?)(?:,role=([^,=/]*))?", str(text), re.DOTALL)
+    kind, separator, rest, role = found.groups("operator")  # type: ignore[union-attr]
     if kind == "unix" and separator == ":" and rest:
-        return SocketOption(dialect, path=rest)
+        return SocketOption(dialect, path=rest, role=role)
     if kind == "fd" and separator == "=" and rest.isascii() and rest.isdigit() and len(rest) <= 9:
-        return SocketOption(dialect, fd=int(rest))
+        return SocketOption(dialect, fd=int(rest), role=role)
     raise OptionError(f"--{dialect} expects unix:PATH or fd=N, got '{text}'")
+
+
+def _roles(texts: list[Any]) -> dict[str, tuple[str, ...]]:
+    roles: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, _, patterns = str(text).partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name) or not all(patterns.split(",")):
+            raise OptionError(f"--role expects NAME=PATTERN,..., a name of lower-case letters, got '{text}'")
+        if name in roles:
+            raise OptionError(f"--role '{name}' is given twice: put all its patterns in one")
+        roles[name] = tuple(patterns.split(","))
+    return roles
 
 
 def _bus(key: str, text: str | None, values: dict[str, Any]) -> BusOption | None:

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
@@ -30,6 +30,9 @@ from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, overflow_uid
+
+if TYPE_CHECKING:
+    from vfiod.server.monitor.audit import Audit
 
 __all__ = ["main", "serve"]
 
@@ -97,7 +100,9 @@ async def serve(options: Options) -> bool:
         pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
-        server = MonitorServer(loop, machine, hub, Access(options.allow_uid), kind_of, TABLE)
+        audit = _audit(options, stack)
+        access = Access(options.allow_uid)
+        server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
         try:
             _listen_bus(server, options)  # first: who finds the monitor finds all of it
             for option in options.sockets:
@@ -141,11 +146,22 @@ def _machine(options: Options, hub: EventHub) -> Machine:
 
 
 def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> None:
+    server.role(option.role)  # a wrong name is said before the socket is there
     if option.path is None:
-        server.listen(listener.inherit(option.fd or 0), option.dialect)
+        server.listen(listener.inherit(option.fd or 0), option.dialect, option.role)
         return
-    made = server.listen(listener.open_path(option.path, gid), option.dialect)
+    made = server.listen(listener.open_path(option.path, gid), option.dialect, option.role)
     made.remove_at_close(option.path)
+
+
+def _audit(options: Options, stack: contextlib.ExitStack) -> Audit | None:
+    if options.audit is None:
+        return None
+    from vfiod.server.monitor.audit import Audit
+
+    audit = Audit(options.audit)
+    stack.callback(audit.close)
+    return audit
 
 
 def _listen_bus(server: MonitorServer, options: Options) -> None:

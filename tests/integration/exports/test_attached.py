@@ -171,6 +171,6 @@ def test_what_is_not_there_is_refused_politely(server: Server) -> None:
 
     hypervisor = server.attach(server.primer())
     refuses("ENOTTY", hypervisor, vfio_user.DeviceFeature(1, vfio.FeatureFlags.PROBE | vfio.FeatureFlags.GET))
-    refuses("ENOTSUP", hypervisor, vfio_user.MigrationRead(64))
+    refuses("EOPNOTSUPP", hypervisor, vfio_user.MigrationRead(64))
     assert hypervisor.do(vfio_user.GetRegionIoFds(0)) == vfio_user.RegionIoFds(0, (), 16, 16)
     assert hypervisor.read(0, 0) == 0xF10D_0001

@@ -159,6 +159,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def prompt(self) -> bool:
+        """Whether nothing of it ever waits, not even starting a channel program (``MediatedDevice.quick``)."""
+        ...
+
+    @property
     def may_block(self) -> bool:
         """Whether its calls wait for another program, which may never answer: then none is made on the event loop.
 

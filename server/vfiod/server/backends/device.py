@@ -76,6 +76,7 @@ class KernelDevice:
     """
 
     may_block: Final = False
+    prompt: Final = False
     foreign: Final = False
 
     def __init__(

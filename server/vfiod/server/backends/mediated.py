@@ -164,6 +164,11 @@ class MediatedBackend:
         self._closed = False
 
     @property
+    def prompt(self) -> bool:
+        """See :class:`Backend`."""
+        return not self._instance.calls.waits
+
+    @property
     def may_block(self) -> bool:
         """Whether the device has not promised to be quick."""
         return self._instance.calls.waits

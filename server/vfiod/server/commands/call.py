@@ -14,7 +14,7 @@ from vfiod.protocol.catalogue import Arguments, command_of
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, ShutdownCause, StatsResult, StatusInfo
-from vfiod.protocol.errors import InvalidArgument, OperationFailed
+from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 from vfiod.server.fds import FdNames, HeldFd
@@ -45,6 +45,12 @@ class SessionLike(Protocol):
     def names(self) -> FdNames:
         """The fds this session sent."""
 
+    def allows(self, command: str) -> bool:
+        """Whether the socket's role may run a command."""
+
+    def refusal(self, command: str) -> CommandError:
+        """What to say to a command that the role may not run."""
+
     def negotiate(self, enable: list[QmpCapability]) -> None:
         """``qmp_capabilities``: enable these, and leave negotiation. Raises CommandNotFound when that is over."""
 
@@ -64,6 +70,9 @@ class ServerLike(Protocol):
 
     def fd_infos(self) -> Iterator[FdInfo]:
         """The fds of sessions and of the server itself, for ``query-fds``."""
+
+    def audited(self, call: Call, command: str, error: CommandError | None) -> None:
+        """A command that may change something has ended: tell the audit log, if there is one."""
 
     def shut_down(self, cause: ShutdownCause) -> None:
         """Begin to close every device in order, and then to end. Returns at once; asked again, it does nothing."""

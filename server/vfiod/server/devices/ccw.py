@@ -5,8 +5,8 @@ capability, the async command region (halt, clear), the SCHIB and the CRWs. Whic
 decided in :mod:`vfiod.server.devices.subchannel`; here is the I/O.
 
 A program is handed over in a turn of the device's lane, in a thread: the kernel pins its pages then, and a mediated
-device may run it whole. Waiting for the interrupt holds nobody up. Halt and clear wait for no lane: stopping what holds
-the others up is what they are for.
+device may run it whole. One that promised never to wait is handed it at once. Waiting for the interrupt holds nobody
+up. Halt and clear wait for no lane: stopping what holds the others up is what they are for.
 """
 
 from __future__ import annotations
@@ -242,14 +242,15 @@ class CcwDevice(Device):
                 )
             if model.notices.take(CcwIrq.IO):
                 self._feed(Input.SIGNAL)  # of before: told as an event, not taken for this one's
-            self._reply = asyncio.get_running_loop().create_future()
+            reply: asyncio.Future[CcwResult] = asyncio.get_running_loop().create_future()
+            self._reply = reply
             self._orb = orb
             self._started += 1
             if trace.ccw_request.on:
                 trace.ccw_request(device=self.name, cpa=f"0x{orb.cpa:x}", flags=f"0x{orb.flags:x}", function="start")
             self._timer = self._environment.after(timeout_ms, functools.partial(self._feed, Input.TIMEOUT))
             self._feed(Input.START, CcwIoRegion(orb.pack(), scsw).pack())
-            result = await self._reply
+            result = await reply
         except CommandError as error:
             if trace.ccw_result.on:
                 trace.ccw_result(device=self.name, failed=error)
@@ -290,27 +291,62 @@ class CcwDevice(Device):
             self._ACTIONS[action](self, what)
 
     def _write(self, data: bytes) -> None:
+        model = self._ccw()
+        if model.backend.prompt and self.lane.free:
+            try:
+                model.backend.region_write(model.io, 0, data)
+            except OperationFailed as error:
+                if error.errno != "EAGAIN":
+                    self._feed(Input.REFUSED, error)
+                    return
+            else:
+                self._feed(Input.ACCEPTED)
+                return
         task = asyncio.get_running_loop().create_task(self._hand_over(self._ccw(), data))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
 
     def _read(self, _: object) -> None:
-        """Read the IRB and go on with what it says."""
+        """Read the IRB and go on with what it says: at once, or in a worker when the backend may wait."""
         model = self._ccw()
-        try:
-            region = CcwIoRegion.unpack(model.backend.region_read(model.io, 0, CcwIoRegion.LAYOUT.size))
-        except OperationFailed as error:
-            if self._requests.state is State.WAITING:
-                self._feed(Input.ANSWER, unreadable(error, self._orb))
-            else:
-                _log.warning("Device %s: an interrupt came, and reading its IRB failed: %s", self.name, error)
+        if model.backend.may_block:
+            task = asyncio.get_running_loop().create_task(self._read_in_worker(model))
+            self._tasks.add(task)
+            task.add_done_callback(self._forget)
             return
-        if region.ret_code and self._requests.state is State.WAITING:
+        try:
+            data = model.backend.region_read(model.io, 0, CcwIoRegion.LAYOUT.size)
+        except OperationFailed as error:
+            self._unreadable(error)
+        else:
+            self._have_read(CcwIoRegion.unpack(data))
+
+    async def _read_in_worker(self, model: CcwModel) -> None:
+        try:
+            async with self.lane.turn("the IRB") as turn:
+                data = await turn.run(lambda: model.backend.region_read(model.io, 0, CcwIoRegion.LAYOUT.size))
+        except OperationFailed as error:
+            self._unreadable(error)
+        else:
+            self._have_read(CcwIoRegion.unpack(data))
+
+    def _unreadable(self, error: OperationFailed) -> None:
+        if self._requests.state is State.WAITING:
+            self._feed(Input.ANSWER, unreadable(error, self._orb))
+        else:
+            _log.warning("Device %s: an interrupt came, and reading its IRB failed: %s", self.name, error)
+
+    def _have_read(self, region: CcwIoRegion) -> None:
+        state = self._requests.state
+        if region.ret_code and state is State.WAITING:
             failed = OperationFailed("The channel program", f"device '{self.name}'", errno=-region.ret_code)
             self._feed(Input.ANSWER, unreadable(failed, self._orb))
             return
-        irb = Irb.unpack(region.irb)
-        self._feed(kind_of_status(irb.scsw), region.irb)
+        kind = kind_of_status(Irb.unpack(region.irb).scsw)
+        if state in (State.IDLE, State.WAITING):
+            self._feed(kind, region.irb)
+        elif kind is not Input.EMPTY and not self._going:
+            self._tell(region.irb)  # a worker read it before the program that is being handed over now
 
     def _answer(self, what: bytes | CcwResult) -> None:
         self._settle(answered(what) if isinstance(what, bytes) else what)

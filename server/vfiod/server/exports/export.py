@@ -177,12 +177,11 @@ class Export:
     async def _quiet(self, reason: str) -> None:
         """The device does nothing by itself any more: no DMA, no interrupt. What fails is logged."""
         try:
-            async with self.device.lane.turn(f"detaching the client of {self.name}") as turn:
-                try:
-                    await turn.run(self.device.stop_dma)
-                except CommandError as error:
-                    _log.warning("Bus mastering of device '%s' could not be switched off: %s", self.device.name, error)
-                self.device.interrupts.stop(reason=f"the client of {self.name} is gone: {reason}")
+            try:
+                await self.device.lane.run(f"detaching the client of {self.name}", self.device.stop_dma)
+            except CommandError as error:
+                _log.warning("Bus mastering of device '%s' could not be switched off: %s", self.device.name, error)
+            await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}")
         except CommandError as error:
             _log.info("Device '%s' is not disarmed after its client: %s", self.device.name, error)
 

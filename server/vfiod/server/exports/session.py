@@ -200,8 +200,7 @@ class ClientSession:
         reply, agreement = vfio_user.answer(proposed, ours, room=request.header.size - vfio_user.HEADER_SIZE)
         remote = RemoteMemory(f"memory of {self._name}", self._machine.loop, self) if _by_messages(space) else None
 
-        async with self._device.lane.turn("attaching a client"):
-            self._device.interrupts.stop(reason=f"a client attaches to {self._name}")
+        await self._device.stop_interrupts(reason=f"a client attaches to {self._name}")
         clients = self._machine.memory.clients
         async with self._machine.topology.turn(f"a client attaches to {self._name}"):
             if not self._connection.open:
@@ -370,7 +369,9 @@ class ClientSession:
         if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
             return None
         memory, region, device = self.memory, self._regions[index], self._device
-        if memory is None or memory.by_messages or not device.lane.free or offset % count or not region.ready:
+        if memory is None or memory.by_messages or device.waits or not device.lane.free:
+            return None
+        if offset % count or not region.ready:
             return None
         try:
             if command == _READ and size == 32 and not flags:

@@ -138,9 +138,10 @@ async def started(world: World, sub: Sub, count: int = 1) -> None:
     await world.until(lambda: not world.machine.device("n0").lane.busy)
 
 
-def test_a_round_trip(play: Play) -> None:
+@pytest.mark.parametrize("kind", [Sub, SlowSub])
+def test_a_round_trip(play: Play, kind: type[Sub]) -> None:
     async def scenario(world: World) -> None:
-        sub = await added(world)
+        sub = await added(world, kind())
         asked = request(world)
         await started(world, sub)
         assert sub.starts[0][:12] == Orb(0x1000).pack()
@@ -286,9 +287,10 @@ def test_what_was_signalled_before_a_start_is_told_and_not_taken(play: Play) -> 
     play(scenario)
 
 
-def test_unsolicited_interrupts_become_events(play: Play) -> None:
+@pytest.mark.parametrize("kind", [Sub, SlowSub])
+def test_unsolicited_interrupts_become_events(play: Play, kind: type[Sub]) -> None:
     async def scenario(world: World) -> None:
-        sub = await added(world)
+        sub = await added(world, kind())
         attention = Irb(scsw=Scsw.unpack(bytes.fromhex("00000011000000008000" + "0000"))).pack()
         sub.end(attention)
         await world.until(lambda: len(world.told(CcwIo)) == 1)

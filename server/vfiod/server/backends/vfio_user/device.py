@@ -62,6 +62,7 @@ class VfioUserBackend:
     kind = "vfio-user"
     given_out = False
     may_block = True
+    prompt = False
     foreign = True
 
     def __init__(self, peer: Peer, space: VfioUserSpace, left: Callable[[AddressSpace], None]) -> None:
