@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, vectors
+from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
     parser.add_argument(
         "--only",
-        choices=["monitor", "devices", "vectors", "platforms", "channel", "exports", "mediated", "kernel"],
+        choices=["monitor", "devices", "vectors", "platforms", "channel", "exports", "mediated", "served", "kernel"],
         help="one part",
     )
     arguments = parser.parse_args()
@@ -42,6 +42,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("platforms", platforms),
         ("channel", channel),
         ("exports", exports),
+        ("served", served),
         ("mediated", mediated),
     ):
         if only in (None, name):

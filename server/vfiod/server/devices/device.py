@@ -59,6 +59,8 @@ __all__ = ["Device", "Quiesced"]
 
 T = TypeVar("T")
 
+_BY_MESSAGE: Final = frozenset({IrqKind.NONE, IrqKind.MSI, IrqKind.MSIX})
+
 
 class Device(ABC):
     """One device.
@@ -364,6 +366,8 @@ class Device(ABC):
         if model is None:
             return
         if region.completes:
+            if self._waits and model.interrupts.kind in _BY_MESSAGE:
+                return  # no access completes those: nothing to trouble the loop with
             self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:
