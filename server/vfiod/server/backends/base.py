@@ -7,7 +7,7 @@ Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
@@ -269,6 +269,13 @@ class Backend(Protocol):
 
     def probe_feature(self, feature: int) -> bool:
         """Whether the device has this ``VFIO_DEVICE_FEATURE``; a kernel that knows none has none."""
+        ...
+
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """Call ``gone`` with the reason, on the loop, each time the device goes away by itself, until it is closed.
+
+        The kernel never tells: REQ asks for the device, and calls fail with ENODEV once it is gone.
+        """
         ...
 
     def close(self) -> bool:

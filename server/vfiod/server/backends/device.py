@@ -247,6 +247,9 @@ class KernelDevice:
         """Note that its fd goes to another process."""
         self._given_out = True
 
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`: the kernel never tells."""
+
     def close(self) -> bool:
         """Close the device, then let its group go if it was the last. The second call says what the first said."""
         if self._released is None:

@@ -307,10 +307,15 @@ class MediatedBackend:
             )
         self._call("VFIO_DEVICE_RESET", device.reset, self._instance.what)
 
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`. It goes with its parent."""
+        self._instance.on_gone = gone
+
     def close(self) -> bool:
         """See :class:`Backend`. True: nothing but vfiod itself holds a mediated device."""
         if not self._closed:
             self._closed = True
+            self._instance.on_gone = None
             self._close(self._instance, self._space)
         return True
 

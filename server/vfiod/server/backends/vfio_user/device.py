@@ -199,6 +199,10 @@ class VfioUserBackend:
             return False
         return True
 
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`. It goes with its server, and comes back with it if that is wanted."""
+        self._peer.when_lost = gone
+
     def close(self) -> bool:
         """See :class:`Backend`. True: the server hears that we are gone, and lets go of everything."""
         if not self._closed:
