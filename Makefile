@@ -29,11 +29,14 @@ bench: $(READY)  ## Ratios to peers measured in the same run; no pass or fail
 bench-lab: $(READY) ## The same to the kernel's own VFIO, in the lab's machine "bench"
 	$(BIN)/python -m tests.lab run bench -- 'python -m tests.bench --only kernel'
 
-docs: $(READY)   ## Write the command reference again from the catalogue
+docs: $(READY)   ## Write the command reference again from the catalogue, and the tables of platform interrupts
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
+	$(BIN)/python -m vfiod.server.interrupts.tables > docs/platform-interrupts.md
 
 fuzz: $(READY)   ## A long run of the fuzz tests (about ten minutes)
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz
+	if $(BIN)/python -c "import atheris" 2>/dev/null; then \
+	$(BIN)/python -m tests.fuzz.vfio_user_atheris -max_total_time=300; fi
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import channel, devices, kernel, monitor, platforms, vectors
+from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, subchannel, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -20,7 +20,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
     parser.add_argument(
-        "--only", choices=["monitor", "devices", "vectors", "platforms", "kernel", "channel"], help="one part"
+        "--only",
+        choices=[
+            "monitor",
+            "devices",
+            "vectors",
+            "platforms",
+            "channel",
+            "exports",
+            "mediated",
+            "served",
+            "kernel",
+            "subchannel",
+        ],
+        help="one part",
     )
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
@@ -33,17 +46,26 @@ def main() -> None:
 
 
 def _lines(only: str | None, scale: float) -> Iterator[Line]:
-    for name, part in (("monitor", monitor), ("devices", devices), ("vectors", vectors), ("platforms", platforms)):
+    for name, part in (
+        ("monitor", monitor),
+        ("devices", devices),
+        ("vectors", vectors),
+        ("platforms", platforms),
+        ("channel", channel),
+        ("exports", exports),
+        ("served", served),
+        ("mediated", mediated),
+    ):
         if only in (None, name):
             yield from part.lines(scale)
     if only == "kernel" and not kernel.available():
         raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
     if only == "kernel":
         yield from kernel.lines(scale)
-    if only == "channel" and not channel.available():
+    if only == "subchannel" and not subchannel.available():
         raise SystemExit("This is not the lab's s390x machine: python -m tests.lab run ccw")
-    if only == "channel":
-        yield from channel.lines(scale)
+    if only == "subchannel":
+        yield from subchannel.lines(scale)
 
 
 def _row(line: Line) -> str:

@@ -133,7 +133,7 @@ def write_initrd(target: Path, exchange: Path, last: Path) -> None:
 
 def _compile_c(layer: Path) -> None:
     """Compile the benchmark's C program, where there is a cross compiler: the guest has none."""
-    source, program = REPO / "tests/bench/channel.c", layer / str(REPO).lstrip("/") / "tests/bench/channel"
+    source, program = REPO / "tests/bench/subchannel.c", layer / str(REPO).lstrip("/") / "tests/bench/subchannel"
     compiler = shutil.which("s390x-linux-gnu-gcc")
     if compiler is None or (program.exists() and program.stat().st_mtime > source.stat().st_mtime):
         return
@@ -176,7 +176,7 @@ def _fill(layer: Path) -> None:
         source = path.relative_to(layer)
         if path.parent.name == "__pycache__":
             source = source.parent.parent / f"{source.name.partition('.')[0]}.py"
-        if path.is_file() and source not in wanted and path.name != "channel":
+        if path.is_file() and source not in wanted and path.name != "subchannel":
             path.unlink()
     for inside, path in wanted.items():
         copy, status = layer / inside, path.stat()

@@ -119,13 +119,22 @@ def vng_command(topology: Topology, directory: Path, rest: Sequence[str]) -> lis
     line = [sys.executable, str(vng), "--verbose", "--disable-kvm", "--disable-microvm", "--force-9p"]
     line += ["--run", str(link), "--cpus", str(topology.cpus), "--memory", topology.memory]
     line += ["--qemu", qemu, "--user", "root"]
-    for argument in (_ROOT_FLAGS, *topology.kernel_arguments):
+    clock = [f"tsc_early_khz={host_clock_khz()}"] if topology.tell_clock else []
+    for argument in (_ROOT_FLAGS, *topology.kernel_arguments, *clock):
         line += ["--append", argument]
     line += ["--rwdir", f"{GUEST_EXCHANGE}={directory / 'exchange'}"]
     for path in needed_trees():
         if any(path.is_relative_to(covered) for covered in _COVERED):
             line += ["--rodir", str(path)]
     return [*line, f"--qemu-opts={shlex.join(extra)}", *rest]
+
+
+def host_clock_khz() -> int:
+    """Return how fast this machine's time stamp counter runs, in kHz: an emulated one of x86 counts with it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("cpu MHz"):
+            return int(float(line.partition(":")[2]) * 1000)
+    return 1_000_000  # on another architecture QEMU's counts nanoseconds
 
 
 def needed_trees() -> list[Path]:

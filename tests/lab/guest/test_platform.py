@@ -2,21 +2,28 @@
 
 The balloon is the device with a real level interrupt: once its driver said DRIVER_OK, the host's ``balloon`` command
 (QEMU's own monitor, from inside) changes its configuration, and the line stays up until InterruptACK is written.
+
+Rules are those of behaviour.md, sections 1 and 7.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from tests.lab.guest import platform
 from tests.lab.guest.machine import qemu
 from tests.lab.guest.nics import fired, quiet
+from tests.lab.guest.vm import Vm, running_vm, trigger_of
 from tests.lab.topologies import VIRTIO_MMIO
 
+from vfiod.client import VectorFds
 from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.interrupts import IrqInfo
+from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.errors import OperationFailed, PermissionRefused
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.backends.base import Backend
@@ -35,6 +42,7 @@ MEMORY = 1 << 30
 @pytest.fixture(scope="module", autouse=True)
 def devices() -> Iterator[None]:
     """Both transports with vfio-platform, as the host's administrator leaves them."""
+    qemu()  # keeps files open; a test that counts them would be the first to use it
     with platform.noiommu(), platform.bound(*VIRTIO_MMIO):
         yield
 
@@ -209,3 +217,132 @@ def test_a_line_that_is_up_fires_as_soon_as_it_has_a_trigger() -> None:
         store(device, platform.INTERRUPT_ACK, load(device, platform.INTERRUPT_STATUS))
         device.set_irqs(vfio.SetIrqs.now(UNMASK, 0))
         store(device, platform.STATUS, 0)
+
+
+# --- by vfiod -----------------------------------------------------------------------------------------------
+
+
+class Balloon:
+    """The balloon behind a vfiod."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        name = find_balloon()
+        with group_fd(name) as group:
+            vm.client.device_add(driver="vfio-platform", id="b0", host=name, group_fd=group, x_noiommu=True)
+
+    def load(self, register: int) -> int:
+        value = self.vm.client.region_read(device="b0", region=0, offset=register, size=4).value
+        assert isinstance(value, int)
+        return value
+
+    def store(self, register: int, value: int) -> None:
+        self.vm.client.region_write(device="b0", region=0, offset=register, size=4, value=value)
+
+    def let_it_work(self) -> None:
+        self.store(platform.STATUS, 0)
+        status = 0
+        for bit in (platform.ACKNOWLEDGE, platform.HAS_DRIVER, platform.DRIVER_OK):
+            status |= bit
+            self.store(platform.STATUS, status)
+
+    def irq(self) -> IrqInfo:
+        (irq,) = self.vm.client.query_irqs(device="b0")
+        return irq
+
+    def state(self) -> str:
+        (vector,) = self.irq().vectors
+        return vector.state
+
+    def wakeups(self) -> int:
+        """How often any thread of vfiod slept and was woken."""
+        found = 0
+        for task in Path(f"/proc/{self.vm.process.pid}/task").iterdir():
+            for line in (task / "status").read_text().splitlines():
+                if line.startswith("voluntary_ctxt_switches"):
+                    found += int(line.split()[1])
+        return found
+
+
+@pytest.fixture
+def balloon(tmp_path: Path) -> Iterator[Balloon]:
+    """As root: the kernel wants CAP_SYS_RAWIO of whoever uses a noiommu group."""
+    with running_vm(tmp_path, root=True) as vm:
+        yield Balloon(vm)
+        assert vm.remove("b0")
+
+
+def test_added_by_its_name(balloon: Balloon) -> None:
+    (region,) = balloon.vm.client.query_regions(device="b0")
+    assert (region.size, region.mappable) == (platform.REGION_SIZE, False)
+    irq = balloon.irq()
+    assert (irq.count, irq.active, irq.flags.maskable, irq.flags.automasked) == (1, False, True, True)
+    assert balloon.load(platform.MAGIC).to_bytes(4, "little") == platform.MAGIC_VALUE
+    assert balloon.load(platform.DEVICE_ID) == platform.BALLOON
+
+
+def test_the_loopback_through_vfiod(balloon: Balloon) -> None:
+    started = balloon.vm.client.irq_start(first_number=32)
+    assert [(irq.device, irq.index, irq.number, irq.mode) for irq in started.irqs] == [("b0", 0, 32, IrqMode.DIRECT)]
+    again = balloon.vm.client.irq_start()
+    assert [irq.number for irq in again.irqs] == [32]
+    balloon.vm.client.irq_trigger(device="b0", index=0)
+    assert fired(trigger_of(started)) == 1
+    for answer in (started, again):
+        for irq in answer.irqs:
+            for fd in (irq.trigger_fd, irq.resample_fd):
+                assert isinstance(fd, FileDescriptor)
+                fd.close()
+
+
+def test_a_real_interrupt_relayed_and_completed_by_the_trapped_access(balloon: Balloon) -> None:
+    with FileDescriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) as trigger:
+        eventfds = [VectorFds(vector=0, trigger=trigger)]
+        balloon.vm.client.irq_start(device="b0", index=0, mode=IrqMode.RELAYED, eventfds=eventfds)
+        balloon.let_it_work()
+        for times in (1, 2):
+            resize()
+            assert fired(trigger.number) == 1
+            assert (balloon.irq().fired, balloon.state()) == (times, "active")
+            assert quiet(trigger.number)
+            balloon.store(platform.INTERRUPT_ACK, platform.CONFIG_CHANGED | 1)
+            assert balloon.state() == "inactive"
+            assert quiet(trigger.number)
+        # Looking first is an access, too: it completes, and the line that is still up fires again.
+        resize()
+        assert fired(trigger.number) == 1
+        assert balloon.load(platform.INTERRUPT_STATUS) & platform.CONFIG_CHANGED
+        assert fired(trigger.number) == 1
+        balloon.store(platform.INTERRUPT_ACK, platform.CONFIG_CHANGED | 1)
+        assert (balloon.irq().fired, balloon.irq().delivered, balloon.state()) == (4, 4, "inactive")
+        balloon.store(platform.STATUS, 0)
+        balloon.vm.client.irq_stop(device="b0")
+
+
+def test_a_real_interrupt_direct_and_vfiod_sleeps(balloon: Balloon) -> None:
+    """Trigger and resample eventfds of a hypervisor: nobody else hears of the interrupt."""
+    client = balloon.vm.client
+    with ExitStack() as stack:
+        trigger, resample = (
+            stack.enter_context(FileDescriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))) for _ in range(2)
+        )
+        pair = VectorFds(vector=0, trigger=trigger, resample=resample)
+        started = client.irq_start(device="b0", index=0, eventfds=[pair])
+        assert started.irqs[0].mode is IrqMode.DIRECT
+        balloon.let_it_work()
+        resize()
+        assert fired(trigger.number) == 1
+        before = balloon.wakeups()
+        for _ in range(10):
+            os.eventfd_write(resample.number, 1)  # an EOI, but nobody acknowledged: the line is still up
+            assert fired(trigger.number) == 1
+        assert balloon.wakeups() == before
+        balloon.store(platform.INTERRUPT_ACK, platform.CONFIG_CHANGED | 1)
+        os.eventfd_write(resample.number, 1)
+        assert quiet(trigger.number)
+        resize()
+        assert fired(trigger.number) == 1
+        balloon.store(platform.INTERRUPT_ACK, platform.CONFIG_CHANGED | 1)
+        assert (balloon.irq().fired, balloon.state()) == (None, "direct")
+        balloon.store(platform.STATUS, 0)
+        client.irq_stop(device="b0")

@@ -147,6 +147,7 @@ class Channel:
         self._accepts = accepts
         self._framer: Final = Framer(max_message=VFIO_USER_MAX_MESSAGE, max_fds=max_fds)
         self._awaits_version = Command.VERSION in accepts
+        self._ended = False
         self._pending: dict[int, Command | None] = {}  # by id; None: nobody waits for it any more
         self._next_id = 0
         self.wire: Wire = SPECIFIED
@@ -177,11 +178,16 @@ class Channel:
         """Take what one ``recvmsg`` returned, and own the fds. Raises nothing; after Broken nothing comes any more."""
         happenings: list[Happening] = []
         for message in self._framer.receive_data(data, fds):
-            happening = self._frame_error(message) if isinstance(message, FrameError) else self._message(message)
-            if happening is None:
+            if self._ended:
+                # It came in the same data as what has ended the connection.
+                if isinstance(message, Message):
+                    message.close()
                 continue
-            happenings.append(happening)
+            happening = self._frame_error(message) if isinstance(message, FrameError) else self._message(message)
+            if happening is not None:
+                happenings.append(happening)
             if isinstance(happening, Broken):
+                self._ended = True
                 self._framer.close()
         return happenings
 

@@ -76,6 +76,7 @@ class KernelDevice:
     """
 
     may_block: Final = False
+    prompt: Final = False
     foreign: Final = False
 
     def __init__(
@@ -139,6 +140,11 @@ class KernelDevice:
         question = vfio.IrqInfo(index).pack()
         answer = call_info(self._calls, self.fd.number, request, question, f"{self.name} interrupt index {index}")
         return self._parsed(vfio.IrqInfo.unpack, answer, request)
+
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """False: the kernel waits for nobody."""
+        del index, offset, length, write
+        return False
 
     def probe_feature(self, feature: int) -> bool:
         """``VFIO_DEVICE_FEATURE`` with PROBE; any errno means no: kernels differ in which."""
@@ -240,6 +246,9 @@ class KernelDevice:
     def give_out(self) -> None:
         """Note that its fd goes to another process."""
         self._given_out = True
+
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`: the kernel never tells."""
 
     def close(self) -> bool:
         """Close the device, then let its group go if it was the last. The second call says what the first said."""

@@ -59,6 +59,8 @@ __all__ = ["Device", "Quiesced"]
 
 T = TypeVar("T")
 
+_BY_MESSAGE: Final = frozenset({IrqKind.NONE, IrqKind.MSI, IrqKind.MSIX})
+
 
 class Device(ABC):
     """One device.
@@ -147,6 +149,13 @@ class Device(ABC):
     def waits(self) -> bool:
         """Whether its backend may wait for another program (``may_block``): then its commands run in a worker."""
         return self._waits
+
+    def access_waits(self, region: Region, offset: int, size: int, *, write: bool) -> bool:
+        """Whether this access may wait for DMA (``Backend.access_waits``): make it by :meth:`read` or :meth:`write`.
+
+        Configuration space starts no DMA.
+        """
+        return not region.by_bytes and self._active().backend.access_waits(region.index, offset, size, write=write)
 
     async def _in_worker(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what) as turn:
@@ -285,6 +294,11 @@ class Device(ABC):
         """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
         self._save(self._active())
 
+    async def stop_interrupts(self, *, reason: str) -> None:
+        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were."""
+        async with self.lane.turn("stopping interrupts") as turn:
+            await self._step(turn, lambda: self._active().interrupts.stop(reason=reason))
+
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
         self._mapped_by.pop(session, None)
@@ -359,6 +373,8 @@ class Device(ABC):
         if model is None:
             return
         if region.completes:
+            if self._waits and model.interrupts.kind in _BY_MESSAGE:
+                return  # no access completes those: nothing to trouble the loop with
             self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:

@@ -63,10 +63,10 @@ class PlatformArming:
             if _resamples(old):
                 self._bind(_UNMASK, one, -1)
             if new is None:
+                # It stays masked: a line that nobody handles must not be let loose. The next binding unmasks it.
                 self._backend.set_irqs(vfio.SetIrqs.disable(one.index))
             else:
                 self._set(one, new)
-                # Left masked when it is disabled: the next binding unmasks it.
                 if one.info.maskable and not masked:
                     self._now(_UNMASK, one)
         except CommandError as error:

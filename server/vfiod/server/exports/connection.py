@@ -52,8 +52,16 @@ DONE: Final = Answer()
 
 Execute = Callable[[Request], Answer | Awaitable[Answer]]
 
-Fast = Callable[[bytes], bytes | None]
-"""Tried on what one read gave when nothing else is under way: the whole reply, empty for none; None: not for it."""
+Fast = Callable[[bytearray, int], bytes | None]
+"""Tried on what one read gave when nothing else is under way, so many bytes at the start of a buffer.
+
+Gives the whole reply, empty for none; None: it is not for it.
+"""
+
+_BUFFER: Final = bytearray(READ_CHUNK)
+_VIEW: Final = memoryview(_BUFFER)
+_INTO: Final = (_BUFFER,)
+"""What all connections read into, one at a time, on the loop: a fresh buffer each time costs more than the rest."""
 
 
 class Connection:
@@ -179,7 +187,7 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(READ_CHUNK, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            size, ancillary, _, _ = self._socket.recvmsg_into(_INTO, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -187,17 +195,17 @@ class Connection:
             return
         if not ancillary and self._task is None and not self._out and not self._queue and not self.channel.cut_short:
             # Nearly always: one whole request that wants no more than a register.
-            answer = self._fast(data)
+            answer = self._fast(_BUFFER, size)
             if answer is not None:
                 self.requests += 1
                 if answer:
                     self._send(answer)
                 return
-        if not data and not ancillary:
+        if not size and not ancillary:
             cut = self.channel.cut_short
             self.end("The client has closed the connection" + (f", {cut} bytes into a message" if cut else ""))
             return
-        self._take(self.channel.receive(data, rights_of(ancillary)))
+        self._take(self.channel.receive(bytes(_VIEW[:size]), rights_of(ancillary)))
         if self._queued > 8 * VFIO_USER_MAX_QUEUE:
             self.end(f"The client sent {self._queued} bytes of requests while it did not answer ours")
         self._pump()

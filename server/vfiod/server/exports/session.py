@@ -40,8 +40,9 @@ _log: Final = logging.getLogger(__name__)
 _ACCESS: Final = struct.Struct("=HHIIIQII")
 """A whole REGION_READ, and what a REGION_WRITE begins with: id, command, size, flags, error, offset, region, count."""
 
-_DATA: Final = {size: struct.Struct(f"=HHIIIQII{letter}") for size, letter in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
-"""A whole reply to a REGION_READ of so many bytes; a whole REGION_WRITE of so many."""
+_unpack: Final = _ACCESS.unpack_from
+_DATA: Final = {size: struct.Struct(f"=HHIIIQII{one}").pack for size, one in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
+"""Make a whole reply to a REGION_READ of so many bytes."""
 
 _READ: Final = int(Command.REGION_READ)
 _WRITE: Final = int(Command.REGION_WRITE)
@@ -199,8 +200,7 @@ class ClientSession:
         reply, agreement = vfio_user.answer(proposed, ours, room=request.header.size - vfio_user.HEADER_SIZE)
         remote = RemoteMemory(f"memory of {self._name}", self._machine.loop, self) if _by_messages(space) else None
 
-        async with self._device.lane.turn("attaching a client"):
-            self._device.interrupts.stop(reason=f"a client attaches to {self._name}")
+        await self._device.stop_interrupts(reason=f"a client attaches to {self._name}")
         clients = self._machine.memory.clients
         async with self._machine.topology.turn(f"a client attaches to {self._name}"):
             if not self._connection.open:
@@ -235,7 +235,7 @@ class ClientSession:
             def work() -> None:
                 memory.map(asked.address, asked.size, fd, offset=asked.offset, readonly=not asked.writable)
 
-            await self._machine.topology.run("dma-map of an export", work)
+            await self._change_memory("dma-map of an export", work)
         except CommandError as error:
             if fd is not None:
                 fd.close()
@@ -263,8 +263,17 @@ class ClientSession:
             else:
                 memory.unmap(asked.address, asked.size)
 
-        await self._machine.topology.run("dma-unmap of an export", work)
+        await self._change_memory("dma-unmap of an export", work)
         return Answer(asked)
+
+    async def _change_memory(self, what: str, work: Callable[[], None]) -> None:
+        """In the lane where memory changes: in a thread, unless it cannot wait for anybody."""
+        memory = self._joined()
+        # A device that asks its client holds its memory's lock meanwhile, and the loop brings it the answer.
+        if memory.quick and not memory.unreachable_bytes and self._machine.topology.free:
+            work()
+        else:
+            await self._machine.topology.run(what, work)
 
     # --- what the device is ---------------------------------------------------------------------------
 
@@ -352,23 +361,26 @@ class ClientSession:
 
     # --- registers ------------------------------------------------------------------------------------
 
-    def _fast(self, data: bytes) -> bytes | None:
+    def _fast(self, data: bytearray, size: int) -> bytes | None:
         """A register access that is a whole message by itself, and can be done now; None: it is something else."""
-        size = len(data)
-        if size < 32 or size > 40 or self.memory is None or self.memory.by_messages or not self._device.lane.free:
+        if size < 32 or size > 40:
             return None
-        number, command, told, flags, _, offset, index, count = _ACCESS.unpack_from(data)
-        if told != size or index >= len(self._regions) or count not in ACCESS_SIZES or trace.export_request.on:
+        number, command, told, flags, _, offset, index, count = _unpack(data)
+        if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
             return None
-        region = self._regions[index]
+        memory, region, device = self.memory, self._regions[index], self._device
+        if memory is None or device.waits or not device.lane.free:
+            return None
+        if memory.unreachable_bytes and device.access_waits(region, offset, count, write=command == _WRITE):
+            return None
         if offset % count or not region.ready:
             return None
         try:
             if command == _READ and size == 32 and not flags:
-                value = self._device.load(region, offset, count)
-                return _DATA[count].pack(number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
+                value = device.load(region, offset, count)
+                return _DATA[count](number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
             if command == _WRITE and size == 32 + count and not flags & ~_NO_REPLY:
-                self._device.store(region, offset, count, int.from_bytes(data[32:], "little"))
+                device.store(region, offset, count, int.from_bytes(data[32:size], "little"))
                 if flags:
                     return b""
                 return _ACCESS.pack(number, _WRITE, 32, _REPLY, 0, offset, index, count)
@@ -410,7 +422,7 @@ class ClientSession:
                 data = self._failed_read(region, offset, count, error)
             return Answer(vfio_user.RegionData(region.index, offset, data))
 
-        if count > INLINE_BYTES or not region.ready or self._in_threads(region):
+        if count > INLINE_BYTES or not region.ready or self._device.access_waits(region, offset, count, write=False):
             return self._read_long(region, offset, count)
         return self._device.in_order("REGION_READ of an export", read)
 
@@ -428,10 +440,6 @@ class ClientSession:
             data = self._failed_read(region, offset, count, error)
         return Answer(vfio_user.RegionData(region.index, offset, data))
 
-    def _in_threads(self, region: Region) -> bool:
-        """Whether an access may make the device ask its client for memory, and so must not happen on the loop."""
-        return self.memory is not None and self.memory.by_messages and region.completes
-
     def _region_write(self, request: Request) -> Answer | Awaitable[Answer]:
         asked = cast("vfio_user.RegionWrite", request.payload)
         done = Answer(vfio_user.RegionWritten(asked.region, asked.offset, len(asked.data)))
@@ -443,7 +451,7 @@ class ClientSession:
         if not count:
             return done
         self._device.regions.check(region, offset, count, write=True)
-        if count > INLINE_BYTES or self._in_threads(region):
+        if count > INLINE_BYTES or self._device.access_waits(region, offset, count, write=True):
             return self._write_long(region, offset, data, done)
 
         def write() -> Answer:

@@ -28,7 +28,6 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from vfiod.protocol.catalogue import EventData
-from vfiod.protocol.catalogue.devices import DeviceError
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.mediated import MdevRemoved, MdevTypeInfo
 from vfiod.protocol.catalogue.words import UUID_PATTERN
@@ -36,10 +35,10 @@ from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNot
 from vfiod.protocol.limits import MDEV_CALL_MS
 from vfiod.server import trace
 from vfiod.server.kernel.kinds import kind_of
-from vfiod.server.lanes import Turn
 from vfiod.server.mdev.calls import guarded
 from vfiod.server.mdev.discovery import Discovery, find_type
 from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost
+from vfiod.server.mdev.leaving import Leaving
 from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent
 from vfiod.server.mdev.registered import CallLimits, Registered
 from vfiod.server.mdev.starting import Starting
@@ -291,39 +290,8 @@ class MdevBus:
     # --- inside: parents ----------------------------------------------------------------------------
 
     async def _unregister(self, record: Registered, reason: str, patience: float) -> None:
-        async with record.lane.turn("unregister") as turn:
-            for instance in record.devices.values():
-                self._emit(MdevRemoved(uuid=instance.uuid, parent=record.name, reason=reason))
-            await self._ask_users(record, turn, patience)
-            for instance in tuple(record.devices.values()):
-                with self._lock:
-                    user = instance.user
-                    if user is not None:
-                        instance.gone = reason
-                        instance.host.memory = None
-                if user is not None:
-                    self._emit(DeviceError(device=user, reason=f"{instance.what} is gone: {reason}"))
-                await turn.run(partial(record.unmake, instance))
-                self._forget(record, instance)
-            self._leaving.discard(record.name)
-
-    async def _ask_users(self, record: Registered, turn: Turn, patience: float) -> None:
-        """Ask for the devices that are in use (REQ), and wait until they are free, for so many seconds."""
-        loop = asyncio.get_running_loop()
-        free: list[asyncio.Future[None]] = []
-        for instance in record.devices.values():
-            future = loop.create_future()
-            with self._lock:
-                if instance.user is None:
-                    continue
-                instance.released = partial(loop.call_soon_threadsafe, _settle, future)
-            free.append(future)
-            request = partial(instance.device.request, 0)
-            await turn.run(partial(instance.calls.quietly, "request", instance.what, request))
-        if free and patience > 0:
-            await asyncio.wait(free, timeout=patience)
-        for instance in record.devices.values():
-            instance.released = None
+        await Leaving(self._lock, self._emit, self._forget).take_away(record, reason, patience)
+        self._leaving.discard(record.name)
 
     def _find(self, parent: str, mdev_type: str) -> tuple[Registered, MdevType]:
         record = self._parents.get(parent)
@@ -428,8 +396,3 @@ def _left(record: Registered, uuid: str) -> CommandError:
     return OperationFailed(
         "mdev-create", f"mdev {uuid}", errno="ENODEV", advice=f"{record.what} was unregistered meanwhile"
     )
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

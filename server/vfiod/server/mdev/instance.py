@@ -179,6 +179,7 @@ class Instance(Struct, eq=False):
         vm: the VM it was started for, or None.
         gone: why every further access fails, once it was taken away from a user who kept it.
         released: called when the user lets go.
+        on_gone: called on the loop with that reason when it is taken away; the user's.
         told: what it published when it was last asked.
 
     """
@@ -196,6 +197,7 @@ class Instance(Struct, eq=False):
     vm: str | None = None
     gone: str | None = None
     released: Callable[[], object] | None = field(default=None)
+    on_gone: Callable[[str], None] | None = field(default=None)
     told: dict[str, str] = field(default_factory=dict)
 
     @property

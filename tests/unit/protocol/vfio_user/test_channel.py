@@ -225,3 +225,11 @@ def test_a_stream_out_of_step_ends_with_an_answer_when_there_can_be_one() -> Non
     told = only(client.receive(Header(9, Command.REGION_WRITE, 3, 1).pack()))
     assert isinstance(told, Broken)
     assert told.outgoing is None
+
+
+def test_nothing_comes_after_the_end_not_even_from_the_same_read() -> None:
+    server = Channel.server()
+    fd = FileDescriptor(os.eventfd(0))
+    stream = Header(1, Command.DEVICE_GET_INFO, 16).pack() + Header(2, Command.VERSION, 20).pack() + bytes(4)
+    assert isinstance(only(server.receive(stream, [fd])), Broken)  # found by the fuzzer
+    assert fd.closed

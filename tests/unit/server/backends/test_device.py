@@ -52,7 +52,7 @@ def test_an_answer_that_always_grows_is_given_up(host: Host) -> None:
 
 
 def test_messages_of_a_kernel_that_has_them(host: Host, device: Backend) -> None:
-    """Extended IRQs: asked again with a larger buffer, and each time anew, as messages come and go."""
+    """Section 7, extended IRQs: asked again with a larger buffer, and each time anew, as messages come and go."""
     index = vfio.PciIrq.REQ
     assert device.irq_info(index).type is None
     kind = vfio.IrqTypeCap(vfio.IrqType.MSI, 0)

@@ -10,6 +10,7 @@ import pytest
 from vfiod.protocol.catalogue.interrupts import IrqModeChanged
 from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.vfio import PciIrq, SetIrqs
+from vfiod.server.kernel.syscalls import PAGE_SIZE
 
 MSI, MSIX = 0x40, 0xA0
 ENABLE, MASK_ALL = 0x8000, 0x4000
@@ -354,6 +355,32 @@ def test_the_table_is_virtual_for_every_access_and_has_no_other_effect(play: Any
         assert (await bar(world, PBA), rig.log) == (0, [])
         await unmask(world, 1)
         assert rig.log == [], "MSI-X is not enabled"
+
+    play(scenario)
+
+
+def test_the_tables_pages_are_left_out_where_the_host_lets_nobody_map_them(play: Any) -> None:
+    """Section 4, MSI-X: "Without the MSIX_MAPPABLE capability the pages of the table are left out"."""
+
+    async def scenario(world: Any) -> None:
+        world.rigs.msix = 8
+        # Its table is in BAR 2, in the fifth page: PCI 3.0, 6.8.2, offset and BAR.
+        table = (4 * PAGE_SIZE | 2).to_bytes(4, "little")
+        place = {0xA0 + 4 + at: byte for at, byte in enumerate(table)}
+        await world.add(prepare=lambda rig: rig.overlay.update(place))
+        bar2 = await world.region("bar2")
+        assert not bar2.msix_mappable
+        assert [(a.offset, a.size) for a in bar2.areas] == [
+            (0, 4 * PAGE_SIZE),
+            (5 * PAGE_SIZE, bar2.size - 5 * PAGE_SIZE),
+        ]
+        # The guest's table shows there, and its neighbours are the device's memory.
+        read = await world.command("region-read", device="n0", region="bar2", offset=4 * PAGE_SIZE, length=16)
+        assert read.data == bytes(12) + b"\1\0\0\0"
+        for offset in (4 * PAGE_SIZE - 4, 4 * PAGE_SIZE + 128, 5 * PAGE_SIZE):
+            await world.command("region-write", device="n0", region="bar2", offset=offset, size=4, value=0xABCD)
+            read = await world.command("region-read", device="n0", region="bar2", offset=offset, size=4)
+            assert read.value == 0xABCD
 
     play(scenario)
 

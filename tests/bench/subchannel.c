@@ -1,8 +1,8 @@
 /*
  * What a channel program costs by plain system calls: pwrite of the I/O region, poll of the eventfd, its read,
- * pread of the region. The peer of channel.py.
+ * pread of the region. The peer of subchannel.py.
  *
- *   channel GROUP UUID    then, for each line "N" on standard input: N NOPs, and a line with ns per program
+ *   subchannel GROUP UUID    then, for each line "N" on standard input: N NOPs, and a line with ns per program
  */
 #include <fcntl.h>
 #include <linux/vfio.h>
