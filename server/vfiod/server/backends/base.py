@@ -49,6 +49,11 @@ class GuestFile(Protocol):
         ...
 
     @property
+    def at_hand(self) -> bool:
+        """Whether reading and writing it asks no other program."""
+        ...
+
+    @property
     def number(self) -> int:
         """The file's fd, lent."""
         ...

@@ -487,6 +487,7 @@ class _Unreachable:
 
     readonly = False
     closed = False
+    at_hand = True
     size = END_OF_SPACE
 
     def __init__(self, client: str) -> None:

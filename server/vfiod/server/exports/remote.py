@@ -48,6 +48,7 @@ class RemoteMemory:
 
     readonly = False
     closed = False
+    at_hand = False
     size = 1 << 64
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop, asker: Asker) -> None:

@@ -40,6 +40,8 @@ class SharedMemory:
 
     """
 
+    at_hand: Final = True
+
     def __init__(
         self,
         fd: FileDescriptor,
