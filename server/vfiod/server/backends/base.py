@@ -49,8 +49,8 @@ class GuestFile(Protocol):
         ...
 
     @property
-    def at_hand(self) -> bool:
-        """Whether reading and writing it asks no other program."""
+    def asks(self) -> bool:
+        """Whether another program is asked for what is in it, and waited for: never on the event loop."""
         ...
 
     @property
@@ -173,6 +173,14 @@ class Backend(Protocol):
         """Whether its calls wait for another program, which may never answer: then none is made on the event loop.
 
         There :meth:`set_irqs` alone may be called, to mask, unmask or trigger; it returns without waiting.
+        """
+        ...
+
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """Whether this access of a region may wait although the device's calls do not (:attr:`may_block`).
+
+        The device may do DMA in it, to memory that another program has to be asked for: then it is made in a worker,
+        and whoever asked for it waits. Never blocks.
         """
         ...
 

@@ -141,6 +141,11 @@ class KernelDevice:
         answer = call_info(self._calls, self.fd.number, request, question, f"{self.name} interrupt index {index}")
         return self._parsed(vfio.IrqInfo.unpack, answer, request)
 
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """False: the kernel waits for nobody."""
+        del index, offset, length, write
+        return False
+
     def probe_feature(self, feature: int) -> bool:
         """``VFIO_DEVICE_FEATURE`` with PROBE; any errno means no: kernels differ in which."""
         question = bytearray(vfio.DeviceFeature(feature, vfio.FeatureFlags.PROBE).pack())

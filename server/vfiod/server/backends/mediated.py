@@ -173,6 +173,16 @@ class MediatedBackend:
         """Whether the device has not promised to be quick."""
         return self._instance.calls.waits
 
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """See :class:`Backend`."""
+        if not self._space.asks:
+            return False
+        try:
+            return bool(self._device.may_dma(index, offset, length, write=write))
+        except Exception:  # noqa: BLE001 - a parent's defect; then it is as if it said nothing
+            _log.exception("may_dma of %s failed by a defect of its parent", self._instance.what)
+            return True
+
     @property
     def address_space(self) -> AddressSpace:
         """Its own."""

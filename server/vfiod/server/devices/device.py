@@ -150,6 +150,13 @@ class Device(ABC):
         """Whether its backend may wait for another program (``may_block``): then its commands run in a worker."""
         return self._waits
 
+    def access_waits(self, region: Region, offset: int, size: int, *, write: bool) -> bool:
+        """Whether this access may wait for DMA (``Backend.access_waits``): make it by :meth:`read` or :meth:`write`.
+
+        Configuration space starts no DMA.
+        """
+        return not region.by_bytes and self._active().backend.access_waits(region.index, offset, size, write=write)
+
     async def _in_worker(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what) as turn:
             return await self._in_thread(turn, action)

@@ -369,7 +369,9 @@ class ClientSession:
         if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
             return None
         memory, region, device = self.memory, self._regions[index], self._device
-        if memory is None or memory.by_messages or device.waits or not device.lane.free:
+        if memory is None or device.waits or not device.lane.free:
+            return None
+        if memory.unreachable_bytes and device.access_waits(region, offset, count, write=command == _WRITE):
             return None
         if offset % count or not region.ready:
             return None
@@ -420,7 +422,7 @@ class ClientSession:
                 data = self._failed_read(region, offset, count, error)
             return Answer(vfio_user.RegionData(region.index, offset, data))
 
-        if count > INLINE_BYTES or not region.ready or self._in_threads(region):
+        if count > INLINE_BYTES or not region.ready or self._device.access_waits(region, offset, count, write=False):
             return self._read_long(region, offset, count)
         return self._device.in_order("REGION_READ of an export", read)
 
@@ -438,10 +440,6 @@ class ClientSession:
             data = self._failed_read(region, offset, count, error)
         return Answer(vfio_user.RegionData(region.index, offset, data))
 
-    def _in_threads(self, region: Region) -> bool:
-        """Whether an access may make the device ask its client for memory, and so must not happen on the loop."""
-        return self.memory is not None and self.memory.by_messages and region.completes
-
     def _region_write(self, request: Request) -> Answer | Awaitable[Answer]:
         asked = cast("vfio_user.RegionWrite", request.payload)
         done = Answer(vfio_user.RegionWritten(asked.region, asked.offset, len(asked.data)))
@@ -453,7 +451,7 @@ class ClientSession:
         if not count:
             return done
         self._device.regions.check(region, offset, count, write=True)
-        if count > INLINE_BYTES or self._in_threads(region):
+        if count > INLINE_BYTES or self._device.access_waits(region, offset, count, write=True):
             return self._write_long(region, offset, data, done)
 
         def write() -> Answer:

@@ -40,7 +40,7 @@ class SharedMemory:
 
     """
 
-    at_hand: Final = True
+    asks = False
 
     def __init__(
         self,

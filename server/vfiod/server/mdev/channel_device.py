@@ -206,6 +206,10 @@ class ChannelDevice(MediatedDevice):
             return
         self._start(CcwIoRegion.unpack(data))
 
+    def may_dma(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """Never before an access returns: a program whose memory must be asked for runs in the thread."""
+        return False
+
     def _schib(self) -> Schib:
         operational = self.operational
         flags = PmcwFlags.ENA | (PmcwFlags.DNV if operational else PmcwFlags(0))

@@ -23,8 +23,8 @@ class MemoryFile(Protocol):
     """The file behind guest memory (:class:`~vfiod.server.kernel.memory.SharedMemory` is one)."""
 
     @property
-    def at_hand(self) -> bool:
-        """Whether that asks no other program."""
+    def asks(self) -> bool:
+        """Whether another program is asked for what is in it, and waited for."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes, or OperationFailed: the file was cut."""
@@ -73,7 +73,7 @@ class Translation:
                 raise OperationFailed("map", f"0x{piece.iova:x} ({piece.size} bytes)", errno="EEXIST")
             insort(self._starts, piece.iova)
             self._pieces.insert(at, piece)
-            self._far += not piece.memory.at_hand
+            self._far += piece.memory.asks
 
     def remove(self, iova: int, size: int) -> None:
         """Take back the pieces that lie within a range. Raises OperationFailed with EINVAL rather than split one."""
@@ -88,7 +88,7 @@ class Translation:
                     "unmap", f"0x{iova:x} ({size} bytes)", errno="EINVAL", advice="it would split a mapping"
                 )
             del self._starts[first:last], self._pieces[first:last]
-            self._far -= sum(not piece.memory.at_hand for piece in inside)
+            self._far -= sum(piece.memory.asks for piece in inside)
             self._unpin(iova, iova + size - 1)
 
     def clear(self) -> None:

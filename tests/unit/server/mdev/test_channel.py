@@ -377,7 +377,7 @@ def test_memory_that_must_be_asked_for_is_not_touched_where_it_is_started(sub: S
     asked: list[int] = []
 
     class Far:
-        at_hand = False
+        asks = True
 
         def read(self, offset: int, length: int) -> bytes:
             asked.append(threading.get_ident())

@@ -183,6 +183,11 @@ class VfioUserBackend:
         """See :class:`Backend`."""
         self._peer.ask(Nothing(), command=Command.DEVICE_RESET).close()
 
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """False: every access waits (``may_block``)."""
+        del index, offset, length, write
+        return False
+
     def probe_feature(self, feature: int) -> bool:
         """See :class:`Backend`. What a server does not know, it does not have."""
         flags = vfio.FeatureFlags.PROBE | vfio.FeatureFlags.GET
