@@ -25,6 +25,7 @@ from vfiod.server import trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
+from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
-        clean = asyncio.run(serve(options))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            clean = runner.run(serve(options))
     except VfiodError as error:
         print(f"vfiod: {error}", file=sys.stderr)
         return 1
