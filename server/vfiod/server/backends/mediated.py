@@ -242,6 +242,12 @@ class MediatedBackend:
         del feature
         return False
 
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """See :meth:`probe_feature`. OperationFailed, ENOTTY."""
+        del room
+        what = f"{self._instance.what} feature {request.feature}"
+        raise OperationFailed("VFIO_DEVICE_FEATURE", what, errno="ENOTTY", advice="a mediated device has no features")
+
     # --- access -------------------------------------------------------------------------------------------
 
     def region_read(self, index: int, offset: int, length: int) -> bytes:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS
+from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS, VFIO_USER_MAX_INFO
 from vfiod.protocol.vfio_user import Command, Request
 from vfiod.server import trace
 from vfiod.server.devices.device import Device
@@ -48,6 +48,15 @@ _READ: Final = int(Command.REGION_READ)
 _WRITE: Final = int(Command.REGION_WRITE)
 _REPLY: Final = int(vfio_user.MessageType.REPLY)
 _NO_REPLY: Final = int(vfio_user.Flags.NO_REPLY)
+_FEATURES: Final = frozenset(
+    {vfio.Feature.LOW_POWER_ENTRY, vfio.Feature.LOW_POWER_EXIT, vfio.Feature.BUS_MASTER},
+)
+"""The device's features a client may probe, get and set: those that touch the device alone.
+
+Not the VF token (a secret between drivers of the host), not migration and DMA logging (vfiod migrates nothing), not
+those that come with a file, for which the message has no place (wake-up eventfd, DMA-BUF).
+"""
+
 _HEADER: Final = vfio_user.Header.LAYOUT
 
 
@@ -327,14 +336,19 @@ class ClientSession:
         asked = cast("vfio_user.GetIrqInfo", request.payload)
         return Answer(vfio_user.IrqInfoReply(self.interrupts.info(asked.index)))
 
-    def _feature(self, request: Request) -> Answer:
+    async def _feature(self, request: Request) -> Answer:
         asked = cast("vfio_user.DeviceFeature", request.payload)
-        raise OperationFailed(
-            "VFIO_DEVICE_FEATURE",
-            f"device '{self._device.name}'",
-            errno="ENOTTY",
-            advice=f"feature {asked.feature} is not passed on to clients",
-        )
+        if asked.feature not in _FEATURES:
+            raise OperationFailed(
+                "VFIO_DEVICE_FEATURE",
+                f"device '{self._device.name}'",
+                errno="ENOTTY",
+                advice=f"feature {asked.feature} is not passed on to clients",
+            )
+        room = min(asked.argsz - vfio_user.DeviceFeature.HEADER_SIZE, VFIO_USER_MAX_INFO)
+        wanted = vfio.DeviceFeature(asked.feature, asked.flags, asked.data)
+        data = await self._device.feature(wanted, max(room, 0))
+        return Answer(vfio_user.DeviceFeature(asked.feature, asked.flags, data))
 
     def _migration(self, request: Request) -> Answer:
         raise OperationFailed(

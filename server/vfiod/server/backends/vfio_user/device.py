@@ -203,6 +203,14 @@ class VfioUserBackend:
         """See :class:`Backend`. It goes with its server, and comes back with it if that is wanted."""
         self._peer.when_lost = gone
 
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """See :class:`Backend`."""
+        asked = DeviceFeature(request.feature, request.flags, request.data, DeviceFeature.HEADER_SIZE + room)
+        reply = self._peer.ask(asked)
+        reply.close()
+        payload = reply.payload
+        return payload.data if isinstance(payload, DeviceFeature) and vfio.FeatureFlags.GET in request.flags else b""
+
     def close(self) -> bool:
         """See :class:`Backend`. True: the server hears that we are gone, and lets go of everything."""
         if not self._closed:
