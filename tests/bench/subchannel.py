@@ -1,8 +1,8 @@
 """Channel programs on the real vfio-ccw, to a C program that makes the same system calls.
 
-Only inside the lab's s390x machine: ``python -m tests.lab run ccw -- 'python -m tests.bench --only subchannel'``. There is
-no compiler there: the lab's host compiles ``subchannel.c`` with Debian's cross compiler (``gcc-s390x-linux-gnu``), when
-it has one, and puts it beside this file.
+Only inside the lab's s390x machine: ``python -m tests.lab run ccw -- 'python -m tests.bench --only subchannel'``.
+There is no compiler there: the lab's host compiles ``subchannel.c`` with Debian's cross compiler
+(``gcc-s390x-linux-gnu``), when it has one, and puts it beside this file.
 """
 
 from __future__ import annotations
