@@ -18,12 +18,12 @@ from tests.bench.processes import Process, compiled, vfiod
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.vfio_user import Command, Header
 
-__all__ = ["lines"]
+__all__ = ["Client", "lines"]
 
 EXPORTS = 20
 
 
-class _Client:
+class Client:
     """A hypervisor that costs little: prepared bytes out, bytes in."""
 
     def __init__(self, path: str) -> None:
@@ -67,13 +67,13 @@ def lines(scale: float) -> Iterator[Line]:
             path = str(directory / "peer")
             floor = Process([program, "{fd}"], path)
             stack.callback(floor.close)
-            peer = _Client(path)
+            peer = Client(path)
         yield from _registers(clients, peer, rounds)
         yield from _maps(clients[0], peer, rounds)
         yield from _nothing(process, clients[0])
 
 
-def _exported(process: Process, directory: Path) -> list[_Client]:
+def _exported(process: Process, directory: Path) -> list[Client]:
     """Clients of exports: the first may map its device's BAR, the others may not."""
     wire = process.connect()
     clients = []
@@ -83,12 +83,12 @@ def _exported(process: Process, directory: Path) -> list[_Client]:
         wire.command(
             "device_add", driver="vfio-pci", id=f"d{number}", mdev=made["uuid"], share_fd=not number, export=path
         )
-        clients.append(_Client(path))
+        clients.append(Client(path))
         clients[-1].ask(vfio_user.RegionWrite(7, 4, b"\x06\x00"))  # memory decoding, bus mastering
     return clients
 
 
-def _times(client: _Client, *requests: bytes) -> Callable[[], float]:
+def _times(client: Client, *requests: bytes) -> Callable[[], float]:
     def once() -> None:
         for request in requests:
             client.call(request)
@@ -96,7 +96,7 @@ def _times(client: _Client, *requests: bytes) -> Callable[[], float]:
     return lambda: per_call(once, 400)
 
 
-def _registers(clients: list[_Client], peer: _Client | None, rounds: int) -> Iterator[Line]:
+def _registers(clients: list[Client], peer: Client | None, rounds: int) -> Iterator[Line]:
     mapped = _message(Command.REGION_READ, vfio_user.RegionRead(2, 64, 4))
     stored = _message(Command.REGION_WRITE, vfio_user.RegionWrite(2, 64, b"1234"))
     trapped = _message(Command.REGION_READ, vfio_user.RegionRead(0, 4, 4))
@@ -121,13 +121,13 @@ def _registers(clients: list[_Client], peer: _Client | None, rounds: int) -> Ite
     yield Line(f"the same with {EXPORTS} exports: the last to the first", many.ratio("last", "first"), budget=1.2)
 
 
-def _maps(client: _Client, peer: _Client | None, rounds: int) -> Iterator[Line]:
+def _maps(client: Client, peer: Client | None, rounds: int) -> Iterator[Line]:
     fd = os.memfd_create("guest")
     os.ftruncate(fd, 1 << 30)
     request = _message(Command.DMA_MAP, vfio_user.DmaMap(1 << 32, 1 << 21, 1 << 21))
     undo = _message(Command.DMA_UNMAP, vfio_user.DmaUnmap(1 << 32, 1 << 21))
 
-    def pair(of: _Client) -> Callable[[], float]:
+    def pair(of: Client) -> Callable[[], float]:
         def once() -> None:
             of.with_fd(request, fd)
             of.call(undo)
@@ -141,7 +141,7 @@ def _maps(client: _Client, peer: _Client | None, rounds: int) -> Iterator[Line]:
     os.close(fd)
 
 
-def _nothing(process: Process, client: _Client) -> Iterator[Line]:
+def _nothing(process: Process, client: Client) -> Iterator[Line]:
     """Accesses of a mapped BAR: vfiod sleeps."""
     argsz = 32
     reply = client.ask(vfio_user.GetRegionInfo(2, argsz))

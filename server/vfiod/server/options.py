@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from msgspec import Struct
@@ -19,6 +19,7 @@ from vfiod.protocol.errors import VfiodError
 __all__ = ["BusOption", "OptionError", "Options", "SocketOption", "parse"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_NAME: Final = 255
 """Characters of ``--name``."""
 
@@ -34,12 +35,14 @@ class SocketOption(Struct, frozen=True):
         dialect: ``qmp`` or ``jsonrpc``.
         path: of a Unix socket to make.
         fd: an inherited, listening Unix socket.
+        role: what its sessions may do.
 
     """
 
     dialect: str
     path: str | None = None
     fd: int | None = None
+    role: str = "operator"
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path is not None else f"fd={self.fd}"
@@ -75,6 +78,10 @@ class Options(Struct, frozen=True):
     pidfile: str | None = None
     log_level: int = logging.WARNING
     trace: tuple[str, ...] = ()
+    roles: Mapping[str, tuple[str, ...]] = {}
+    audit: str | None = None
+    metrics_path: str | None = None
+    metrics_port: tuple[str, int] | None = None
     bus: BusOption | None = None
     events: BusOption | None = None
     bus_key: str | None = None
@@ -93,6 +100,9 @@ _KEYS: Final[dict[str, type | tuple[type, ...]]] = {
     "pidfile": str,
     "log-level": str,
     "trace": (str, list),
+    "role": (str, list),
+    "audit": str,
+    "metrics": str,
     "bus": str,
     "events": str,
     "bus-key": str,
@@ -105,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vfiod serve",
         description="Hold the VFIO devices of one VM, and serve them.",
-        epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already.",
+        epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already; either may "
+        "end in ,role=NAME: operator (all commands, the default), observer (those that change nothing), or one of "
+        "--role.",
         allow_abbrev=False,
         argument_default=None,
     )
@@ -125,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--pidfile", metavar="P", help="lock this file, and write the process id into it once ready")
     add("--log-level", metavar="L", help=f"what to log to stderr: {', '.join(LEVELS)} (warning)")
     add("--trace", metavar="PATTERN", action="append", help="switch trace points on; may be repeated")
+    add("--role", metavar="NAME=PATTERN,...", action="append", help="make a role of the commands that match")
+    add("--audit", metavar="FILE", help="note every command that may change something here; - is stderr")
+    add("--metrics", metavar="ADDRESS", help="serve OpenMetrics over HTTP: unix:PATH, or HOST:PORT of this host itself")
     add("--bus", metavar="ADDRESS", help="serve JSON-RPC in msgpack on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
@@ -192,6 +207,7 @@ def _checked(values: dict[str, Any]) -> Options:
     ]
     if doubled:
         raise OptionError(f"{doubled[0]} is given twice: each socket serves one dialect")
+    metrics_path, metrics_port = _metrics(values.get("metrics"))
     return Options(
         name=name,
         uuid=None if uuid is None else uuid.lower(),
@@ -202,6 +218,10 @@ def _checked(values: dict[str, Any]) -> Options:
         pidfile=values.get("pidfile"),
         log_level=_level(values.get("log-level", "warning")),
         trace=tuple(str(one) for one in _list(values.get("trace"), "trace")),
+        roles=_roles(_list(values.get("role"), "role")),
+        audit=values.get("audit"),
+        metrics_path=metrics_path,
+        metrics_port=metrics_port,
         bus=bus,
         events=events,
         bus_key=values.get("bus-key"),
@@ -218,12 +238,38 @@ def _list(value: Any, key: str) -> list[Any]:
 
 
 def _socket(dialect: str, text: Any) -> SocketOption:
-    kind, separator, rest = re.match(r"([a-z]*)([:=]?)(.*)", str(text), re.DOTALL).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"([a-z]*)([:=]?)(.*?)(?:,role=([^,=/]*))?", str(text), re.DOTALL)
+    kind, separator, rest, role = found.groups("operator")  # type: ignore[union-attr]
     if kind == "unix" and separator == ":" and rest:
-        return SocketOption(dialect, path=rest)
+        return SocketOption(dialect, path=rest, role=role)
     if kind == "fd" and separator == "=" and rest.isascii() and rest.isdigit() and len(rest) <= 9:
-        return SocketOption(dialect, fd=int(rest))
+        return SocketOption(dialect, fd=int(rest), role=role)
     raise OptionError(f"--{dialect} expects unix:PATH or fd=N, got '{text}'")
+
+
+def _metrics(text: str | None) -> tuple[str | None, tuple[str, int] | None]:
+    if text is None:
+        return None, None
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return text.removeprefix("unix:"), None
+    host, separator, port = text.rpartition(":")
+    if separator and port.isascii() and port.isdigit() and int(port) < 1 << 16:
+        if host.strip("[]") not in LOOPBACK:
+            raise OptionError(f"--metrics serves this host only: give {' or '.join(LOOPBACK)}, not '{host}'")
+        return None, (host.strip("[]"), int(port))
+    raise OptionError(f"--metrics expects unix:PATH or HOST:PORT, got '{text}'")
+
+
+def _roles(texts: list[Any]) -> dict[str, tuple[str, ...]]:
+    roles: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, _, patterns = str(text).partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name) or not all(patterns.split(",")):
+            raise OptionError(f"--role expects NAME=PATTERN,..., a name of lower-case letters, got '{text}'")
+        if name in roles:
+            raise OptionError(f"--role '{name}' is given twice: put all its patterns in one")
+        roles[name] = tuple(patterns.split(","))
+    return roles
 
 
 def _bus(key: str, text: str | None, values: dict[str, Any]) -> BusOption | None:

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
@@ -25,11 +25,16 @@ from vfiod.server import trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
+from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, overflow_uid
+
+if TYPE_CHECKING:
+    from vfiod.server.monitor.audit import Audit
+    from vfiod.server.monitor.metrics_door import MetricsDoor
 
 __all__ = ["main", "serve"]
 
@@ -57,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
-        clean = asyncio.run(serve(options))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            clean = runner.run(serve(options))
     except VfiodError as error:
         print(f"vfiod: {error}", file=sys.stderr)
         return 1
@@ -97,9 +103,13 @@ async def serve(options: Options) -> bool:
         pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
-        server = MonitorServer(loop, machine, hub, Access(options.allow_uid), kind_of, TABLE)
+        audit = _audit(options, stack)
+        access = Access(options.allow_uid)
+        server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
+        metrics: MetricsDoor | None = None
         try:
             _listen_bus(server, options)  # first: who finds the monitor finds all of it
+            metrics = await _listen_metrics(server, machine, access, options)
             for option in options.sockets:
                 _listen(server, option, options.socket_gid)
             for number in ENDING_SIGNALS:
@@ -120,6 +130,8 @@ async def serve(options: Options) -> bool:
             problems = await machine.close()
             hub.flush()
             server.stop_listening()
+            if metrics is not None:
+                await metrics.close()
             await server.drain(LAST_REPLIES_SECONDS)
             server.close()
             for number in ENDING_SIGNALS:
@@ -141,11 +153,22 @@ def _machine(options: Options, hub: EventHub) -> Machine:
 
 
 def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> None:
+    server.role(option.role)  # a wrong name is said before the socket is there
     if option.path is None:
-        server.listen(listener.inherit(option.fd or 0), option.dialect)
+        server.listen(listener.inherit(option.fd or 0), option.dialect, option.role)
         return
-    made = server.listen(listener.open_path(option.path, gid), option.dialect)
+    made = server.listen(listener.open_path(option.path, gid), option.dialect, option.role)
     made.remove_at_close(option.path)
+
+
+def _audit(options: Options, stack: contextlib.ExitStack) -> Audit | None:
+    if options.audit is None:
+        return None
+    from vfiod.server.monitor.audit import Audit
+
+    audit = Audit(options.audit)
+    stack.callback(audit.close)
+    return audit
 
 
 def _listen_bus(server: MonitorServer, options: Options) -> None:
@@ -169,6 +192,31 @@ def _listen_bus(server: MonitorServer, options: Options) -> None:
         server.join_bus(Bus(server, address(options.bus)))
     if options.events is not None:
         server.join_bus(EventBus(server, address(options.events)))
+
+
+async def _listen_metrics(
+    server: MonitorServer, machine: Machine, access: Access, options: Options
+) -> MetricsDoor | None:
+    if options.metrics_path is None and options.metrics_port is None:
+        return None
+    from vfiod.server.commands.monitor import VERSION
+    from vfiod.server.monitor.metrics import render
+    from vfiod.server.monitor.metrics_door import MetricsDoor
+
+    triple = VERSION.qemu
+    version = f"{triple.major}.{triple.minor}.{triple.micro}"
+
+    def text() -> str:
+        names = [device.name for device in machine.devices.all()]
+        devices = list(zip(names, machine.device_stats(), strict=True))
+        return render(machine.name, machine.uuid, version, machine.stats(), devices, server.session_stats())
+
+    door = MetricsDoor(access, text)
+    if options.metrics_path is not None:
+        await door.listen_path(options.metrics_path, options.socket_gid)
+    elif options.metrics_port is not None:
+        await door.listen_tcp(*options.metrics_port)
+    return door
 
 
 class Pidfile:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from vfiod.client.methods.values import VectorFds
+from vfiod.client.spawn import own_server
+from vfiod.client.sync import Client
 from vfiod.protocol.errors import RemoteError
 
-from .conftest import DMA, ERROR, EVENTFDS, MAPS, MISBEHAVE, READ, SCRATCH, SETS, SIGNAL, Bench, rung
+from .conftest import DMA, ERROR, EVENTFDS, MAPS, MISBEHAVE, PATIENCE, READ, SCRATCH, SETS, SIGNAL, Bench, rung
 
 RAM = 0x1_0000_0000
 VERSION = 0x564D_0001
@@ -173,3 +179,51 @@ def test_errors_of_its_own_are_told(bench: Bench) -> None:
     assert bench.get(ERROR) == 0
     with pytest.raises(RemoteError, match=r"VFIO_USER_REGION_WRITE on .* failed with ENOTCONN: it hung up"):
         bench.set(MISBEHAVE, 2)
+
+
+def test_a_built_in_device_as_a_program_of_its_own(bench: Bench) -> None:
+    command = [sys.executable, "-m", "vfiod.client.program", "mdev", "serve", "--type=primer-pci"]
+    bench.programs.append(subprocess.Popen([*command, f"--socket-path={bench.path}"]))
+    while not bench.path.exists():
+        time.sleep(0.01)
+    memory = bench.memory(RAM, 0x1000)
+    bench.add()
+    bench.client.region_write(device="dev0", region="config", offset=4, size=2, value=0b110)
+    [told] = bench.client.query_devices()
+    assert told.backend == "vfio-user"
+    os.pwrite(memory.number, b"\x2a\0\0\0", 0x80)
+    bench.set(0x20, 0x80)
+    for offset, value in ((0x24, RAM >> 32), (0x28, 0), (0x2C, 4), (0x30, 1)):  # DMA into its own memory
+        bench.set(offset, value)
+    assert bench.get(0x34) == 1  # done, no fault
+    assert bench.get(0, "bar2") == 42
+
+
+def test_a_served_device_is_exported_again_and_used_by_another_vfiod(bench: Bench, tmp_path: Path) -> None:
+    bench.start()
+    door = str(bench.place / "door.sock")
+    bench.add(export=door)
+    (tmp_path / "other").mkdir()
+    with (
+        own_server(tmp_path / "other", [], name="vm2") as server,
+        Client.connect(server.path, timeout=PATIENCE) as other,
+    ):
+        other.device_add(driver="vfio-pci", id="again", socket=door)
+        assert other.region_read(device="again", region="bar0", offset=0, size=4).value == VERSION
+        other.region_write(device="again", region="bar0", offset=SCRATCH, size=4, value=5)
+        assert bench.get(SCRATCH) == 5
+        trigger = bench.eventfd()
+        other.irq_start(device="again", index="msix", eventfds=[VectorFds(vector=2, trigger=trigger)])
+        other.region_write(device="again", region="bar0", offset=SIGNAL, size=4, value=2)
+        assert rung(trigger) == 1
+        other.device_reset(id="again")
+        assert other.region_read(device="again", region="bar0", offset=SCRATCH, size=4).value == 0
+
+
+def test_a_vfiod_that_would_wait_for_itself_gives_up(bench: Bench) -> None:
+    bench.start()
+    door = str(bench.place / "door.sock")
+    bench.add(export=door)
+    with pytest.raises(RemoteError, match="not answered within 200 ms"):
+        bench.client.device_add(driver="vfio-pci", id="again", socket=door, x_msg_timeout=200)
+    assert bench.get(0) == VERSION

@@ -2,6 +2,8 @@
 
 The balloon is the device with a real level interrupt: once its driver said DRIVER_OK, the host's ``balloon`` command
 (QEMU's own monitor, from inside) changes its configuration, and the line stays up until InterruptACK is written.
+
+Rules are those of behaviour.md, sections 1 and 7.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ MEMORY = 1 << 30
 @pytest.fixture(scope="module", autouse=True)
 def devices() -> Iterator[None]:
     """Both transports with vfio-platform, as the host's administrator leaves them."""
+    qemu()  # keeps files open; a test that counts them would be the first to use it
     with platform.noiommu(), platform.bound(*VIRTIO_MMIO):
         yield
 

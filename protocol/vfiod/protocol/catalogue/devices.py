@@ -255,6 +255,7 @@ class SessionInfo(Result):
     pid: int
     negotiated: bool
     events_lost: int
+    role: Annotated[str, Meta(description="What it may do: operator, observer, or a role of --role.")]
 
 
 class TopologyNode(Result, kw_only=True):

@@ -7,14 +7,14 @@ its result. It raises :class:`~vfiod.protocol.errors.CommandError` to refuse.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vfiod.protocol.catalogue import Arguments, command_of
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, ShutdownCause, StatsResult, StatusInfo
-from vfiod.protocol.errors import InvalidArgument, OperationFailed
+from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE
 from vfiod.server.fds import FdNames, HeldFd
@@ -45,6 +45,12 @@ class SessionLike(Protocol):
     def names(self) -> FdNames:
         """The fds this session sent."""
 
+    def allows(self, command: str) -> bool:
+        """Whether the socket's role may run a command."""
+
+    def refusal(self, command: str) -> CommandError:
+        """What to say to a command that the role may not run."""
+
     def negotiate(self, enable: list[QmpCapability]) -> None:
         """``qmp_capabilities``: enable these, and leave negotiation. Raises CommandNotFound when that is over."""
 
@@ -64,6 +70,9 @@ class ServerLike(Protocol):
 
     def fd_infos(self) -> Iterator[FdInfo]:
         """The fds of sessions and of the server itself, for ``query-fds``."""
+
+    def audited(self, call: Call, command: str, error: CommandError | None) -> None:
+        """A command that may change something has ended: tell the audit log, if there is one."""
 
     def shut_down(self, cause: ShutdownCause) -> None:
         """Begin to close every device in order, and then to end. Returns at once; asked again, it does nothing."""
@@ -148,9 +157,14 @@ class Call:
             device.check_unclaimed(command_of(self.arguments).name, force=self.arguments.force)
         return device
 
-    def check_no_client(self) -> None:
-        """Refuse a command that concerns every device while one belongs to a client. Busy, unless it has ``force``."""
-        for device in self.machine.devices.all():
+    def check_claims(self, devices: Iterable[Device] | None = None) -> None:
+        """Refuse a command that changes all of these while one belongs to a client. Busy, unless it has ``force``.
+
+        Args:
+            devices: those it changes; None: all of the machine.
+
+        """
+        for device in self.machine.devices.all() if devices is None else devices:
             if device.claim is not None:
                 device.check_unclaimed(command_of(self.arguments).name, force=self.arguments.force)
 

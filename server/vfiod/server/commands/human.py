@@ -56,6 +56,8 @@ def human_monitor_command(call: Call, arguments: monitor.HumanMonitorCommand) ->
         if words[0] == "info" and len(words) == 1:
             return _help(["info"])
         spec, given = parse_line(words)
+        if call.session is not None and not call.session.allows(spec.name):
+            raise call.session.refusal(spec.name)
         value = _run(call, TABLE[spec.name], spec, given)
     except CommandError as error:
         return _error(call, error)

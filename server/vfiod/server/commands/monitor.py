@@ -41,9 +41,10 @@ def query_version(_call: Call, _arguments: monitor.QueryVersion) -> monitor.Vers
     return VERSION
 
 
-def query_commands(_call: Call, _arguments: monitor.QueryCommands) -> list[monitor.CommandInfo]:
-    """List every command."""
-    return [monitor.CommandInfo(name=name) for name in COMMANDS]
+def query_commands(call: Call, _arguments: monitor.QueryCommands) -> list[monitor.CommandInfo]:
+    """List every command that may be run here."""
+    session = call.session
+    return [monitor.CommandInfo(name=name) for name in COMMANDS if session is None or session.allows(name)]
 
 
 @functools.cache

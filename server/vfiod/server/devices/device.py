@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec import Struct
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
     DeviceInfo,
@@ -58,6 +59,8 @@ from vfiod.server.lanes import Lane, Turn
 __all__ = ["Device", "Quiesced"]
 
 T = TypeVar("T")
+
+_BY_MESSAGE: Final = frozenset({IrqKind.NONE, IrqKind.MSI, IrqKind.MSIX})
 
 
 class Device(ABC):
@@ -147,6 +150,13 @@ class Device(ABC):
     def waits(self) -> bool:
         """Whether its backend may wait for another program (``may_block``): then its commands run in a worker."""
         return self._waits
+
+    def access_waits(self, region: Region, offset: int, size: int, *, write: bool) -> bool:
+        """Whether this access may wait for DMA (``Backend.access_waits``): make it by :meth:`read` or :meth:`write`.
+
+        Configuration space starts no DMA.
+        """
+        return not region.by_bytes and self._active().backend.access_waits(region.index, offset, size, write=write)
 
     async def _in_worker(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what) as turn:
@@ -285,6 +295,11 @@ class Device(ABC):
         """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
         self._save(self._active())
 
+    async def stop_interrupts(self, *, reason: str) -> None:
+        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were."""
+        async with self.lane.turn("stopping interrupts") as turn:
+            await self._step(turn, lambda: self._active().interrupts.stop(reason=reason))
+
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
         self._mapped_by.pop(session, None)
@@ -359,6 +374,8 @@ class Device(ABC):
         if model is None:
             return
         if region.completes:
+            if self._waits and model.interrupts.kind in _BY_MESSAGE:
+                return  # no access completes those: nothing to trouble the loop with
             self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:
@@ -478,6 +495,17 @@ class Device(ABC):
             except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
                 failure = error
             await self.revive(turn, quiesced, failure)
+
+    async def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``, in its turn of the lane; see :meth:`Backend.feature`."""
+        async with self.lane.turn("feature") as turn:
+            model = self._active()
+            if request.feature == vfio.Feature.LOW_POWER_ENTRY and vfio.FeatureFlags.SET in request.flags:
+                # Whoever asked wakes it as he likes, and until then a mapped access is SIGBUS (vfio_pci_mmap_fault):
+                # from here on accesses of ours are by read and write, for which the kernel wakes it itself.
+                model.regions.shared = True
+                self._tell_fast_path()
+            return await self._in_thread(turn, lambda: model.backend.feature(request, room))
 
     @property
     def backend(self) -> Backend:

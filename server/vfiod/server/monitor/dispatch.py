@@ -20,8 +20,20 @@ from vfiod.protocol.wire.arguments import decode_arguments
 from vfiod.server import trace
 from vfiod.server.commands.call import Call, Handler
 from vfiod.server.monitor import lean
+from vfiod.server.monitor.roles import Role
 
-__all__ = ["Failure", "Method", "Methods", "Pending", "build_methods", "execute", "finish", "find", "prepare"]
+__all__ = [
+    "Failure",
+    "Method",
+    "Methods",
+    "Pending",
+    "RoleMethods",
+    "build_methods",
+    "execute",
+    "finish",
+    "find",
+    "prepare",
+]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -40,6 +52,7 @@ class Method:
         name: on the wire.
         spec: its declaration.
         allow_oob: may be executed out of band.
+        audited: may change something: the audit log has it, when there is one.
         device_member: the member of its arguments that names the device whose order it joins.
         no_arguments: what it is called with when no arguments came; None when it requires some.
         invoke: what jsonrpcserver calls: the handler, with its exceptions turned into results.
@@ -47,12 +60,13 @@ class Method:
 
     """
 
-    __slots__ = ("allow_oob", "device_member", "invoke", "name", "no_arguments", "request", "spec")
+    __slots__ = ("allow_oob", "audited", "device_member", "invoke", "name", "no_arguments", "request", "spec")
 
     def __init__(self, spec: CommandSpec, handler: Handler) -> None:
         self.name: Final = spec.name
         self.spec: Final = spec
         self.allow_oob: Final = spec.allow_oob
+        self.audited: Final = spec.mutates
         self.device_member: Final = spec.device_member
         # Arguments are frozen, so that one object serves every call.
         self.no_arguments: Final = _without(spec)
@@ -61,6 +75,21 @@ class Method:
 
 
 Methods = Mapping[str, Method]
+
+
+class RoleMethods(dict[str, Method]):
+    """The part of the method table that a role may use.
+
+    Attributes:
+        role: whose it is.
+        everything: the whole table, to tell what is forbidden from what does not exist.
+
+    """
+
+    def __init__(self, methods: Methods, role: Role) -> None:
+        super().__init__({name: method for name, method in methods.items() if name in role.commands})
+        self.role: Final = role
+        self.everything: Final = methods
 
 
 class Failure(NamedTuple):
@@ -84,9 +113,11 @@ def build_methods(table: Mapping[str, Handler]) -> dict[str, Method]:
 
 
 def find(methods: Methods, name: str) -> Method:
-    """The method of this name. Raises CommandNotFound in QEMU's words."""
+    """The method of this name. Raises CommandNotFound in QEMU's words, PermissionRefused for what a role may not."""
     method = methods.get(name)
     if method is None:
+        if isinstance(methods, RoleMethods) and name in methods.everything:
+            raise methods.role.refusal(name)
         raise CommandNotFound(f"The command {name} has not been found")
     return method
 
@@ -116,6 +147,8 @@ def execute(method: Method, call: Call, arguments: Arguments[Any]) -> Any:
         return Pending(value)
     if _end.on:
         _end(session=_session(call), command=method.name, ok=type(value) is not Failure)
+    if method.audited:
+        call.server.audited(call, method.name, value.error if type(value) is Failure else None)
     return _EMPTY if value is None else value
 
 
@@ -133,6 +166,8 @@ async def finish(method: Method, call: Call, pending: Pending) -> Any:
         call.fail()
     if _end.on:
         _end(session=_session(call), command=method.name, ok=type(value) is not Failure)
+    if method.audited:
+        call.server.audited(call, method.name, value.error if type(value) is Failure else None)
     return _EMPTY if value is None else value
 
 

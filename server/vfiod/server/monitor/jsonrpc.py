@@ -74,8 +74,10 @@ class JsonRpcSession(Session):
 
     dialect: ClassVar[str] = "jsonrpc"
 
-    def __init__(self, number: int, connection: socket.socket, peer: Peer, server: Any) -> None:
-        super().__init__(number, connection, peer, server)
+    def __init__(
+        self, number: int, connection: socket.socket, peer: Peer, server: Any, methods: dispatch.RoleMethods
+    ) -> None:
+        super().__init__(number, connection, peer, server, methods)
         self.negotiated = True
         self._devices: Final[dict[str, deque[_Job]]] = {}  # a device is in here while a command of it is in flight
 
@@ -125,6 +127,7 @@ class JsonRpcSession(Session):
             method = dispatch.find(self._methods, request.command)
             arguments = dispatch.prepare(method, request.arguments)
         except CommandError as error:
+            self._server.refused(self, request.command, error)
             self._refuse(request, error, answer)
             return
         device = None if method.device_member is None else _device_of(method.device_member, arguments)

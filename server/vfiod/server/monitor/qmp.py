@@ -36,8 +36,10 @@ class QmpSession(Session):
 
     dialect: ClassVar[str] = "qmp"
 
-    def __init__(self, number: int, connection: socket.socket, peer: Peer, server: Any) -> None:
-        super().__init__(number, connection, peer, server)
+    def __init__(
+        self, number: int, connection: socket.socket, peer: Peer, server: Any, methods: dispatch.RoleMethods
+    ) -> None:
+        super().__init__(number, connection, peer, server, methods)
         self._oob_enabled = False
         self._running = False  # an in-band command is not finished
         self._queue: Final[deque[qmp.Request | qmp.Rejected]] = deque()
@@ -95,6 +97,7 @@ class QmpSession(Session):
             if arguments is None:
                 arguments = dispatch.prepare(method, raw)
         except CommandError as error:
+            self._server.refused(self, request.command, error)
             self._refuse(error, request.id)
             return
         call = Call(self._machine, self._server, self, oob)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
@@ -15,18 +15,20 @@ from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, Stat, StatsResult, StatusInfo
 from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
 from vfiod.protocol.limits import MAX_SESSIONS
-from vfiod.server.commands.call import Handler
+from vfiod.server.commands.call import Call, Handler
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
-from vfiod.server.monitor.dispatch import build_methods
+from vfiod.server.monitor.dispatch import RoleMethods, build_methods
 from vfiod.server.monitor.jsonrpc import JsonRpcSession
 from vfiod.server.monitor.qmp import QmpSession
+from vfiod.server.monitor.roles import OPERATOR, RoleError, build_roles
 from vfiod.server.monitor.session import Session
 from vfiod.server.sockets.access import Access, peer_of
 from vfiod.server.sockets.listener import Listener
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
+    from vfiod.server.monitor.audit import Asker, Audit
     from vfiod.server.monitor.bus import Bus, EventBus
 
 __all__ = ["DIALECTS", "MonitorServer"]
@@ -50,6 +52,8 @@ class MonitorServer:
         access: who may come in.
         kind_of: tells what an fd is.
         table: the handler of every command.
+        roles: what the sockets' roles may run, besides the two that are built in.
+        audit: where commands that may change something are noted; None: nowhere.
 
     Attributes:
         methods: the method table.
@@ -65,12 +69,16 @@ class MonitorServer:
         access: Access,
         kind_of: KindOf,
         table: Mapping[str, Handler],
+        roles: Mapping[str, Iterable[str]] | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self.loop: Final = loop
         self.machine: Final = machine
         self.hub: Final = hub
         self.kind_of: Final = kind_of
         self.methods: Final = build_methods(table)
+        self._roles: Final = {name: RoleMethods(self.methods, role) for name, role in build_roles(roles or {}).items()}
+        self._audit: Final = audit
         self.status = RUNNING
         self.closing: Final[asyncio.Future[ShutdownCause]] = loop.create_future()
         self._access: Final = access
@@ -83,18 +91,27 @@ class MonitorServer:
 
     # --- coming in ------------------------------------------------------------------------------
 
-    def listen(self, listening: socket.socket, dialect: str) -> Listener:
-        """Accept sessions of a dialect on a listening socket, which is the server's from here on."""
-        session_type = DIALECTS[dialect]
-        listener = Listener(self.loop, listening, lambda connection: self._admit(connection, session_type))
+    def listen(self, listening: socket.socket, dialect: str, role: str = OPERATOR) -> Listener:
+        """Accept sessions of a dialect on a listening socket, which is the server's from here on.
+
+        Raises RoleError: there is no such role.
+        """
+        session_type, methods = DIALECTS[dialect], self.role(role)
+        listener = Listener(self.loop, listening, lambda connection: self._admit(connection, session_type, methods))
         self._listeners.append(listener)
         return listener
+
+    def role(self, name: str) -> RoleMethods:
+        """What a role may run. Raises RoleError: there is no such role."""
+        if name not in self._roles:
+            raise RoleError(f"There is no role '{name}': there are {', '.join(self._roles)}; --role makes one")
+        return self._roles[name]
 
     def join_bus(self, bus: Bus | EventBus) -> None:
         """Take over a socket of the bus: it is counted, waited for and closed with the sessions."""
         self._buses.append(bus)
 
-    def _admit(self, connection: socket.socket, session_type: type[Session]) -> None:
+    def _admit(self, connection: socket.socket, session_type: type[Session], methods: RoleMethods) -> None:
         """Somebody connected: begin a session, or say why not."""
         peer = peer_of(connection)
         refusal: CommandError | None = None
@@ -110,7 +127,7 @@ class MonitorServer:
             _send_and_close(connection, session_type.complaint(refusal))
             return
         self._number += 1
-        session = session_type(self._number, connection, peer, self)
+        session = session_type(self._number, connection, peer, self, methods)
         self._sessions[session.id] = session
         session.start()
 
@@ -151,6 +168,18 @@ class MonitorServer:
         for listener in self._listeners:
             number = listener.fileno()
             yield FdInfo(owner="server", name=listener.name, kind=self.kind_of(number), number=number)
+
+    def audited(self, call: Call, command: str, error: CommandError | None) -> None:
+        """A command that may change something has ended: note it."""
+        if self._audit is not None:
+            session = call.session
+            asker = session.asker() if isinstance(session, Session) else _bus_asker()
+            self._audit.note(asker, command, call.arguments, error)
+
+    def refused(self, session: Session, command: str, error: CommandError) -> None:
+        """A command was refused before it began: note it, when it might have changed something."""
+        if self._audit is not None and (method := self.methods.get(command)) is not None and method.audited:
+            self._audit.note(session.asker(), command, None, error)
 
     def shut_down(self, cause: ShutdownCause) -> None:
         """Begin to end: tell the readers, and whoever awaits :attr:`closing`."""
@@ -200,3 +229,9 @@ def _send_and_close(connection: socket.socket, line: bytes) -> None:
             connection.send(line)
         except OSError as error:
             _log.debug("The refusal did not arrive: %s", os.strerror(error.errno or 0))
+
+
+def _bus_asker() -> Asker:
+    from vfiod.server.monitor.audit import Asker
+
+    return Asker(None, "bus", None, None, OPERATOR)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, Stat, StatsResult
-from vfiod.protocol.errors import CommandNotFound, LimitExceeded, VfiodError
+from vfiod.protocol.errors import CommandError, CommandNotFound, LimitExceeded, VfiodError
 from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, MSG_CTRUNC, FileDescriptor, close_all, rights_of
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK
 from vfiod.protocol.wire.stream import JsonStream
@@ -28,6 +28,7 @@ from vfiod.server.monitor.writer import JOIN_BYTES, Writer
 from vfiod.server.sockets.access import Peer
 
 if TYPE_CHECKING:
+    from vfiod.server.monitor.audit import Asker
     from vfiod.server.monitor.server import MonitorServer
 
 __all__ = ["Session"]
@@ -54,13 +55,16 @@ class Session(ABC):
         connection: a connected, non-blocking stream socket; the session owns it.
         peer: who is there.
         server: the monitor it belongs to.
+        methods: what its socket's role may run.
 
     """
 
     dialect: ClassVar[str]
     """The dialect's name: ``qmp``, ``jsonrpc``."""
 
-    def __init__(self, number: int, connection: socket.socket, peer: Peer, server: MonitorServer) -> None:
+    def __init__(
+        self, number: int, connection: socket.socket, peer: Peer, server: MonitorServer, methods: dispatch.RoleMethods
+    ) -> None:
         self.id: Final = number
         self.peer: Final = peer
         self.names: Final = FdNames(server.kind_of)
@@ -74,7 +78,7 @@ class Session(ABC):
         self.bytes_received = 0
         self._server: Final = server
         self._machine: Final = server.machine
-        self._methods: Final = server.methods
+        self._methods: Final = methods
         self._loop: Final = server.loop
         self._connection: Final = connection
         self._stream: Final = JsonStream()
@@ -142,7 +146,22 @@ class Session(ABC):
             pid=self.peer.pid,
             negotiated=self.negotiated,
             events_lost=self._writer.backlog.lost_total,
+            role=self._methods.role.name,
         )
+
+    def allows(self, command: str) -> bool:
+        """Whether the socket's role may run a command."""
+        return command in self._methods
+
+    def refusal(self, command: str) -> CommandError:
+        """What to say to a command that the role may not run."""
+        return self._methods.role.refusal(command)
+
+    def asker(self) -> Asker:
+        """Who is there, for the audit log."""
+        from vfiod.server.monitor.audit import Asker
+
+        return Asker(self.id, self.dialect, self.peer.uid, self.peer.pid, self._methods.role.name)
 
     def stats(self) -> StatsResult:
         """What ``query-stats`` says of it."""

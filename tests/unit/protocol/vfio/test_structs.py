@@ -1,6 +1,6 @@
 """Structures as bytes: literal ones, round trips, and what an enemy may send.
 
-Rules are those of behaviour.md, section 4.
+Rules are those of behaviour.md, sections 4 and 7.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_an_answer_that_always_grows_is_given_up(host: Host) -> None:
 
 
 def test_messages_of_a_kernel_that_has_them(host: Host, device: Backend) -> None:
-    """Extended IRQs: asked again with a larger buffer, and each time anew, as messages come and go."""
+    """Section 7, extended IRQs: asked again with a larger buffer, and each time anew, as messages come and go."""
     index = vfio.PciIrq.REQ
     assert device.irq_info(index).type is None
     kind = vfio.IrqTypeCap(vfio.IrqType.MSI, 0)
@@ -181,6 +181,19 @@ def test_features_are_probed(host: Host, device: Backend) -> None:
     assert not device.probe_feature(vfio.Feature.MIGRATION)
     host.kernel.device(NAME).features = frozenset({vfio.Feature.MIGRATION})
     assert device.probe_feature(vfio.Feature.MIGRATION)
+
+
+def test_features_are_set_and_got(host: Host, device: Backend) -> None:
+    asked, flags = vfio.DeviceFeature, vfio.FeatureFlags
+    with pytest.raises(OperationFailed, match="feature 10") as caught:
+        device.feature(asked(vfio.Feature.BUS_MASTER, flags.PROBE | flags.SET), 0)
+    assert caught.value.errno == "ENOTTY"
+    host.kernel.device(NAME).features = frozenset({vfio.Feature.BUS_MASTER})
+    assert device.feature(asked(vfio.Feature.BUS_MASTER, flags.PROBE | flags.SET), 0) == b""
+    assert device.feature(asked(vfio.Feature.BUS_MASTER, flags.SET, b"\1\0\0\0"), 0) == b""
+    assert device.feature(asked(vfio.Feature.BUS_MASTER, flags.GET), 4) == b"\1\0\0\0"
+    with pytest.raises(OperationFailed, match="EINVAL"):
+        device.feature(asked(vfio.Feature.BUS_MASTER, flags.GET), 3)
 
 
 def test_dma_really_moves_the_guests_memory(host: Host, memory: SharedMemory) -> None:

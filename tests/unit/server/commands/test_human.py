@@ -147,7 +147,7 @@ def test_an_error_is_text_and_the_names_it_used_stay() -> None:
     names = FdNames(kind_of)
     names.receive([FileDescriptor(os.eventfd(0))])
     names.name("e")
-    session = cast("Any", SimpleNamespace(id=1, names=names))
+    session = cast("Any", SimpleNamespace(id=1, names=names, allows=lambda _command: True))
     call = Call(cast("Any", SimpleNamespace(add_container=None)), cast("Any", None), session)
     line = "object-add vfio-container,id=c,fd=e"
     assert _human(call, line) == "Error: Parameter 'fd': fd 'e' is an eventfd, expected vfio-container\n"

@@ -1,4 +1,7 @@
-"""Extended IRQs on the built-in platform device: granted, delivered, released; and devices that misbehave."""
+"""Extended IRQs on the built-in platform device: granted, delivered, released; and devices that misbehave.
+
+Rules are those of behaviour.md, section 7.
+"""
 
 from __future__ import annotations
 

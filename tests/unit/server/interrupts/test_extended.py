@@ -1,4 +1,7 @@
-"""The block of messages: every way it can go, against an index that behaves in every way it might."""
+"""The block of messages: every way it can go, against an index that behaves in every way it might.
+
+Rules are those of behaviour.md, section 7.
+"""
 
 from __future__ import annotations
 

@@ -351,3 +351,21 @@ def test_adding_costs_the_same_however_many_are_there(play: Play) -> None:
         assert costs[1] <= costs[0]
 
     play(scenario)
+
+
+def test_a_vfio_ap_device_needs_its_vm_first(play: Play) -> None:
+    """``vfio_ap_mdev_open_device``: EINVAL without a VM; what that means is said."""
+
+    async def scenario(world: Any) -> None:
+        world.kernel.add_device("matrix0", 7, bus="")
+        world.kernel.fail("VFIO_GROUP_GET_DEVICE_FD", errno.EINVAL)
+        world.name_opened("g", "/dev/vfio/7")
+        with pytest.raises(OperationFailed, match="once the hypervisor has associated its VM with it") as caught:
+            await world.command(
+                "device_add", driver="vfio-ap", id="ap0", sysfsdev="/sys/devices//matrix0", group_fd="g"
+            )
+        assert caught.value.errno == "EINVAL"
+        assert world.names.look("g") is not None
+        assert await world.command("query-devices") == []
+
+    play(scenario)

@@ -1,4 +1,7 @@
-"""SET_IRQS as vfio-platform does it (drivers/vfio/platform/vfio_platform_irq.c), and messages as the RFC does them."""
+"""SET_IRQS as vfio-platform does it (drivers/vfio/platform/vfio_platform_irq.c), and messages as the RFC does them.
+
+Rules are those of behaviour.md, section 7.
+"""
 
 from __future__ import annotations
 
