@@ -245,6 +245,13 @@ class Pin(Protocol):
 class Host(Protocol):
     """What the world gives to a device. Every method may be called from any thread."""
 
+    @property
+    def memory_at_hand(self) -> bool:
+        """Whether guest memory is read and written without asking another program, which may take its time.
+
+        A ``quick`` device that reaches for guest memory in one of its methods asks first.
+        """
+
     def read_memory(self, iova: int, length: int) -> bytes:
         """DMA from guest memory: exactly ``length`` bytes from ``iova``, across as many mappings as it takes.
 
