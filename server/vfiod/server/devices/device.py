@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec import Struct
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
     DeviceInfo,
@@ -494,6 +495,17 @@ class Device(ABC):
             except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
                 failure = error
             await self.revive(turn, quiesced, failure)
+
+    async def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``, in its turn of the lane; see :meth:`Backend.feature`."""
+        async with self.lane.turn("feature") as turn:
+            model = self._active()
+            if request.feature == vfio.Feature.LOW_POWER_ENTRY and vfio.FeatureFlags.SET in request.flags:
+                # Whoever asked wakes it as he likes, and until then a mapped access is SIGBUS (vfio_pci_mmap_fault):
+                # from here on accesses of ours are by read and write, for which the kernel wakes it itself.
+                model.regions.shared = True
+                self._tell_fast_path()
+            return await self._in_thread(turn, lambda: model.backend.feature(request, room))
 
     @property
     def backend(self) -> Backend:
