@@ -14,7 +14,7 @@ from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel.syscalls import Syscalls
 
-__all__ = ["Consumer", "Foreign", "duplicate", "make", "take"]
+__all__ = ["Consumer", "Foreign", "duplicate", "make", "take", "take_foreign"]
 
 _calls: Final = Syscalls()
 
@@ -69,6 +69,11 @@ class Foreign:
     def take(self) -> int:
         """Read it and set it to zero; 0 when nothing was there."""
         return take(self._fd) if self._readable(0) else 0
+
+
+def take_foreign(fd: FileDescriptor) -> int:
+    """The same, once: whoever reads one often makes a :class:`Foreign`."""
+    return Foreign(fd).take()
 
 
 class Consumer:
