@@ -6,12 +6,13 @@ Rules are those of behaviour.md, sections 2 and 5.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.catalogue.words import UNSET
 
 from .conftest import Server
-from .hypervisor import eventfd, mapped, memfd, rung, silent
+from .hypervisor import PATIENCE, eventfd, mapped, memfd, rung, silent
 
 
 def test_the_order_of_qemu(server: Server) -> None:
@@ -155,6 +156,50 @@ def test_dma_by_messages_where_memory_came_without_a_file(server: Server) -> Non
     asked = len(hypervisor.asked)
     assert hypervisor.dma(0x10000, 0, 0x1000, 1) == 0x202
     assert len(hypervisor.asked) == asked
+
+
+def test_dma_to_the_little_that_came_without_a_file(server: Server) -> None:
+    """However much is shared: the write that starts such a transfer waits for it, and other accesses do not change."""
+    hypervisor = server.attach(server.primer())
+    with memfd(8 << 20, b"shared") as memory:
+        hypervisor.map(0, 8 << 20, memory.number)
+    hypervisor.map(0x1000_0000, 0x1000)
+    own = hypervisor.memory[0x1000_0000] = bytearray(b"not shared".ljust(0x1000, b"."))
+    hypervisor.master()
+    assert hypervisor.dma(0x1000_0000, 0, 10, 1) == 1
+    assert hypervisor.bytes(2, 0, 10) == b"not shared"
+    assert len(hypervisor.asked) == 1
+    assert hypervisor.dma(0, 64, 6, 1) == 1
+    assert hypervisor.bytes(2, 64, 6) == b"shared"
+    assert len(hypervisor.asked) == 1, "what is shared is not asked for"
+    hypervisor.write(0, 0x20, 0x1000_0100, 8)
+    hypervisor.post(0, 0x30, 3)  # to the guest, and nobody waits for the reply
+    assert hypervisor.read(0, 0x34) == 1, "what comes later sees it done"
+    assert bytes(own[0x100:0x106]) == b"shared"
+    one = vfio_user.OneWrite(0, 0x30, (1).to_bytes(4, "little"))
+    assert hypervisor.do(vfio_user.WriteMulti((one, one))) == vfio_user.WroteMulti(2)
+    assert len(hypervisor.asked) == 4
+    [export] = server.client.query_device_exports()
+    assert export.client is not UNSET
+    assert export.client.unreachable_bytes == 0, "all of it can be reached, one way or the other"
+
+
+def test_the_monitor_may_start_such_a_transfer_too(server: Server) -> None:
+    hypervisor = server.attach(server.primer())
+    hypervisor.map(0, 0x1000)
+    hypervisor.memory[0] = bytearray(b"asked for".ljust(0x1000, b"."))
+    hypervisor.master()
+    hypervisor.write(0, 0x2C, 9)
+    with ThreadPoolExecutor(1) as elsewhere:
+        write = elsewhere.submit(
+            server.client.region_write, device="dev0", region="bar0", offset=0x30, size=4, value=1, force=True
+        )
+        for request in hypervisor.receive():
+            assert isinstance(request, vfio_user.Request)
+            hypervisor.serve(request)
+        write.result(PATIENCE)
+    assert hypervisor.read(0, 0x34) == 1
+    assert hypervisor.bytes(2, 0, 9) == b"asked for"
 
 
 def test_a_mapping_may_be_read_only(server: Server) -> None:

@@ -84,6 +84,7 @@ class FakeDevice:
     msi_grant: int | None = None
     bar0_mmap: bool = False
     features: frozenset[int] = frozenset()
+    feature_values: dict[int, bytes] = field(default_factory=dict)
     capabilities: tuple[vfio.Capability, ...] = ()
     irq_capabilities: dict[int, tuple[vfio.Capability, ...]] = field(default_factory=dict)
     resets: int = 0

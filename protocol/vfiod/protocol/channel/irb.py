@@ -185,10 +185,13 @@ class Irb(Struct, frozen=True):
 
     @property
     def sense(self) -> bytes:
-        """The sense data that came with a unit check (concurrent sense); empty when there is none."""
+        """The sense data that came with a unit check (concurrent sense); empty when there is none.
+
+        All of the ECW when the count is zero: QEMU leaves it so (``hw/s390x/css.c``).
+        """
         if ErwFlags.CONS not in self.esw.erw.flags or ScswFlags.ECTL not in self.scsw.flags:
             return b""
-        return self.ecw[: self.esw.erw.scnt]
+        return self.ecw[: self.esw.erw.scnt or MAX_SENSE]
 
     @property
     def logout(self) -> Sublog | None:

@@ -105,6 +105,11 @@ class Orb(Struct, frozen=True):
             )
         if self.cpa % 8:
             raise BadChannelStructure(f"The ORB's program address 0x{self.cpa:x} is not a multiple of 8")
+        if OrbFlags.MIDAW in self.flags:
+            raise BadChannelStructure(
+                "The ORB allows modified indirect addressing (D): vfio-ccw would take a list of MIDAWs for the data "
+                "itself; use IDAWs"
+            )
         for name, value, bits in (("intparm", self.intparm, 32), ("key", self.key, 4), ("lpm", self.lpm, 8)):
             if not 0 <= value < 1 << bits:
                 raise BadChannelStructure(f"The ORB's {name} has {bits} bits, got {value}")

@@ -173,6 +173,16 @@ class MediatedBackend:
         """Whether the device has not promised to be quick."""
         return self._instance.calls.waits
 
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """See :class:`Backend`."""
+        if not self._space.asks:
+            return False
+        try:
+            return bool(self._device.may_dma(index, offset, length, write=write))
+        except Exception:  # noqa: BLE001 - a parent's defect; then it is as if it said nothing
+            _log.exception("may_dma of %s failed by a defect of its parent", self._instance.what)
+            return True
+
     @property
     def address_space(self) -> AddressSpace:
         """Its own."""
@@ -231,6 +241,12 @@ class MediatedBackend:
         """None: a mediated device has no ``VFIO_DEVICE_FEATURE``."""
         del feature
         return False
+
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """See :meth:`probe_feature`. OperationFailed, ENOTTY."""
+        del room
+        what = f"{self._instance.what} feature {request.feature}"
+        raise OperationFailed("VFIO_DEVICE_FEATURE", what, errno="ENOTTY", advice="a mediated device has no features")
 
     # --- access -------------------------------------------------------------------------------------------
 
@@ -297,10 +313,15 @@ class MediatedBackend:
             )
         self._call("VFIO_DEVICE_RESET", device.reset, self._instance.what)
 
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`. It goes with its parent."""
+        self._instance.on_gone = gone
+
     def close(self) -> bool:
         """See :class:`Backend`. True: nothing but vfiod itself holds a mediated device."""
         if not self._closed:
             self._closed = True
+            self._instance.on_gone = None
             self._close(self._instance, self._space)
         return True
 

@@ -270,6 +270,10 @@ class PrimerDevice(MediatedDevice):
             raise OSError(errno.ENODEV, "the device is not open")
         return self._memory.number
 
+    def may_dma(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """Only the engine does DMA, at once when it is started."""
+        return write and index == PciRegion.BAR0 and offset <= DMA_COMMAND < offset + length
+
     # --- registers --------------------------------------------------------------------------------------
 
     def _register(self, at: int) -> int:
