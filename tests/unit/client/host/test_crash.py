@@ -83,9 +83,9 @@ class FragileJournal(Journal):
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     bus = tmp_path / "bus/pci"
-    for driver in ("vfio-pci", "mlx5_vfio_pci", "igb", "uio"):
-        (bus / "drivers" / driver).mkdir(parents=True)
-        (bus / "drivers" / driver / "unbind").touch()
+    for name in ("vfio-pci", "mlx5_vfio_pci", "igb", "uio"):
+        (bus / "drivers" / name).mkdir(parents=True)
+        (bus / "drivers" / name / "unbind").touch()
     (bus / "drivers_probe").touch()
     (bus / "devices").mkdir()
     for address, (driver, override) in HAD.items():
