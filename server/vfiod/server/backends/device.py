@@ -143,6 +143,11 @@ class KernelDevice:
         answer = call_info(self._calls, self.fd.number, request, question, f"{self.name} interrupt index {index}")
         return self._parsed(vfio.IrqInfo.unpack, answer, request)
 
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """None that we know of."""
+        del index
+        return ()
+
     def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
         """False: the kernel waits for nobody."""
         del index, offset, length, write

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS, VFIO_USER_MAX_INFO
+from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS, VFIO_USER_MAX_FDS, VFIO_USER_MAX_INFO
 from vfiod.protocol.vfio_user import Command, Request
 from vfiod.server import trace
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.regions import INLINE_BYTES, Region
 from vfiod.server.exports.connection import DONE, Answer, Connection
+from vfiod.server.exports.doorbells import Doorbells
 from vfiod.server.exports.interrupts import ClientInterrupts
 from vfiod.server.exports.remote import RemoteMemory
 from vfiod.server.kernel.memory import ACCESS_SIZES
@@ -97,6 +98,9 @@ class ClientSession:
         self.memory: Client | None = None
         self.interrupts: Final = ClientInterrupts(device, f"the client of {name}")
         self.failed_reads = 0
+        self._doorbells: Final = Doorbells(
+            machine.loop, device, lambda region, at, data: self._write(region, at, data, DONE)
+        )
         self._machine = machine
         self._device = device
         self._name = name
@@ -181,6 +185,7 @@ class ClientSession:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        self._doorbells.close()
         self._ended(reason)
 
     def _execute(self, request: Request) -> Answer | Awaitable[Answer]:
@@ -327,10 +332,10 @@ class ClientSession:
 
     def _region_io_fds(self, request: Request) -> Answer:
         asked = cast("vfio_user.GetRegionIoFds", request.payload)
-        self._region(asked.index)
-        # Which registers are doorbells, and what is written there, no kernel device says (VFIO_DEVICE_IOEVENTFD wants
-        # to be told): there are none to offer.
-        return Answer(vfio_user.RegionIoFds(asked.index, limit=asked.argsz))
+        told = None if self.version is None else self.version.capabilities
+        max_fds = (told or vfio_user.Capabilities()).fds
+        self._joined()
+        return self._doorbells.answer(asked, self._region(asked.index), min(max_fds, VFIO_USER_MAX_FDS))
 
     def _irq_info(self, request: Request) -> Answer:
         asked = cast("vfio_user.GetIrqInfo", request.payload)
@@ -497,9 +502,10 @@ class ClientSession:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    def fds(self) -> list[FileDescriptor]:
-        """Eventfds of its own, for ``query-fds``."""
-        return self.interrupts.fds()
+    def fds(self) -> list[tuple[str, FileDescriptor]]:
+        """Eventfds of its own by what they are for, for ``query-fds``."""
+        notices = [("notice", fd) for fd in self.interrupts.fds()]
+        return notices + [("doorbell", fd) for fd in self._doorbells.fds()]
 
 
 def _by_messages(space: object) -> bool:

@@ -183,6 +183,11 @@ class VfioUserBackend:
         """See :class:`Backend`."""
         self._peer.ask(Nothing(), command=Command.DEVICE_RESET).close()
 
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """None that we know of."""
+        del index
+        return ()
+
     def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
         """False: every access waits (``may_block``)."""
         del index, offset, length, write
