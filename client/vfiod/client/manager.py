@@ -85,6 +85,7 @@ class Manager:
         self._mdevs: dict[str, str] = {}
         self._bound: list[str] = []
         self._spaces = 0
+        self._closed = False
 
     @classmethod
     def start(
@@ -271,6 +272,9 @@ class Manager:
             VfiodError: the first thing that failed; all the others were done nevertheless.
 
         """
+        if self._closed:
+            return
+        self._closed = True
         problems: list[VfiodError] = []
 
         @contextlib.contextmanager
@@ -302,7 +306,12 @@ class Manager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except VfiodError as problem:
+            if error is None:
+                raise
+            error.add_note(f"and then: {problem}")  # what came first is what matters
 
     def _end(self) -> None:
         try:
