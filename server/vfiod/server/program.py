@@ -25,6 +25,7 @@ from vfiod.server import trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
+from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
@@ -33,6 +34,7 @@ from vfiod.server.sockets.access import Access, overflow_uid
 
 if TYPE_CHECKING:
     from vfiod.server.monitor.audit import Audit
+    from vfiod.server.monitor.metrics_door import MetricsDoor
 
 __all__ = ["main", "serve"]
 
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
-        clean = asyncio.run(serve(options))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            clean = runner.run(serve(options))
     except VfiodError as error:
         print(f"vfiod: {error}", file=sys.stderr)
         return 1
@@ -103,8 +106,10 @@ async def serve(options: Options) -> bool:
         audit = _audit(options, stack)
         access = Access(options.allow_uid)
         server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
+        metrics: MetricsDoor | None = None
         try:
             _listen_bus(server, options)  # first: who finds the monitor finds all of it
+            metrics = await _listen_metrics(server, machine, access, options)
             for option in options.sockets:
                 _listen(server, option, options.socket_gid)
             for number in ENDING_SIGNALS:
@@ -125,6 +130,8 @@ async def serve(options: Options) -> bool:
             problems = await machine.close()
             hub.flush()
             server.stop_listening()
+            if metrics is not None:
+                await metrics.close()
             await server.drain(LAST_REPLIES_SECONDS)
             server.close()
             for number in ENDING_SIGNALS:
@@ -185,6 +192,31 @@ def _listen_bus(server: MonitorServer, options: Options) -> None:
         server.join_bus(Bus(server, address(options.bus)))
     if options.events is not None:
         server.join_bus(EventBus(server, address(options.events)))
+
+
+async def _listen_metrics(
+    server: MonitorServer, machine: Machine, access: Access, options: Options
+) -> MetricsDoor | None:
+    if options.metrics_path is None and options.metrics_port is None:
+        return None
+    from vfiod.server.commands.monitor import VERSION
+    from vfiod.server.monitor.metrics import render
+    from vfiod.server.monitor.metrics_door import MetricsDoor
+
+    triple = VERSION.qemu
+    version = f"{triple.major}.{triple.minor}.{triple.micro}"
+
+    def text() -> str:
+        names = [device.name for device in machine.devices.all()]
+        devices = list(zip(names, machine.device_stats(), strict=True))
+        return render(machine.name, machine.uuid, version, machine.stats(), devices, server.session_stats())
+
+    door = MetricsDoor(access, text)
+    if options.metrics_path is not None:
+        await door.listen_path(options.metrics_path, options.socket_gid)
+    elif options.metrics_port is not None:
+        await door.listen_tcp(*options.metrics_port)
+    return door
 
 
 class Pidfile:

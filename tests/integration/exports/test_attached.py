@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.catalogue.words import UNSET
 
-from .conftest import Server
+from .conftest import Server, eventually
 from .hypervisor import PATIENCE, eventfd, mapped, memfd, rung, silent
 
 
@@ -209,6 +209,41 @@ def test_a_mapping_may_be_read_only(server: Server) -> None:
     hypervisor.master()
     assert hypervisor.dma(0, 0, 64, 1) == 1
     assert hypervisor.dma(0, 0, 64, 3) == 0x302
+
+
+def test_a_doorbell_is_rung_by_an_eventfd(server: Server) -> None:
+    hypervisor = server.attach(server.primer(parameters={"doorbell": True}))
+    before = server.open_fds()
+    short = hypervisor.do(vfio_user.GetRegionIoFds(0))
+    assert isinstance(short, vfio_user.RegionIoFds)
+    assert (short.sub_regions, short.needed, hypervisor.fds) == ((), 56, [])
+    reply = hypervisor.do(vfio_user.GetRegionIoFds(0, 56))
+    assert isinstance(reply, vfio_user.RegionIoFds)
+    [sub] = reply.sub_regions
+    assert (sub.offset, sub.size, sub.fd_index, sub.type) == (0x14, 4, 0, vfio_user.IoFdType.IOEVENTFD)
+    assert (sub.flags, sub.datamatch) == (vfio_user.IoFdFlags.DATAMATCH, 1)
+    [bell] = hypervisor.fds
+    assert server.open_fds() == before + 1, "the eventfd; what was sent is closed"
+    with eventfd() as trigger:
+        hypervisor.trigger(1, trigger.number)
+        hypervisor.master()
+        for _ in range(3):
+            os.eventfd_write(bell.number, 1)
+            assert rung(trigger) == 1
+            assert hypervisor.read(0, 0x10) == 1
+            hypervisor.write(0, 0x18, 1)
+    assert isinstance(hypervisor.do(vfio_user.GetRegionIoFds(0, 4096)), vfio_user.RegionIoFds)
+    [again] = hypervisor.fds
+    os.eventfd_write(again.number, 1)
+    eventually(lambda: hypervisor.read(0, 0x10) == 1)
+    again.close()
+    assert hypervisor.do(vfio_user.GetRegionIoFds(2, 56)) == vfio_user.RegionIoFds(2, (), 16, 16)
+    assert hypervisor.fds == []
+    hypervisor.close()
+    server.event("DEVICE_EXPORT_DETACHED")
+    os.eventfd_write(bell.number, 1)
+    bell.close()
+    eventually(lambda: server.open_fds() < before)
 
 
 def test_what_is_not_there_is_refused_politely(server: Server) -> None:

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.integration.exports.hypervisor import Hypervisor, eventfd, memfd, rung, silent
+from tests.integration.exports.hypervisor import Hypervisor, Refused, eventfd, memfd, rung, silent
 from tests.lab.guest import pci
 from tests.lab.guest.machine import SOURCE_ROOTS, UNPRIVILEGED_GID, UNPRIVILEGED_UID
 from tests.lab.guest.vm import Vm, opened, running_vm
 from tests.lab.places import REPO
 from tests.lab.topologies import EDU_PORT
 
-from vfiod.protocol import vfio
+from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.catalogue.exports import ExportState
 from vfiod.server.kernel.memory import RegionWindow
 from vfiod.server.kernel.syscalls import Syscalls
@@ -201,6 +201,28 @@ def test_a_reset_keeps_the_clients_interrupts(offered: tuple[Vm, Path]) -> None:
         assert rung(msi) == 1
         bar.store(pci.EDU_IRQ_ACK, 4, 1)
     del vm
+
+
+def test_features_of_the_device_alone_are_passed_on(offered: tuple[Vm, Path]) -> None:
+    """Low power is the device's own business, and the kernel's to say; the rest is refused without asking it."""
+    vm, path = offered
+    flags, feature = vfio.FeatureFlags, vfio.Feature
+
+    def ask(client: Hypervisor, which: int, how: vfio.FeatureFlags) -> None:
+        client.do(vfio_user.DeviceFeature(which, how, argsz=64))
+
+    with Hypervisor(path) as client:
+        client.write(CONFIG, COMMAND, MEMORY, 2)
+        for one in (feature.LOW_POWER_ENTRY, feature.LOW_POWER_EXIT):
+            ask(client, one, flags.PROBE | flags.SET)
+        for refused in (*range(3), feature.LOW_POWER_ENTRY_WITH_WAKEUP, *range(6, 13)):
+            with pytest.raises(Refused, match="ENOTTY"):
+                ask(client, refused, flags.PROBE | flags.GET)
+        ask(client, feature.LOW_POWER_ENTRY, flags.SET)
+        assert client.read(BAR0, pci.EDU_ID) == pci.EDU_IDENTITY, "the access wakes it"
+        assert not vm.client.query_devices(id="edu")[0].fast_path
+        ask(client, feature.LOW_POWER_EXIT, flags.SET)
+        assert client.read(BAR0, pci.EDU_ID) == pci.EDU_IDENTITY
 
 
 def test_a_killed_client_leaves_nothing_and_the_next_attaches(offered: tuple[Vm, Path]) -> None:

@@ -278,6 +278,17 @@ class Backend(Protocol):
         """
         ...
 
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """Registers of a region that are doorbells: offset, and what is written there. Few; never blocks."""
+        ...
+
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``: get, set or probe a feature; what a GET gives, at most ``room`` bytes.
+
+        OperationFailed; ENOTTY: the device does not have it.
+        """
+        ...
+
     def close(self) -> bool:
         """Close everything of this device, once; a second call does nothing. Close windows and eventfds before it.
 

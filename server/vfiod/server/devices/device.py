@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec import Struct
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
     DeviceInfo,
@@ -372,9 +373,7 @@ class Device(ABC):
         model = self._model
         if model is None:
             return
-        if region.completes:
-            if self._waits and model.interrupts.kind in _BY_MESSAGE:
-                return  # no access completes those: nothing to trouble the loop with
+        if region.completes and model.interrupts.kind not in _BY_MESSAGE:  # no access completes messages
             self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:
@@ -494,6 +493,17 @@ class Device(ABC):
             except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
                 failure = error
             await self.revive(turn, quiesced, failure)
+
+    async def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``, in its turn of the lane; see :meth:`Backend.feature`."""
+        async with self.lane.turn("feature") as turn:
+            model = self._active()
+            if request.feature == vfio.Feature.LOW_POWER_ENTRY and vfio.FeatureFlags.SET in request.flags:
+                # Whoever asked wakes it as he likes, and until then a mapped access is SIGBUS (vfio_pci_mmap_fault):
+                # from here on accesses of ours are by read and write, for which the kernel wakes it itself.
+                model.regions.shared = True
+                self._tell_fast_path()
+            return await self._in_thread(turn, lambda: model.backend.feature(request, room))
 
     @property
     def backend(self) -> Backend:

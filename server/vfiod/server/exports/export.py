@@ -262,8 +262,8 @@ class Export:
         if self._session is not None:
             if self._session.fileno() >= 0:
                 yield FdInfo(owner=owner, name="client", kind=FdKind.SOCKET, number=self._session.fileno())
-            for fd in self._session.fds():
-                yield FdInfo(owner=owner, name="notice", kind=FdKind.EVENTFD, number=fd.number)
+            for name, fd in self._session.fds():
+                yield FdInfo(owner=owner, name=name, kind=FdKind.EVENTFD, number=fd.number)
 
     # --- the end --------------------------------------------------------------------------------------
 

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS
+from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS, VFIO_USER_MAX_FDS, VFIO_USER_MAX_INFO
 from vfiod.protocol.vfio_user import Command, Request
 from vfiod.server import trace
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.regions import INLINE_BYTES, Region
 from vfiod.server.exports.connection import DONE, Answer, Connection
+from vfiod.server.exports.doorbells import Doorbells
 from vfiod.server.exports.interrupts import ClientInterrupts
 from vfiod.server.exports.remote import RemoteMemory
 from vfiod.server.kernel.memory import ACCESS_SIZES
@@ -48,6 +49,15 @@ _READ: Final = int(Command.REGION_READ)
 _WRITE: Final = int(Command.REGION_WRITE)
 _REPLY: Final = int(vfio_user.MessageType.REPLY)
 _NO_REPLY: Final = int(vfio_user.Flags.NO_REPLY)
+_FEATURES: Final = frozenset(
+    {vfio.Feature.LOW_POWER_ENTRY, vfio.Feature.LOW_POWER_EXIT, vfio.Feature.BUS_MASTER},
+)
+"""The device's features a client may probe, get and set: those that touch the device alone.
+
+Not the VF token (a secret between drivers of the host), not migration and DMA logging (vfiod migrates nothing), not
+those that come with a file, for which the message has no place (wake-up eventfd, DMA-BUF).
+"""
+
 _HEADER: Final = vfio_user.Header.LAYOUT
 
 
@@ -88,12 +98,16 @@ class ClientSession:
         self.memory: Client | None = None
         self.interrupts: Final = ClientInterrupts(device, f"the client of {name}")
         self.failed_reads = 0
+        self._doorbells: Final = Doorbells(
+            machine.loop, device, lambda region, at, data: self._write(region, at, data, DONE)
+        )
         self._machine = machine
         self._device = device
         self._name = name
         self._attached = attached
         self._ended = ended
         self._regions: tuple[Region, ...] = ()
+        self._direct = 0  # regions that are accessed at once: all, of a device that waits for nobody
         self._handlers: Final[dict[Command, Callable[[Request], Answer | Awaitable[Answer]]]] = {
             Command.VERSION: self._negotiate,
             Command.DMA_MAP: self._dma_map,
@@ -172,6 +186,7 @@ class ClientSession:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        self._doorbells.close()
         self._ended(reason)
 
     def _execute(self, request: Request) -> Answer | Awaitable[Answer]:
@@ -209,6 +224,7 @@ class ClientSession:
         self.version = proposed
         self._connection.channel.wire = agreement.wire
         self._regions = self._device.regions.all
+        self._direct = 0 if self._device.waits else len(self._regions)
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -318,23 +334,28 @@ class ClientSession:
 
     def _region_io_fds(self, request: Request) -> Answer:
         asked = cast("vfio_user.GetRegionIoFds", request.payload)
-        self._region(asked.index)
-        # Which registers are doorbells, and what is written there, no kernel device says (VFIO_DEVICE_IOEVENTFD wants
-        # to be told): there are none to offer.
-        return Answer(vfio_user.RegionIoFds(asked.index, limit=asked.argsz))
+        told = None if self.version is None else self.version.capabilities
+        max_fds = (told or vfio_user.Capabilities()).fds
+        self._joined()
+        return self._doorbells.answer(asked, self._region(asked.index), min(max_fds, VFIO_USER_MAX_FDS))
 
     def _irq_info(self, request: Request) -> Answer:
         asked = cast("vfio_user.GetIrqInfo", request.payload)
         return Answer(vfio_user.IrqInfoReply(self.interrupts.info(asked.index)))
 
-    def _feature(self, request: Request) -> Answer:
+    async def _feature(self, request: Request) -> Answer:
         asked = cast("vfio_user.DeviceFeature", request.payload)
-        raise OperationFailed(
-            "VFIO_DEVICE_FEATURE",
-            f"device '{self._device.name}'",
-            errno="ENOTTY",
-            advice=f"feature {asked.feature} is not passed on to clients",
-        )
+        if asked.feature not in _FEATURES:
+            raise OperationFailed(
+                "VFIO_DEVICE_FEATURE",
+                f"device '{self._device.name}'",
+                errno="ENOTTY",
+                advice=f"feature {asked.feature} is not passed on to clients",
+            )
+        room = min(asked.argsz - vfio_user.DeviceFeature.HEADER_SIZE, VFIO_USER_MAX_INFO)
+        wanted = vfio.DeviceFeature(asked.feature, asked.flags, asked.data)
+        data = await self._device.feature(wanted, max(room, 0))
+        return Answer(vfio_user.DeviceFeature(asked.feature, asked.flags, data))
 
     def _migration(self, request: Request) -> Answer:
         raise OperationFailed(
@@ -366,19 +387,19 @@ class ClientSession:
         if size < 32 or size > 40:
             return None
         number, command, told, flags, _, offset, index, count = _unpack(data)
-        if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
+        pack = _DATA.get(count)
+        if told != size or index >= self._direct or pack is None or offset % count or trace.export_request.on:
             return None
-        memory, region, device = self.memory, self._regions[index], self._device
-        if memory is None or device.waits or not device.lane.free:
+        region, device = self._regions[index], self._device
+        if not device.lane.free or (region.overlay is not None and not region.overlay.ready):
             return None
+        memory = cast("Client", self.memory)
         if memory.unreachable_bytes and device.access_waits(region, offset, count, write=command == _WRITE):
-            return None
-        if offset % count or not region.ready:
             return None
         try:
             if command == _READ and size == 32 and not flags:
                 value = device.load(region, offset, count)
-                return _DATA[count](number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
+                return pack(number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
             if command == _WRITE and size == 32 + count and not flags & ~_NO_REPLY:
                 device.store(region, offset, count, int.from_bytes(data[32:size], "little"))
                 if flags:
@@ -483,9 +504,10 @@ class ClientSession:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    def fds(self) -> list[FileDescriptor]:
-        """Eventfds of its own, for ``query-fds``."""
-        return self.interrupts.fds()
+    def fds(self) -> list[tuple[str, FileDescriptor]]:
+        """Eventfds of its own by what they are for, for ``query-fds``."""
+        notices = [("notice", fd) for fd in self.interrupts.fds()]
+        return notices + [("doorbell", fd) for fd in self._doorbells.fds()]
 
 
 def _by_messages(space: object) -> bool:

@@ -26,6 +26,10 @@ T = TypeVar("T")
 class GuestAccess(Protocol):
     """Guest memory, as an address space gives it to a device."""
 
+    @property
+    def at_hand(self) -> bool:
+        """See :meth:`Host.memory_at_hand`."""
+
     def read(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
 
@@ -114,6 +118,12 @@ class MdevHost:
         self.memory: GuestAccess | None = None
         self._thread = threading.get_ident()
         self._watches: set[_Watch] = set()
+
+    @property
+    def memory_at_hand(self) -> bool:
+        """See :meth:`Host.memory_at_hand`."""
+        memory = self.memory
+        return memory is None or memory.at_hand
 
     def read_memory(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
