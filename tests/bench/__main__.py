@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, vectors
+from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, subchannel, vectors
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -21,7 +21,18 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
     parser.add_argument(
         "--only",
-        choices=["monitor", "devices", "vectors", "platforms", "channel", "exports", "mediated", "served", "kernel"],
+        choices=[
+            "monitor",
+            "devices",
+            "vectors",
+            "platforms",
+            "channel",
+            "exports",
+            "mediated",
+            "served",
+            "kernel",
+            "subchannel",
+        ],
         help="one part",
     )
     arguments = parser.parse_args()
@@ -51,6 +62,10 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
     if only == "kernel":
         yield from kernel.lines(scale)
+    if only == "subchannel" and not subchannel.available():
+        raise SystemExit("This is not the lab's s390x machine: python -m tests.lab run ccw")
+    if only == "subchannel":
+        yield from subchannel.lines(scale)
 
 
 def _row(line: Line) -> str:

@@ -261,7 +261,7 @@ def _direct(bench: _Kernel) -> Iterator[Line]:
         words = stack.enter_context(memoryview(window).cast("I"))
         poll = select.poll()
         poll.register(trigger.number, select.POLLIN)
-        time.sleep(0.5)  # it still has to fall asleep after its reply
+        time.sleep(1.5)  # what was begun (a limited event of region-map) has ended by then
         before, count = bench.process.wakeups(), 200
         arrived = 0
         for _ in range(count):

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
+import socket
 import tempfile
 import time
+import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.lab.qmp import QmpError
-from tests.lab.small.guest import SEEN, Finding, SmallGuest, build_initrd, unavailable_reason, vfio_user
+from tests.lab.small.guest import SEEN, WAIT_SECONDS, Finding, SmallGuest, build_initrd, unavailable_reason, vfio_user
 
 from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
@@ -200,3 +203,43 @@ def test_two_devices_of_one_vm(client: Client, directory: Path, initrd: Path) ->
         all_well(guest.wait_done())
         assert [one.state for one in client.query_device_exports()] == [ExportState.ATTACHED] * 2
     until(lambda: client.query_dma() == [], "no memory is left")
+
+
+def heard(fd: int, ending: bytes) -> bytes:
+    """What comes from a line's other end, until it ends so."""
+    said = b""
+    while not said.endswith(ending):
+        assert select.select([fd], [], [], WAIT_SECONDS)[0], said
+        said += os.read(fd, 4096)
+    return said
+
+
+def test_the_guests_own_driver_uses_the_serial_card(client: Client, directory: Path, initrd: Path) -> None:
+    """8250_pci of the guest finds the 16550s, and talks by interrupts: a pseudo-terminal and a socket are the others.
+
+    Much more than a FIFO of 16 bytes goes each way.
+    """
+    there = directory / "line"
+    parameters = {"port0": f"pty:{directory / 'pty'}", "port1": f"socket:{there}"}
+    uuid = client.mdev_create(parent="serial", type="serial-2", parameters=parameters).uuid
+    client.device_add(driver="vfio-pci", id="s0", mdev=uuid)
+    path = directory / "s0.sock"
+    client.device_export_add(id="x-s0", type="vfio-user", device="s0", path=str(path))
+    lines = [f"Line {number}: The Quick Brown Fox jumps".encode() for number in range(40)]
+    pty = os.open(directory / "pty", os.O_RDWR | os.O_NOCTTY)
+    tty.setraw(pty)
+    with socket.socket(socket.AF_UNIX) as other, SmallGuest(directory, initrd, [vfio_user(path)], serial=2) as guest:
+        other.connect(str(there))
+        for port, fd in enumerate((pty, other.fileno())):
+            assert heard(fd, b"\n") == f"port {port} of 2\n".encode()
+            for line in lines:
+                os.write(fd, line + b"\n")
+                assert heard(fd, b"\n") == line.swapcase() + b"\n"
+            os.write(fd, b"end\n")
+            assert heard(fd, b"\n") == b"END\n"
+        findings = guest.wait_done()
+        assert [one for one in findings if not one.ok] == []
+        assert [one.name for one in findings] == ["found", *("tty", "echoed", "interrupts") * 2]
+        guest.wait_ended()
+    os.close(pty)
+    at_rest(client, "s0")

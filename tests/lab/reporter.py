@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-#: Seconds one guest test may take, fixtures included. Emulation on a busy host is slow.
+#: Seconds one guest test may take, fixtures included. Emulation on a busy host is slow; a module whose tests take
+#: longer still (an emulator in the emulator) says so: ``TEST_SECONDS = 600``.
 TEST_SECONDS = float(os.environ.get("VFIOD_LAB_TEST_SECONDS", "120"))
 
 _stream = open(os.environ["VFIOD_LAB_REPORTS"], "w", encoding="utf-8")  # noqa: SIM115  lives as long as pytest
@@ -31,6 +32,14 @@ def _write(kind: str, **record: Any) -> None:
 def pytest_runtest_logstart(nodeid: str) -> None:
     faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=_stderr)
     _write("start", test=nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    module = item.getparent(pytest.Module)
+    longer = getattr(module.obj, "TEST_SECONDS", None) if module is not None else None
+    if longer is not None:
+        faulthandler.dump_traceback_later(max(TEST_SECONDS, float(longer)), exit=True, file=_stderr)
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

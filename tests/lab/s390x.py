@@ -24,11 +24,11 @@ from tests.lab.places import GUEST_EXCHANGE, QEMU_MINIMUM, REPO, LabUnavailableE
 from tests.lab.topologies import Topology
 
 #: What of this virtual environment goes into the guest, with all it depends on.
-PACKAGES = ("pytest", "hypothesis", "jsonrpcserver")
-#: Not needed there, or there already, as Debian's packages: jsonrpcserver's validator has parts in Rust.
-LEFT_OUT = {"jsonschema", "msgspec", "msgpack", "pyzmq"}
+PACKAGES = ("pytest", "jsonrpcserver")
+#: Not needed there, or there already, as Debian's packages: some have parts in Rust.
+LEFT_OUT = {"hypothesis", "jsonschema", "msgspec", "msgpack", "pyzmq"}
 #: What stays of pygments, which pytest colours tracebacks with: every file is a piece of the guest's memory.
-LEXERS = {"__init__", "_mapping", "python", "special"}
+LEXERS = {"__init__", "_mapping", "diff", "python", "special"}
 #: What of the checkout goes into the guest.
 TREES = ("protocol", "server", "client", "tests", "examples", "docs")
 FILES = ("pyproject.toml", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
@@ -91,7 +91,8 @@ def command_line(topology: Topology, directory: Path) -> list[str]:
     for name in topology.streams:
         line += ["-chardev", f"socket,id={name},path={directory / name},server=on,wait=off"]
     line += topology.qemu_arguments()
-    arguments = ["console=ttyS0", "panic=-1", *topology.kernel_arguments]
+    # A kernel that oopsed may spin for ever; this one ends, with the reason on its console.
+    arguments = ["console=ttyS0", "panic=-1", "oops=panic", *topology.kernel_arguments]
     return [*line, "-kernel", str(kernel), "-initrd", str(directory / "initrd"), "-append", " ".join(arguments)]
 
 
@@ -112,6 +113,7 @@ def write_initrd(target: Path, exchange: Path, last: Path) -> None:
     with _locked():
         layer = cache() / "s390x" / "layer"
         _fill(layer)
+        _compile_c(layer)
         python = cache() / "s390x" / "python"
         # -s and -p: tracebacks show the path the file has in the guest.
         line = [str(python), "-m", "compileall", "-q", "-j1", "-s", str(layer), "-p", "/", str(layer)]
@@ -127,6 +129,15 @@ def write_initrd(target: Path, exchange: Path, last: Path) -> None:
                 shutil.copyfile(path, inside / path.name)
             _append_archive(stream.fileno(), last)
     shutil.rmtree(last)
+
+
+def _compile_c(layer: Path) -> None:
+    """Compile the benchmark's C program, where there is a cross compiler: the guest has none."""
+    source, program = REPO / "tests/bench/subchannel.c", layer / str(REPO).lstrip("/") / "tests/bench/subchannel"
+    compiler = shutil.which("s390x-linux-gnu-gcc")
+    if compiler is None or (program.exists() and program.stat().st_mtime > source.stat().st_mtime):
+        return
+    subprocess.run([compiler, "-O2", "-static", "-o", str(program), str(source)], check=True)
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def _fill(layer: Path) -> None:
         source = path.relative_to(layer)
         if path.parent.name == "__pycache__":
             source = source.parent.parent / f"{source.name.partition('.')[0]}.py"
-        if path.is_file() and source not in wanted:
+        if path.is_file() and source not in wanted and path.name != "subchannel":
             path.unlink()
     for inside, path in wanted.items():
         copy, status = layer / inside, path.stat()

@@ -137,8 +137,18 @@ class Bus(Methods):
         self._socket.close()
         self._context.term()
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> Any:
-        """Run a command by its name, known to the catalogue or not, and return the result as it came."""
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        oob: bool = False,
+        timeout: float | None = None,
+    ) -> Any:
+        """Run a command by its name, known to the catalogue or not, and return the result as it came.
+
+        ``oob`` says nothing here: a bus has no bands, and nothing waits for another device's work.
+        """
         return self._ask(command, arguments, None, (), timeout, typed=False)
 
     def _run(
@@ -225,9 +235,13 @@ class AsyncBus(AsyncMethods):
         command: str,
         arguments: Mapping[str, Any] | None = None,
         *,
+        oob: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109 - the same argument as in the synchronous client
     ) -> Any:
-        """Run a command by its name, known to the catalogue or not, and return the result as it came."""
+        """Run a command by its name, known to the catalogue or not, and return the result as it came.
+
+        ``oob`` says nothing here: a bus has no bands, and nothing waits for another device's work.
+        """
         return await self._ask(command, arguments, None, (), timeout, typed=False)
 
     async def _run(

@@ -23,9 +23,10 @@ from msgspec import UnsetType
 from vfiod.client.errors import ClientError
 from vfiod.protocol.catalogue import COMMANDS
 
-__all__ = ["InvalidLine", "Line", "arguments_from", "members", "parse_line", "plain_type"]
+__all__ = ["InvalidLine", "Line", "arguments_from", "is_unfinished", "members", "parse_line", "plain_type"]
 
 NUMBER: Final = re.compile(r"^([+-]?(?:0[xX][0-9a-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+|[0-9][0-9_]*))([KMGT]?)$")
+STRING: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 MULTIPLE: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 BOOLEANS: Final = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 MAX_INDEX: Final = 4096
@@ -75,6 +76,17 @@ def parse_line(text: str) -> Line:
     if not words:
         raise InvalidLine("An empty line is no command")
     return Line(words[0], arguments_from(words[0], words[1:]))
+
+
+def is_unfinished(text: str) -> bool:
+    """Whether a line begins a JSON object and more lines must follow: brackets are open, and no string is.
+
+    A string cannot go over a line's end, so one that is open is a mistake, which ``parse_line`` tells.
+    """
+    if not text.lstrip().startswith("{"):
+        return False
+    bare = STRING.sub("", text)
+    return '"' not in bare and sum(map(bare.count, "{[")) > sum(map(bare.count, "}]"))
 
 
 def _from_json(text: str) -> Line:

@@ -13,10 +13,18 @@ import msgspec
 
 from vfiod.protocol.fd import FileDescriptor
 
-__all__ = ["coloured", "describe_fd", "json_text", "plain"]
+__all__ = ["coloured", "describe_fd", "json_text", "plain", "table"]
 
 WIDE: Final = 96
 """Columns a list or an object may take on one line."""
+
+CELL: Final = 48
+"""Columns of the widest cell of a table."""
+
+FEWEST: Final = 3
+"""Columns without which a table says too little: then it is JSON."""
+
+GAP: Final = "  "
 
 
 def plain(value: Any, fds: list[tuple[str, FileDescriptor]] | None = None, path: str = "") -> Any:
@@ -48,11 +56,14 @@ def describe_fd(fd: FileDescriptor) -> str:
     return f"{name} ({status.st_size} bytes)" if stat.S_ISREG(status.st_mode) else name
 
 
-def coloured(value: Any, indent: int = 0) -> Iterator[tuple[str, str]]:
-    """A value as pretty JSON in (style, text) pieces, as prompt_toolkit takes them. Short ones stay on one line."""
+def coloured(value: Any, indent: int = 0, *, room: int = WIDE) -> Iterator[tuple[str, str]]:
+    """A value as pretty JSON in (style, text) pieces, as prompt_toolkit takes them.
+
+    What is no wider than ``room`` columns stays on one line.
+    """
     opening, closing = ("{", "}") if isinstance(value, dict) else ("[", "]")
     if isinstance(value, dict | list):
-        wide = len(json.dumps(value)) + indent > WIDE or _nested(value)
+        wide = len(json.dumps(value)) + indent > room or _nested(value)
         line, last = ("\n" + " " * (indent + 2), "\n" + " " * indent) if wide and value else ("", "")
         yield "", opening
         items = value.items() if isinstance(value, dict) else ((None, item) for item in value)
@@ -61,7 +72,7 @@ def coloured(value: Any, indent: int = 0) -> Iterator[tuple[str, str]]:
             if name is not None:
                 yield "class:json.name", json.dumps(name)
                 yield "", ": "
-            yield from coloured(item, indent + 2)
+            yield from coloured(item, indent + 2, room=room)
         yield "", last + closing
     elif isinstance(value, str):
         yield "class:json.text", json.dumps(value)
@@ -69,6 +80,64 @@ def coloured(value: Any, indent: int = 0) -> Iterator[tuple[str, str]]:
         yield "class:json.word", json.dumps(value)
     else:
         yield "class:json.number", json.dumps(value)
+
+
+def table(value: Any, width: int) -> Iterator[tuple[str, str]] | None:
+    """A list of objects as columns, in (style, text) pieces; None for what is no such list, or has no room.
+
+    Args:
+        value: of :func:`plain`.
+        width: columns of the terminal. Members that do not fit are named below the table.
+
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) and row for row in value):
+        return None
+    names = list(dict.fromkeys(name for row in value for name in row))
+    cells = {name: [_cell(row[name]) if name in row else "-" for row in value] for name in names}
+    shown: list[tuple[str, int]] = []
+    left: list[str] = []
+    room = width
+    for name in names:
+        wide = max(len(_cell(name)), *map(len, cells[name]))
+        if wide <= min(room, CELL):
+            shown.append((name, wide))
+            room -= wide + len(GAP)
+        else:
+            left.append(name)
+    if not shown or (left and len(shown) < FEWEST):
+        return None
+    return _rows(value, shown, left, cells)
+
+
+def _rows(
+    value: list[dict[str, Any]], shown: list[tuple[str, int]], left: list[str], cells: dict[str, list[str]]
+) -> Iterator[tuple[str, str]]:
+    yield "class:head", GAP.join(f"{_cell(name):<{wide}}" for name, wide in shown).rstrip()
+    for number, row in enumerate(value):
+        for place, (name, wide) in enumerate(shown):
+            yield "", GAP if place else "\n"
+            item, text = row.get(name), cells[name][number]
+            right = type(item) is int
+            yield _style(item), f"{text:>{wide}}" if right else text if name == shown[-1][0] else f"{text:<{wide}}"
+    if left:
+        yield "class:note", f"\nNot shown: {', '.join(map(_cell, left))}. 'json COMMAND' shows all."
+
+
+def _cell(value: Any) -> str:
+    """A value in one cell."""
+    if isinstance(value, str):
+        return value if value.isascii() and value.isprintable() and value else json.dumps(value)
+    if isinstance(value, dict):
+        return " ".join(f"{_cell(name)}={_cell(item)}" for name, item in value.items()) or "-"
+    if isinstance(value, list):
+        return ",".join(map(_cell, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else json.dumps(value)
+
+
+def _style(value: Any) -> str:
+    return f"class:json.{'number' if type(value) is int else 'word' if isinstance(value, bool) else 'text'}"
 
 
 def _nested(value: dict[str, Any] | list[Any]) -> bool:

@@ -236,6 +236,10 @@ class EventStream:
         self._queue = queue
         client._queues.append(queue)
 
+    def fileno(self) -> int:
+        """The client's: readable when :meth:`pending` may find something. -1 when closed."""
+        return self._client.fileno()
+
     def get(self, timeout: float | None = None) -> Event:
         """The next event. Raises RequestTimedOut after ``timeout`` seconds (None: never), ConnectionLost at the end."""
         event = self._queue.get()

@@ -52,6 +52,15 @@ whose queue is full misses those that follow, and sees that by their numbers."""
 BUS_LINGER_MS: Final = 500
 """How long, at the end, what waits for peers of the bus may take to leave."""
 
+MAX_SCRAPERS: Final = 8
+"""Readers of metrics at once: a host has one, perhaps two."""
+
+MAX_SCRAPE_REQUEST: Final = 8 * 1024
+"""Bytes of a scraper's request: what common HTTP servers take for a head."""
+
+SCRAPE_TIMEOUT_MS: Final = 5000
+"""How long a scraper may take to ask and to read: half of Prometheus' own default."""
+
 MAX_REPLY_BACKLOG: Final = 8 * 1024 * 1024
 """Bytes of replies a session may leave unread before vfiod stops reading its requests."""
 

@@ -23,6 +23,7 @@ from vfiod.protocol.errors import InvalidArgument, VfiodError
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
+from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
 from vfiod.server.program import ENDING_SIGNALS, Notifier, raise_open_files, refuse_overflow_uid
 
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         refuse_overflow_uid()
         raise_open_files()
-        clean = asyncio.run(_serve(options))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            clean = runner.run(_serve(options))
     except VfiodError as error:
         print(f"vfiod mdev serve: {error}", file=sys.stderr)
         return 1

@@ -22,6 +22,7 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 SANDBOX: Final = ("on", "off", "required")
 """``--sandbox``: ``on`` goes on with what the kernel has, ``required`` does not."""
 
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_NAME: Final = 255
 """Characters of ``--name``."""
 
@@ -82,6 +83,8 @@ class Options(Struct, frozen=True):
     trace: tuple[str, ...] = ()
     roles: Mapping[str, tuple[str, ...]] = {}
     audit: str | None = None
+    metrics_path: str | None = None
+    metrics_port: tuple[str, int] | None = None
     bus: BusOption | None = None
     events: BusOption | None = None
     bus_key: str | None = None
@@ -105,6 +108,7 @@ _KEYS: Final[dict[str, type | tuple[type, ...]]] = {
     "trace": (str, list),
     "role": (str, list),
     "audit": str,
+    "metrics": str,
     "bus": str,
     "events": str,
     "bus-key": str,
@@ -144,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trace", metavar="PATTERN", action="append", help="switch trace points on; may be repeated")
     add("--role", metavar="NAME=PATTERN,...", action="append", help="make a role of the commands that match")
     add("--audit", metavar="FILE", help="note every command that may change something here; - is stderr")
+    add("--metrics", metavar="ADDRESS", help="serve OpenMetrics over HTTP: unix:PATH, or HOST:PORT of this host itself")
     add("--bus", metavar="ADDRESS", help="serve JSON-RPC in msgpack on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
@@ -216,6 +221,7 @@ def _checked(values: dict[str, Any]) -> Options:
     ]
     if doubled:
         raise OptionError(f"{doubled[0]} is given twice: each socket serves one dialect")
+    metrics_path, metrics_port = _metrics(values.get("metrics"))
     return Options(
         name=name,
         uuid=None if uuid is None else uuid.lower(),
@@ -228,6 +234,8 @@ def _checked(values: dict[str, Any]) -> Options:
         trace=tuple(str(one) for one in _list(values.get("trace"), "trace")),
         roles=_roles(_list(values.get("role"), "role")),
         audit=values.get("audit"),
+        metrics_path=metrics_path,
+        metrics_port=metrics_port,
         bus=bus,
         events=events,
         bus_key=values.get("bus-key"),
@@ -254,6 +262,19 @@ def _socket(dialect: str, text: Any) -> SocketOption:
     if kind == "fd" and separator == "=" and rest.isascii() and rest.isdigit() and len(rest) <= 9:
         return SocketOption(dialect, fd=int(rest), role=role)
     raise OptionError(f"--{dialect} expects unix:PATH or fd=N, got '{text}'")
+
+
+def _metrics(text: str | None) -> tuple[str | None, tuple[str, int] | None]:
+    if text is None:
+        return None, None
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return text.removeprefix("unix:"), None
+    host, separator, port = text.rpartition(":")
+    if separator and port.isascii() and port.isdigit() and int(port) < 1 << 16:
+        if host.strip("[]") not in LOOPBACK:
+            raise OptionError(f"--metrics serves this host only: give {' or '.join(LOOPBACK)}, not '{host}'")
+        return None, (host.strip("[]"), int(port))
+    raise OptionError(f"--metrics expects unix:PATH or HOST:PORT, got '{text}'")
 
 
 def _roles(texts: list[Any]) -> dict[str, tuple[str, ...]]:

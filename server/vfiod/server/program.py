@@ -25,6 +25,7 @@ from vfiod.server import trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
+from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
@@ -33,6 +34,7 @@ from vfiod.server.sockets.access import Access, overflow_uid
 
 if TYPE_CHECKING:
     from vfiod.server.monitor.audit import Audit
+    from vfiod.server.monitor.metrics_door import MetricsDoor
 
 __all__ = ["main", "serve"]
 
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
-        clean = asyncio.run(serve(options))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            clean = runner.run(serve(options))
     except VfiodError as error:
         print(f"vfiod: {error}", file=sys.stderr)
         return 1
@@ -105,13 +108,14 @@ async def serve(options: Options) -> bool:
         server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
         notifier = Notifier()
         stack.callback(notifier.close)
+        metrics: MetricsDoor | None = None
         try:
-            # Nobody is answered before all doors are there. The bus has threads, so it comes after what is a thread's
-            # own.
+            # The bus and the metrics have threads, so they come after what is a thread's own: _confine.
             for option in options.sockets:
                 _listen(server, option, options.socket_gid)
             _confine(options)
             _listen_bus(server, options)
+            metrics = await _listen_metrics(server, machine, access, options)
             for number in ENDING_SIGNALS:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
@@ -131,6 +135,8 @@ async def serve(options: Options) -> bool:
             problems = await machine.close()
             hub.flush()
             server.stop_listening()
+            if metrics is not None:
+                await metrics.close()
             await server.drain(LAST_REPLIES_SECONDS)
             server.close()
             for number in ENDING_SIGNALS:
@@ -155,7 +161,7 @@ def _confine(options: Options) -> None:
     from vfiod.server.sandbox import files, process
 
     buses = [one for one in (options.bus, options.events) if one is not None]
-    doors = [one.path for one in options.sockets] + [one.path for one in buses]
+    doors = [one.path for one in options.sockets] + [one.path for one in buses] + [options.metrics_path]
     paths = [path for path in doors if path is not None]
     if options.pidfile is not None:
         paths.append(options.pidfile)
@@ -174,6 +180,10 @@ def _confine(options: Options) -> None:
         *files.for_paths(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
     ]
     ports = [one.port for one in buses if one.path is None]
+    if options.metrics_port is not None:
+        ports.append(options.metrics_port[1])
+    if ports:
+        rules += files.for_names()
     problems = process.confine(rules, ports=ports, gid=options.socket_gid)
     limits.check(host_devices=options.allow_open)
     _judge(options, problems)
@@ -242,6 +252,31 @@ def _listen_bus(server: MonitorServer, options: Options) -> None:
         server.join_bus(Bus(server, address(options.bus)))
     if options.events is not None:
         server.join_bus(EventBus(server, address(options.events)))
+
+
+async def _listen_metrics(
+    server: MonitorServer, machine: Machine, access: Access, options: Options
+) -> MetricsDoor | None:
+    if options.metrics_path is None and options.metrics_port is None:
+        return None
+    from vfiod.server.commands.monitor import VERSION
+    from vfiod.server.monitor.metrics import render
+    from vfiod.server.monitor.metrics_door import MetricsDoor
+
+    triple = VERSION.qemu
+    version = f"{triple.major}.{triple.minor}.{triple.micro}"
+
+    def text() -> str:
+        names = [device.name for device in machine.devices.all()]
+        devices = list(zip(names, machine.device_stats(), strict=True))
+        return render(machine.name, machine.uuid, version, machine.stats(), devices, server.session_stats())
+
+    door = MetricsDoor(access, text)
+    if options.metrics_path is not None:
+        await door.listen_path(options.metrics_path, options.socket_gid)
+    elif options.metrics_port is not None:
+        await door.listen_tcp(*options.metrics_port)
+    return door
 
 
 class Pidfile:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,23 +251,27 @@ def test_sockets_are_private(server: OwnServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_another_user_is_not_let_in(server: OwnServer, tmp_path: Path) -> None:
+def test_another_user_is_not_let_in() -> None:
     """Even one who can reach the socket file: the kernel says who connects, and ZeroMQ looks."""
-    probe = tmp_path / "probe.py"
-    probe.write_text(
-        "import os, sys, zmq\n"
-        "socket = zmq.Context().socket(zmq.DEALER)\n"
-        "os.setuid(4321)\n"
-        "socket.linger = 0\n"
-        f"socket.connect('ipc://{tmp_path}/bus')\n"
-        "socket.send(b'\\x80')\n"
-        "sys.exit(7 if socket.poll(1000) else 3)\n"
-    )
-    for path in (*tmp_path.parents, tmp_path):
-        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & stat.S_IXOTH:
-            path.chmod(path.stat().st_mode | stat.S_IXOTH)
-    (tmp_path / "bus").chmod(0o666)
-    assert subprocess.run([sys.executable, str(probe)], check=False).returncode == 3
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own directories are closed to others
+    try:
+        probe = (
+            "import os, sys, zmq\n"
+            "socket = zmq.Context().socket(zmq.DEALER)\n"
+            "os.setuid(4321)\n"
+            "socket.linger = 0\n"
+            f"socket.connect('ipc://{directory}/bus')\n"
+            "socket.send(b'\\x80')\n"
+            "sys.exit(7 if socket.poll(1000) else 3)\n"
+        )
+        with own_server(directory, ["--bus", f"ipc:{directory}/bus"]):
+            directory.chmod(0o711)
+            (directory / "bus").chmod(0o666)
+            assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 3
+            with Bus(f"ipc:{directory}/bus") as bus:
+                assert bus.query_name().name == "own"
+    finally:
+        shutil.rmtree(directory)
 
 
 def test_tcp_needs_keys(tmp_path: Path) -> None:

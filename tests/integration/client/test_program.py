@@ -105,8 +105,14 @@ class TestFilter:
         assert [next(iter(reply)) for reply in replies] == ["return"] * 3
         assert done.returncode == 0
 
-    def test_errors_do_not_end_it(self, server: OwnServer) -> None:
-        done = vfiod("monitor", server.path, stdin="nope\ndma-map iova\n{\nquery-name\n")
+    def test_the_first_error_ends_it(self, server: OwnServer) -> None:
+        done = vfiod("monitor", server.path, stdin="query-name\nnope\nquery-name\n")
+        replies = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [next(iter(reply)) for reply in replies] == ["return", "error"]
+        assert done.returncode == 1
+
+    def test_keep_going(self, server: OwnServer) -> None:
+        done = vfiod("monitor", "--keep-going", server.path, stdin="nope\ndma-map iova\n{]\nquery-name\n")
         replies = [json.loads(line) for line in done.stdout.splitlines()]
         assert [next(iter(reply)) for reply in replies] == ["error", "error", "error", "return"]
         assert replies[0]["error"]["class"] == "CommandNotFound"
@@ -118,8 +124,34 @@ class TestFilter:
         assert any(line.get("event") == "DEVICE_RESET" and line["data"]["device"] == device for line in found)
 
     def test_human(self, server: OwnServer, device: str) -> None:
-        done = vfiod("monitor", "-H", server.path, stdin="info devices\n")
-        assert device in done.stdout
+        done = vfiod("monitor", "-H", server.path, stdin="info devices\ninfo nonsense\ninfo devices\n")
+        assert done.stdout.count(f"id {device}") == 1, "the second line is an error, and ends it"
+        assert done.returncode == 1
+
+    def test_json_over_lines_and_fds_by_path(self, server: OwnServer, tmp_path: Path) -> None:
+        (tmp_path / "ram").write_bytes(bytes(8192))
+        script = f"""getfd b={tmp_path}/ram
+        {{"execute": "dma-map",
+          "arguments": {{"iova": 0,
+
+                         "size": 4096, "fd": "a"}}}}
+        pass c={tmp_path}/nothing
+        """
+        done = vfiod("monitor", "--fd", f"a={tmp_path}/ram", server.path, stdin=script)
+        replies = [json.loads(line) for line in done.stdout.splitlines()]
+        assert replies[:2] == [{"return": {"kind": "file"}}, {"return": {"iova": 0, "size": 4096}}]
+        assert "ENOENT" in replies[2]["error"]["desc"]
+        assert done.returncode == 1
+
+    def test_over_a_bus(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o700)
+        with own_server(tmp_path, ["--bus", f"ipc:{tmp_path}/bus"], name="vm7"):
+            done = vfiod("monitor", f"ipc:{tmp_path}/bus", stdin='query-name\n{"exec-oob": "query-status"}\nnope\n')
+        replies = [json.loads(line) for line in done.stdout.splitlines()]
+        assert replies[0] == {"return": {"name": "vm7"}}
+        assert replies[1]["return"]["running"]
+        assert replies[2]["error"]["class"] == "CommandNotFound"
+        assert done.returncode == 1
 
 
 class Terminal:

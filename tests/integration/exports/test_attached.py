@@ -6,12 +6,13 @@ Rules are those of behaviour.md, sections 2 and 5.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.catalogue.words import UNSET
 
-from .conftest import Server
-from .hypervisor import eventfd, mapped, memfd, rung, silent
+from .conftest import Server, eventually
+from .hypervisor import PATIENCE, eventfd, mapped, memfd, rung, silent
 
 
 def test_the_order_of_qemu(server: Server) -> None:
@@ -157,6 +158,50 @@ def test_dma_by_messages_where_memory_came_without_a_file(server: Server) -> Non
     assert len(hypervisor.asked) == asked
 
 
+def test_dma_to_the_little_that_came_without_a_file(server: Server) -> None:
+    """However much is shared: the write that starts such a transfer waits for it, and other accesses do not change."""
+    hypervisor = server.attach(server.primer())
+    with memfd(8 << 20, b"shared") as memory:
+        hypervisor.map(0, 8 << 20, memory.number)
+    hypervisor.map(0x1000_0000, 0x1000)
+    own = hypervisor.memory[0x1000_0000] = bytearray(b"not shared".ljust(0x1000, b"."))
+    hypervisor.master()
+    assert hypervisor.dma(0x1000_0000, 0, 10, 1) == 1
+    assert hypervisor.bytes(2, 0, 10) == b"not shared"
+    assert len(hypervisor.asked) == 1
+    assert hypervisor.dma(0, 64, 6, 1) == 1
+    assert hypervisor.bytes(2, 64, 6) == b"shared"
+    assert len(hypervisor.asked) == 1, "what is shared is not asked for"
+    hypervisor.write(0, 0x20, 0x1000_0100, 8)
+    hypervisor.post(0, 0x30, 3)  # to the guest, and nobody waits for the reply
+    assert hypervisor.read(0, 0x34) == 1, "what comes later sees it done"
+    assert bytes(own[0x100:0x106]) == b"shared"
+    one = vfio_user.OneWrite(0, 0x30, (1).to_bytes(4, "little"))
+    assert hypervisor.do(vfio_user.WriteMulti((one, one))) == vfio_user.WroteMulti(2)
+    assert len(hypervisor.asked) == 4
+    [export] = server.client.query_device_exports()
+    assert export.client is not UNSET
+    assert export.client.unreachable_bytes == 0, "all of it can be reached, one way or the other"
+
+
+def test_the_monitor_may_start_such_a_transfer_too(server: Server) -> None:
+    hypervisor = server.attach(server.primer())
+    hypervisor.map(0, 0x1000)
+    hypervisor.memory[0] = bytearray(b"asked for".ljust(0x1000, b"."))
+    hypervisor.master()
+    hypervisor.write(0, 0x2C, 9)
+    with ThreadPoolExecutor(1) as elsewhere:
+        write = elsewhere.submit(
+            server.client.region_write, device="dev0", region="bar0", offset=0x30, size=4, value=1, force=True
+        )
+        for request in hypervisor.receive():
+            assert isinstance(request, vfio_user.Request)
+            hypervisor.serve(request)
+        write.result(PATIENCE)
+    assert hypervisor.read(0, 0x34) == 1
+    assert hypervisor.bytes(2, 0, 9) == b"asked for"
+
+
 def test_a_mapping_may_be_read_only(server: Server) -> None:
     hypervisor = server.attach(server.primer())
     with memfd(1 << 16) as memory:
@@ -164,6 +209,41 @@ def test_a_mapping_may_be_read_only(server: Server) -> None:
     hypervisor.master()
     assert hypervisor.dma(0, 0, 64, 1) == 1
     assert hypervisor.dma(0, 0, 64, 3) == 0x302
+
+
+def test_a_doorbell_is_rung_by_an_eventfd(server: Server) -> None:
+    hypervisor = server.attach(server.primer(parameters={"doorbell": True}))
+    before = server.open_fds()
+    short = hypervisor.do(vfio_user.GetRegionIoFds(0))
+    assert isinstance(short, vfio_user.RegionIoFds)
+    assert (short.sub_regions, short.needed, hypervisor.fds) == ((), 56, [])
+    reply = hypervisor.do(vfio_user.GetRegionIoFds(0, 56))
+    assert isinstance(reply, vfio_user.RegionIoFds)
+    [sub] = reply.sub_regions
+    assert (sub.offset, sub.size, sub.fd_index, sub.type) == (0x14, 4, 0, vfio_user.IoFdType.IOEVENTFD)
+    assert (sub.flags, sub.datamatch) == (vfio_user.IoFdFlags.DATAMATCH, 1)
+    [bell] = hypervisor.fds
+    assert server.open_fds() == before + 1, "the eventfd; what was sent is closed"
+    with eventfd() as trigger:
+        hypervisor.trigger(1, trigger.number)
+        hypervisor.master()
+        for _ in range(3):
+            os.eventfd_write(bell.number, 1)
+            assert rung(trigger) == 1
+            assert hypervisor.read(0, 0x10) == 1
+            hypervisor.write(0, 0x18, 1)
+    assert isinstance(hypervisor.do(vfio_user.GetRegionIoFds(0, 4096)), vfio_user.RegionIoFds)
+    [again] = hypervisor.fds
+    os.eventfd_write(again.number, 1)
+    eventually(lambda: hypervisor.read(0, 0x10) == 1)
+    again.close()
+    assert hypervisor.do(vfio_user.GetRegionIoFds(2, 56)) == vfio_user.RegionIoFds(2, (), 16, 16)
+    assert hypervisor.fds == []
+    hypervisor.close()
+    server.event("DEVICE_EXPORT_DETACHED")
+    os.eventfd_write(bell.number, 1)
+    bell.close()
+    eventually(lambda: server.open_fds() < before)
 
 
 def test_what_is_not_there_is_refused_politely(server: Server) -> None:

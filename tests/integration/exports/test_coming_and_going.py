@@ -124,6 +124,42 @@ def test_the_monitor_looks_and_changes_nothing(server: Server) -> None:
     assert not server.directory.joinpath("dev0.sock").exists()
 
 
+def test_other_devices_are_reset_while_one_is_attached(server: Server) -> None:
+    """A reset of what is not attached asks nobody; one of the whole machine touches nothing when it is refused."""
+    server.primer("free", export=False)
+    hypervisor = server.attach(server.primer())
+    client = server.client
+    client.region_write(device="free", region="bar0", offset=4, size=4, value=7)
+    hypervisor.write(0, 4, 7)
+    busy(client.system_reset)
+    assert client.region_read(device="free", region="bar0", offset=4, size=4).value == 0xFFFF_FFFF ^ 7
+    client.device_reset(id="free")
+    assert client.region_read(device="free", region="bar0", offset=4, size=4).value == 0xFFFF_FFFF
+    assert hypervisor.read(0, 4) == 0xFFFF_FFFF ^ 7
+    client.system_reset(force=True)
+    assert hypervisor.read(0, 4) == 0xFFFF_FFFF
+
+
+def test_a_machine_is_not_completed_over_a_client(server: Server) -> None:
+    """``irq-start`` without a device: refused for an attached platform device, done when it is not one, or by force."""
+    client = server.client
+    server.attach(server.primer("pci"))
+    assert client.irq_start(mode="direct").irqs == []
+    uuid = client.mdev_create(parent="platform", type="primer-platform").uuid
+    path = server.directory / "p.sock"
+    client.device_add(driver="vfio-platform", id="dev0", mdev=uuid)
+    client.device_export_add(id="e-dev0", type="vfio-user", device="dev0", path=str(path))
+    hypervisor = server.attach(path)
+    with eventfd() as own:
+        hypervisor.trigger(0, own.number)
+        busy(client.irq_start, mode="direct")
+        assert [vector.mode for vector in client.query_irqs(device="dev0")[0].vectors] == ["direct"]
+        hypervisor.close()
+        server.event("DEVICE_EXPORT_DETACHED")
+        with client.irq_start(mode="direct") as started:
+            assert started.irqs
+
+
 def test_what_the_monitor_had_started_ends_when_a_client_attaches(server: Server) -> None:
     path = server.primer()
     with eventfd() as own:
@@ -157,6 +193,8 @@ def test_a_client_that_does_not_let_go_is_an_unplug_error_or_forced(server: Serv
         hypervisor.map(0, 4096, memory.number)
     server.client.device_del(id="dev0", force=True)
     assert hypervisor.gone()
+    # Others are passed over, so that this is their order.
+    assert "removed" in server.event("DEVICE_EXPORT_DETACHED")["reason"]
     assert server.event("DEVICE_DELETED")["released"] is True
     eventually(lambda: server.client.query_device_exports() == [])
     assert server.client.query_dma() == []
@@ -176,6 +214,8 @@ def test_the_server_ends_with_a_client_attached(server: Server) -> None:
         hypervisor.map(0, 4096, memory.number)
     server.client.quit()
     assert hypervisor.gone()
+    assert server.event("DEVICE_EXPORT_DETACHED")["device"] == "dev0"
+    assert server.event("DEVICE_DELETED")["device"] == "dev0"
     assert server.process.wait(PATIENCE) == 0
     assert not server.directory.joinpath("dev0.sock").exists()
 

@@ -251,7 +251,7 @@ def unanswered(guest: Guest) -> bytes:
     return Orb(laid.orb.cpa, flags=laid.orb.flags | 1 << 19).pack()
 
 
-def test_the_time_is_over_and_what_comes_late_is_told(guest: Guest, disk: Path) -> None:
+def test_a_clear_after_a_timeout_is_not_late(guest: Guest, disk: Path) -> None:
     with guest.client.events("CCW_IO") as events:
         with pytest.raises(RemoteError, match=r"No interrupt ended .* ccw-clear ends it") as caught:
             guest.client.ccw_request(device="dev0", orb=unanswered(guest), timeout_ms=20)
@@ -260,7 +260,9 @@ def test_the_time_is_over_and_what_comes_late_is_told(guest: Guest, disk: Path) 
         guest.client.ccw_clear(device="dev0")
         told = events.get(timeout=PATIENCE).data
         assert isinstance(told, CcwIo)
-        assert (told.late, told.solicited) == (True, True)
+        # It is the clear that ended, in time; and with it the program that was given up.
+        assert (told.late, told.solicited, told.decoded.functions) == (False, True, ["clear"])
+        assert guest.client.query_subchannel(device="dev0").late == 0
     test_who_is_there(guest, disk)
 
 

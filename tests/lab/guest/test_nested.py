@@ -21,6 +21,7 @@ from tests.lab.topologies import EDU_PORT
 from vfiod.protocol.catalogue.exports import ExportState
 
 MACHINE = "nested"
+TEST_SECONDS = 700
 
 #: Seconds for a Linux in an emulator in an emulator: it takes about a hundred on an idle machine.
 NESTED_SECONDS = 500.0

@@ -76,6 +76,7 @@ class SmallGuest:
         devices: ``-device`` arguments.
         then: ``poweroff``, ``reboot`` or ``wait``, when the program is done.
         rounds: how often a device is waited for; 0: it is there from the start.
+        serial: the device is a serial card with so many ports.
         kernel: when not :func:`find_kernel`'s.
 
     """
@@ -88,6 +89,7 @@ class SmallGuest:
         *,
         then: str = "poweroff",
         rounds: int = 0,
+        serial: int = 0,
         kernel: Path | None = None,
     ) -> None:
         self.directory = directory
@@ -96,6 +98,7 @@ class SmallGuest:
         program, kernel = find_program(), kernel or find_kernel()
         assert program is not None and kernel is not None, unavailable_reason()
         line = f"console=ttyS0 panic=-1 quiet vfiod.then={then}" + (f" vfiod.rounds={rounds}" if rounds else "")
+        line += f" vfiod.serial={serial}" if serial else ""
         self.arguments = [
             *(str(program), "-accel", "tcg", "-machine", "q35,memory-backend=ram", "-m", "128"),
             *("-object", "memory-backend-memfd,id=ram,size=128M,share=on"),

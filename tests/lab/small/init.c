@@ -9,8 +9,12 @@
  *
  *     vfiod.then=poweroff | reboot | wait    what follows
  *     vfiod.rounds=N                         N times: wait for the device to come, use it, wait for it to go
+ *     vfiod.serial=N                         the device is a serial card of N ports, and the kernel's 8250 drives it: each
+ *                                            port says "port P of N", gives back every line with upper and lower case
+ *                                            exchanged, and is done after the line "end"
  */
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -26,6 +30,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <termios.h>
 #include <unistd.h>
 #include <linux/vfio.h>
 
@@ -40,6 +45,7 @@ struct model {
 static const struct model models[] = {
     {0x11e81234, "edu", 0x010000ed, 0x04, 0x60, 0x64},
     {0xf10d1234, "primer", 0xf10d0001, 0x04, 0x14, 0x18},
+    {0x32534348, "serial", 0, 0, 0, 0},
 };
 
 static int failures;
@@ -284,6 +290,85 @@ static void drive(const struct model *model, const char *address)
     close(device), close(group), close(container);
 }
 
+/* The tty of a port of the card: the wanted-th, by number, whose place in sysfs lies below the card's. */
+static int tty_of(const char *address, int wanted, char *name, size_t size)
+{
+    for (int number = 0; number < 64; number++) {
+        char path[256], real[4096];
+        snprintf(path, sizeof path, "/sys/class/tty/ttyS%d", number);
+        if (realpath(path, real) && strstr(real, address) && !wanted--) {
+            snprintf(name, size, "ttyS%d", number);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static unsigned long interrupts_of(const char *name)
+{
+    static char text[1 << 16];
+    int fd = open("/proc/interrupts", O_RDONLY);
+    size_t have = 0;
+    for (ssize_t more; fd >= 0 && have < sizeof text - 1 && (more = read(fd, text + have, sizeof text - 1 - have)) > 0;)
+        have += more;
+    text[have] = 0;
+    close(fd);
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"))
+        if (strstr(line, name) && strchr(line, ':'))
+            return strtoul(strchr(line, ':') + 1, NULL, 10);
+    return 0;
+}
+
+static void serial(const char *address, int ports)
+{
+    for (int port = 0; port < ports; port++) {
+        char name[16], path[32];
+        if (!tty_of(address, port, name, sizeof name)) {
+            said(0, "tty", "port %d has none", port);
+            continue;
+        }
+        snprintf(path, sizeof path, "/dev/%s", name);
+        int fd = open(path, O_RDWR | O_NOCTTY | O_NONBLOCK);
+        struct termios mode;
+        if (fd < 0 || tcgetattr(fd, &mode)) {
+            said(0, "tty", "%s: %s", name, strerror(errno));
+            continue;
+        }
+        cfmakeraw(&mode);
+        cfsetspeed(&mode, B115200);
+        mode.c_cflag |= CLOCAL | CREAD;
+        tcsetattr(fd, TCSANOW, &mode);
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+        said(1, "tty", "port %d is %s", port, name);
+        dprintf(fd, "port %d of %d\n", port, ports);
+        char text[256];
+        size_t have = 0, all = 0;
+        int ended = 0;
+        while (!ended) {
+            ssize_t more = read(fd, text + have, sizeof text - have);
+            if (more <= 0)
+                break;
+            have += more;
+            char *end;
+            while (!ended && (end = memchr(text, '\n', have))) {
+                size_t length = end + 1 - text;
+                ended = length == 4 && !memcmp(text, "end", 3);
+                for (size_t i = 0; i < length; i++)
+                    text[i] = isupper((unsigned char)text[i]) ? tolower(text[i]) : toupper(text[i]);
+                if (write(fd, text, length) != (ssize_t)length)
+                    said(0, "write", "%s: %s", name, strerror(errno));
+                all += length;
+                memmove(text, text + length, have -= length);
+            }
+        }
+        tcdrain(fd);
+        said(ended, "echoed", "%zu bytes", all);
+        unsigned long interrupts = interrupts_of(name);
+        said(interrupts > 0, "interrupts", "%lu of %s", interrupts, name);
+        close(fd);
+    }
+}
+
 int main(void)
 {
     static char line[4096];
@@ -303,7 +388,10 @@ int main(void)
         for (int tries = 0; !(model = find(address, sizeof address)) && rounds && tries < WAIT_MS; tries += 20)
             usleep(20000);
         said(model != NULL, "found", "%s at %s", model ? model->name : "none", address);
-        if (model) {
+        given = strstr(line, "vfiod.serial=");
+        if (model && given) {
+            serial(address, atoi(given + strlen("vfiod.serial=")));
+        } else if (model) {
             registers(model, address);
             drive(model, address);
         }

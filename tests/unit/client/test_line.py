@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiod.client.line import InvalidLine, Line, arguments_from, parse_line
+from vfiod.client.line import InvalidLine, Line, arguments_from, is_unfinished, parse_line
 from vfiod.protocol.catalogue import COMMANDS
 
 
@@ -102,3 +102,21 @@ def test_nothing_else_is_raised(text: str) -> None:
 def test_nor_by_any_command(name: str, words: list[str]) -> None:
     with contextlib.suppress(InvalidLine):
         msgspec.json.encode(arguments_from(name, words))
+
+
+@pytest.mark.parametrize(
+    ("text", "unfinished"),
+    [
+        ("query-name", False),
+        ("x={", False),
+        ("{", True),
+        ('{"execute": "query-name"}', False),
+        ('{"execute": "dma-map",\n "arguments": {"iova": 0', True),
+        ('{"execute": "a}{[\\" b", "arguments": {', True),
+        ('{"execute": "query-na', False),  # a string ends on its line: this is a mistake, not a beginning
+        ("{]", False),
+        ("{}}", False),
+    ],
+)
+def test_what_goes_on_over_lines(text: str, unfinished: bool) -> None:
+    assert is_unfinished(text) is unfinished

@@ -747,16 +747,31 @@ class FakeKernel(Syscalls):
                 self._hot_reset(device, buffer, file)
             case "VFIO_DEVICE_BIND_IOMMUFD":
                 raise refuse(errno.EINVAL)  # a device of a group
-            case "VFIO_DEVICE_FEATURE" if vfio.DeviceFeature.unpack(bytes(buffer)).flags & vfio.FeatureFlags.SET:
-                if not device.sriov:
-                    raise refuse(errno.ENOTTY)
-                device.vf_token = vfio.DeviceFeature.unpack(bytes(buffer)).data
             case "VFIO_DEVICE_FEATURE":
-                if vfio.DeviceFeature.unpack(bytes(buffer)).feature not in device.features:
-                    raise refuse(errno.ENOTTY)
+                self._feature(device, buffer)
             case _:
                 raise refuse(errno.ENOTTY)
         return 0
+
+    @staticmethod
+    def _feature(device: FakeDevice, buffer: bytearray) -> None:
+        asked = vfio.DeviceFeature.unpack(bytes(buffer))
+        setting = vfio.FeatureFlags.SET in asked.flags
+        if asked.feature == vfio.Feature.PCI_VF_TOKEN and setting:
+            if not device.sriov:
+                raise refuse(errno.ENOTTY)
+            device.vf_token = asked.data
+        elif asked.feature not in device.features:
+            raise refuse(errno.ENOTTY)
+        elif vfio.FeatureFlags.PROBE in asked.flags:
+            return
+        elif setting:
+            device.feature_values[asked.feature] = asked.data
+        else:
+            value = device.feature_values.get(asked.feature, b"")
+            if len(asked.data) < len(value):
+                raise refuse(errno.EINVAL)
+            buffer[asked.LAYOUT.size : asked.LAYOUT.size + len(value)] = value
 
     # --- limits ---
     def _locked(self) -> int:
@@ -825,6 +840,8 @@ class FakeKernel(Syscalls):
                 return f"../../bus/{device.bus}"
             case ["reset_method"]:
                 return device.reset_method
+            case ["mdev_type", "device_api"]:
+                return device.device_api
         return None
 
     def _must(self, path: str) -> str:

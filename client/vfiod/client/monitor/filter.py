@@ -2,85 +2,125 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import select
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vfiod.client.errors import ConnectionLost
-from vfiod.client.line import InvalidLine, parse_line
+from vfiod.client.errors import ClientError
+from vfiod.client.line import is_unfinished, parse_line
+from vfiod.client.monitor.local import open_named
 from vfiod.client.render import plain
-from vfiod.client.sync import Client, EventStream
 from vfiod.protocol.errors import RemoteError
 from vfiod.protocol.fd import FileDescriptor, close_all
+
+if TYPE_CHECKING:
+    from vfiod.client.bus import Bus
+    from vfiod.client.sync import Client, EventStream
 
 __all__ = ["run_filter"]
 
 
-def run_filter(client: Client, *, human: bool, verbose: bool, events: bool) -> int:
-    """Answer every line of standard input. 0: all were results; 1: at least one was an error."""
+def run_filter(
+    client: Client | Bus,
+    stream: EventStream | None,
+    options: argparse.Namespace,
+    fds: Mapping[str, FileDescriptor],
+) -> int:
+    """Answer every line of standard input, to the first error unless told otherwise.
+
+    Args:
+        client: connected.
+        stream: its events, when it is a Unix socket's: they tell when the connection ends.
+        options: of the command line: ``human``, ``verbose``, ``events``, ``keep_going``.
+        fds: passed first, under their names.
+
+    Returns:
+        0: all were results; 1: at least one was an error.
+
+    """
     status = 0
-    with client.events() as stream:
-        for line in _lines(client, stream if events else None):
-            status |= _answer(client, line, human=human, verbose=verbose)
-            if events:
-                _print_events(stream)
-            if client.fileno() < 0:
-                break
+    for name, fd in fds.items():
+        client.getfd(fdname=name, fd=fd)
+    for line in _lines(stream if options.events else None):
+        failed, lost = _answer(client, line, options)
+        if options.events and stream is not None and not lost:
+            _print_events(stream)
+        status |= failed
+        if lost or (failed and not options.keep_going):
+            break
     return status
 
 
-def _lines(client: Client, stream: EventStream | None) -> Iterator[str]:
-    """Lines of standard input; while none come, events are printed."""
-    pending = b""
-    while True:
-        watched: list[Any] = [sys.stdin.buffer.raw if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer]
-        if stream is not None and client.fileno() >= 0:
-            watched.append(client)
-        ready = select.select(watched, [], [])[0]
-        if client in ready and stream is not None:
-            _print_events(stream)
-        if watched[0] not in ready:
+def _lines(stream: EventStream | None) -> Iterator[str]:
+    """Commands from standard input, JSON over several lines as one; while none come, events are printed."""
+    unfinished = ""
+    for text in _raw_lines(stream):
+        if not unfinished and (not text or text.startswith("#")):
             continue
-        chunk = watched[0].read(65536)
+        unfinished += f"\n{text}" if unfinished else text
+        if not is_unfinished(unfinished):
+            yield unfinished
+            unfinished = ""
+    if unfinished:
+        yield unfinished
+
+
+def _raw_lines(stream: EventStream | None) -> Iterator[str]:
+    pending = b""
+    source = sys.stdin.buffer.raw if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer
+    while True:
+        watched: list[Any] = [source] if stream is None else [source, stream]
+        ready = select.select(watched, [], [])[0]
+        if stream is not None and stream in ready:
+            _print_events(stream)
+        if source not in ready:
+            continue
+        chunk = source.read(65536)
         pending += chunk or b""
         *complete, pending = pending.split(b"\n")
         if not chunk and pending:
             complete, pending = [pending], b""
         for line in complete:
-            text = line.decode(errors="replace").strip()
-            if text and not text.startswith("#"):
-                yield text
+            yield line.decode(errors="replace").strip()
         if not chunk:
             return
 
 
-def _answer(client: Client, text: str, *, human: bool, verbose: bool) -> int:
+def _answer(client: Client | Bus, text: str, options: argparse.Namespace) -> tuple[int, bool]:
+    """Whether it failed (1), and whether the server is gone."""
     fds: list[tuple[str, FileDescriptor]] = []
-    if verbose:
+    if options.verbose:
         print(f"-> {text}", file=sys.stderr)
     try:
-        if human:
-            print(client.human_monitor_command(command_line=text), end="", flush=True)
-            return 0
-        line = parse_line(text)
-        result = plain(client.execute(line.command, line.arguments, oob=line.oob), fds)
+        if options.human:
+            said = client.human_monitor_command(command_line=text)
+            print(said, end="", flush=True)
+            return int(said.startswith("Error: ")), False  # as QEMU, the server tells errors as text
+        named = open_named(text)
+        if named is not None:
+            with named[1] as fd:
+                result = plain(client.getfd(fdname=named[0], fd=fd))
+        else:
+            line = parse_line(text.removeprefix("json "))
+            result = plain(client.execute(line.command, line.arguments, oob=line.oob), fds)
         print(json.dumps({"return": result}), flush=True)
     except RemoteError as error:
         print(json.dumps({"error": {"class": error.remote_class, "desc": error.desc}}), flush=True)
-        return 1
-    except ConnectionLost as error:
+        return 1, False
+    except ConnectionError as error:
         print(f"vfiod monitor: {error}", file=sys.stderr)
-        return 1
-    except (InvalidLine, ValueError) as error:
+        return 1, True
+    except (ClientError, ValueError) as error:
         print(json.dumps({"error": {"class": "GenericError", "desc": str(error)}}), flush=True)
-        return 1
+        return 1, False
     finally:
         close_all(fd for _, fd in fds)
-    return 0
+    return 0, False
 
 
 def _print_events(stream: EventStream) -> None:

@@ -7,33 +7,42 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import signal
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 from prompt_toolkit import PromptSession, print_formatted_text
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer
 from prompt_toolkit.completion import Completion as Shown
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
-from vfiod.client.aio import AsyncClient
-from vfiod.client.call import open_fd
 from vfiod.client.dialects import Dialect
 from vfiod.client.errors import ClientError, ConnectFailed, ConnectionLost
 from vfiod.client.events import Event
 from vfiod.client.fds import descriptors
-from vfiod.client.line import InvalidLine, parse_line
-from vfiod.client.monitor.complete import complete
+from vfiod.client.line import is_unfinished, parse_line
+from vfiod.client.monitor.complete import complete, complete_human
 from vfiod.client.monitor.help import did_you_mean, help_text
-from vfiod.client.render import coloured, plain
+from vfiod.client.monitor.local import open_named
+from vfiod.client.monitor.names import LIVE_SECONDS, live_names
+from vfiod.client.render import WIDE, coloured, plain, table
 from vfiod.protocol.errors import RemoteError, VfiodError
-from vfiod.protocol.fd import close_all
+from vfiod.protocol.fd import FileDescriptor, close_all
+
+if TYPE_CHECKING:
+    from vfiod.client.aio import AsyncClient
+    from vfiod.client.monitor.overbus import BusClient
 
 __all__ = ["Monitor", "run_interactive"]
 
@@ -41,37 +50,56 @@ STYLE: Final = Style.from_dict(
     {
         "json.name": "ansicyan", "json.text": "ansigreen", "json.number": "ansiyellow", "json.word": "ansimagenta",
         "event": "bold ansiblue", "time": "ansibrightblack", "error": "ansired", "note": "ansibrightblack",
-        "prompt": "bold", "prompt.lost": "bold ansired",
+        "prompt": "bold", "head": "bold underline", "prompt.lost": "bold ansired",
     }
 )  # fmt: skip
 RETRY_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)  # the last for ever
-LIVE_SECONDS: Final = 1.0  # a completion waits no longer for the server
 
 
-def run_interactive(path: str, dialect: Dialect, *, human: bool, verbose: bool) -> int:
-    """Until the person leaves. 0; 1 when there was no server to begin with."""
-    return asyncio.run(Monitor(path, dialect, human=human, verbose=verbose).run())
+Connect: TypeAlias = "Callable[[], Awaitable[AsyncClient | BusClient]]"
+
+
+def run_interactive(path: str, dialect: Dialect, connect: Connect, **options: Any) -> int:
+    """Until the person leaves. 0; 1 when there was no server to begin with. The arguments are :class:`Monitor`'s."""
+    return asyncio.run(Monitor(connect, path, dialect, **options).run())
 
 
 class Monitor(Completer):
     """One person at one server.
 
     Args:
-        path: the monitor's socket.
+        connect: makes a new connection.
+        path: the monitor's socket, or the bus: what messages call it.
         dialect: what it speaks.
         human: lines are human monitor commands.
         verbose: show requests.
+        fds: passed under their names at the start, and again to a server that came back. The caller closes them.
+        colour: whether colours may be used.
 
     """
 
-    def __init__(self, path: str, dialect: Dialect, *, human: bool, verbose: bool) -> None:
+    def __init__(
+        self,
+        connect: Connect,
+        path: str,
+        dialect: Dialect,
+        *,
+        human: bool,
+        verbose: bool,
+        fds: Mapping[str, FileDescriptor],
+        colour: bool,
+    ) -> None:
+        self._open = connect
         self._path = path
         self._dialect = dialect
         self._human = human
         self._verbose = verbose
-        self._client: AsyncClient | None = None
+        self._fds = fds
+        self._depth = None if colour else ColorDepth.DEPTH_1_BIT
+        self._client: AsyncClient | BusClient | None = None
         self._name = Path(path).stem
         self._leaving = False
+        self._interrupted = False
 
     async def run(self) -> int:
         """The loop. See :func:`run_interactive`."""
@@ -80,19 +108,22 @@ class Monitor(Completer):
         except ClientError as error:
             self._print(("class:error", str(error)))
             return 1
-        session: PromptSession[str] = PromptSession(
-            history=_history(), completer=self, complete_while_typing=False, style=STYLE, enable_suspend=True
-        )
+        session = self._editor()
         keeper = asyncio.create_task(self._keep_connected())
         try:
             with patch_stdout(raw=True):
                 while not self._leaving:
                     try:
                         text = await session.prompt_async(self._prompt)
-                    except KeyboardInterrupt:  # Ctrl-C clears the line, as in a shell
+                    except KeyboardInterrupt:  # Ctrl-C clears the line, as in a shell; the second leaves
+                        self._leaving = self._interrupted
+                        self._interrupted = True
+                        if not self._leaving:
+                            self._print(("class:note", "Ctrl-C again leaves."))
                         continue
                     except EOFError:
                         break
+                    self._interrupted = False
                     await self._line(session, text.strip())
         finally:
             self._leaving = True
@@ -103,16 +134,34 @@ class Monitor(Completer):
                 await self._client.close()
         return 0
 
+    def _editor(self) -> PromptSession[str]:
+        keys = KeyBindings()
+
+        @keys.add("f1")
+        def _(event: KeyPressEvent) -> None:
+            words = event.current_buffer.text.removeprefix("json ").split()
+            text = help_text(words[0] if words else "")
+            run_in_terminal(lambda: self._print(("", text)))
+
+        return PromptSession(
+            history=_history(), completer=self, complete_while_typing=False, style=STYLE, enable_suspend=True,
+            multiline=Condition(lambda: is_unfinished(get_app().current_buffer.text)), key_bindings=keys,
+            prompt_continuation=lambda width, number, wrapped: " " * width, color_depth=self._depth,
+        )  # fmt: skip
+
     # --- the connection -------------------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        client = await AsyncClient.connect(self._path, dialect=self._dialect)
+        client = await self._open()
         with contextlib.suppress(VfiodError):  # a server of another kind: its socket's name will do
             self._name = (await client.query_name(timeout=LIVE_SECONDS)).name
         version = client.version.qemu if client.version else None
         numbers = f" {version.major}.{version.minor}.{version.micro}" if version else ""
         self._client = client
         self._print(("class:note", f"Connected to {self._name}{numbers}. 'help' lists commands, Tab completes them."))
+        for name, fd in self._fds.items():  # names belong to a session: a new one gets them anew
+            kind = (await client.getfd(fdname=name, fd=fd)).kind
+            self._print(("class:note", f"{name}: {kind.value}"))
 
     async def _keep_connected(self) -> None:
         """Print events; when the connection is lost, make it again."""
@@ -126,6 +175,7 @@ class Monitor(Completer):
                             self._event(event)
                 except ClientError as error:
                     self._print(("class:error", f"{error}. Trying to connect again; 'exit' leaves."))
+                await self._client.close()
                 self._client = None
             await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             attempt += 1
@@ -133,7 +183,7 @@ class Monitor(Completer):
                 await self._connect()
             except ConnectFailed:
                 continue
-            except ClientError as error:
+            except (VfiodError, ValueError) as error:
                 self._print(("class:error", str(error)))
 
     # --- lines ------------------------------------------------------------------------------------------------------
@@ -173,24 +223,29 @@ class Monitor(Completer):
         except asyncio.CancelledError:
             if (current := asyncio.current_task()) is not None and current.cancelling():
                 raise
-            self._print(("class:note", "No longer waiting; the command may still be carried out."))
+            self._interrupted = True
+            self._print(("class:note", "No longer waiting; the command may still be carried out. Ctrl-C again leaves."))
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 
-    async def _command(self, client: AsyncClient, text: str) -> None:
+    async def _command(self, client: AsyncClient | BusClient, text: str) -> None:
         try:
             if self._human:
                 self._print(("", _printable(await client.human_monitor_command(command_line=text)).rstrip("\n")))
-            elif text.startswith("pass "):
-                await self._pass(client, text.removeprefix("pass ").strip())
+            elif (named := open_named(text)) is not None:
+                name, fd = named
+                with fd:
+                    kind = (await client.getfd(fdname=name, fd=fd)).kind
+                self._print(("class:note", f"{name}: {kind.value}"))
             else:
-                line = parse_line(text)
+                as_json = text.startswith("json ")
+                line = parse_line(text.removeprefix("json "))
                 if self._verbose:
                     request = {"exec-oob" if line.oob else "execute": line.command, "arguments": line.arguments}
                     self._print(("class:note", f"-> {json.dumps(request)}"))
                 result = await client.execute(line.command, line.arguments, oob=line.oob)
                 try:
-                    self._print(*coloured(plain(result)))
+                    self._print(*self._shown(plain(result), as_json=as_json))
                 finally:
                     close_all(descriptors(result))
         except RemoteError as error:
@@ -202,27 +257,39 @@ class Monitor(Completer):
         except (ClientError, ValueError) as error:
             self._print(("class:error", str(error)))
 
-    async def _pass(self, client: AsyncClient, text: str) -> None:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise InvalidLine("pass takes NAME=PATH, such as pass ram=/dev/shm/guest")
-        with open_fd(path) as fd:
-            kind = (await client.getfd(fdname=name, fd=fd)).kind
-        self._print(("class:note", f"{name}: {kind.value}"))
-
     # --- output -----------------------------------------------------------------------------------------------------
 
     def _prompt(self) -> FormattedText:
-        style = "class:prompt" if self._client is not None else "class:prompt.lost"
-        return FormattedText([(style, f"({self._name}) " if self._client is not None else f"({self._name}?) ")])
+        longest = max(_columns() // 3, 4)  # the name leaves room for a line
+        name = self._name if len(self._name) <= longest else self._name[: longest - 1] + "~"
+        if self._client is None:
+            return FormattedText([("class:prompt.lost", f"({name}?) ")])
+        return FormattedText([("class:prompt", f"({name}) ")])
+
+    def _shown(self, value: Any, *, as_json: bool) -> Iterator[tuple[str, str]]:
+        """A reply: a table where it is a list of objects, else JSON."""
+        if isinstance(value, dict) and isinstance(text := value.get("text"), str) and "\n" in text and not as_json:
+            return iter([("", _printable(text).rstrip("\n"))])  # query-topology format=tree: a drawing
+        columns = _columns()
+        rows = None if as_json else table(value, columns)
+        return coloured(value, room=min(columns, WIDE)) if rows is None else rows
 
     def _event(self, event: Event) -> None:
+        """In a lane of its own, above the line that is being typed."""
         when = datetime.datetime.fromtimestamp(max(event.timestamp, 0)).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        data = coloured(msgspec.to_builtins(event.data))
-        self._print(("class:time", when + " "), ("class:event", event.name + " "), *data)
+        room = min(_columns(), WIDE) - len(f"| {when} {event.name} ")
+        pieces = [("class:time", f"{when} "), ("class:event", f"{event.name} ")]
+        pieces += coloured(msgspec.to_builtins(event.data), room=room)
+        lane: list[tuple[str, str]] = [("class:event", "| ")]
+        for style, text in pieces:
+            first, *more = text.split("\n")
+            lane.append((style, first))
+            for rest in more:
+                lane += [("class:event", "\n| "), (style, rest)]
+        self._print(*lane)
 
     def _print(self, *pieces: tuple[str, str]) -> None:
-        print_formatted_text(FormattedText(pieces), style=STYLE)
+        print_formatted_text(FormattedText(pieces), style=STYLE, color_depth=self._depth)
 
     # --- completion -------------------------------------------------------------------------------------------------
 
@@ -234,49 +301,25 @@ class Monitor(Completer):
         self, document: Document, complete_event: CompleteEvent
     ) -> AsyncGenerator[Shown, None]:
         """Completions from the catalogue, and from the server where names live there."""
-        if self._human:
-            return
-        found = complete(document.text_before_cursor.lstrip())
+        text = document.text_before_cursor.lstrip()
+        found = complete_human(text) if self._human else complete(text)
         for candidate in found.candidates:
             yield Shown(candidate.text, -len(found.prefix), display_meta=candidate.about)
-        if found.live is not None:
-            for name in await self._live(found.live):
-                if name.startswith(found.prefix):
-                    yield Shown(name, -len(found.prefix), display_meta=found.live)
-
-    async def _live(self, kind: str) -> list[str]:
-        """Names of a kind that the server knows now; none when it does not tell in time."""
-        client = self._client
-        if client is None:
-            return []
-        oob = self._dialect is Dialect.QMP  # ahead of whatever is waiting
-        try:
-            match kind:
-                case "devices":
-                    return [device.id for device in await client.query_devices(oob=oob, timeout=LIVE_SECONDS)]
-                case "objects":
-                    return [made.id for made in await client.query_objects(oob=oob, timeout=LIVE_SECONDS)]
-                case "fds":
-                    named = [fd.name for fd in await client.query_fds(oob=oob, timeout=LIVE_SECONDS)]
-                    sets = await client.query_fdsets(oob=oob, timeout=LIVE_SECONDS)
-                    return [n for n in named if isinstance(n, str)] + [f"/dev/fdset/{s.fdset_id}" for s in sets]
-                case "traces":
-                    points = await client.trace_event_get_state(name="*", oob=oob, timeout=LIVE_SECONDS)
-                    return [point.name for point in points]
-            types = await client.query_mdev_types(oob=oob, timeout=LIVE_SECONDS)
-            names = {
-                "mdevs": [device.uuid for made in types for device in made.devices],
-                "parents": sorted({made.parent for made in types}),
-                "types": [made.type for made in types],
-            }
-            return names.get(kind, [])
-        except (VfiodError, ValueError):
-            return []
+        if found.live is None or self._client is None:
+            return
+        before, after = found.quotes
+        for name in await live_names(self._client, found.live, oob=self._dialect is Dialect.QMP):
+            if name.startswith(found.prefix):
+                yield Shown(before + name + after, -len(found.prefix), display_meta=found.live)
 
 
 def _printable(text: str) -> str:
     """Text from a server without what would drive the terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def _history() -> History:

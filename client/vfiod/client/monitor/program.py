@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import TYPE_CHECKING
 
+from vfiod.client.call import open_fds
 from vfiod.client.dialects import Dialect
 from vfiod.client.errors import ClientError
+from vfiod.client.line import InvalidLine
+from vfiod.protocol.errors import VfiodError
+from vfiod.protocol.fd import FileDescriptor, close_all
+
+if TYPE_CHECKING:
+    from vfiod.client.monitor.overbus import BusClient
 
 __all__ = ["main"]
 
 EPILOG = """\
-At a terminal: Tab completes commands, arguments, values and the ids of what there is; 'help COMMAND' explains;
-events appear above the prompt; history is kept; a lost connection is made again. In a pipe: one command a line in,
-one JSON object a line out, and the exit status is 1 when one of them was an error.
+At a terminal: Tab completes commands, arguments, values and the ids of what there is; 'help COMMAND' (or F1) explains;
+JSON may go over several lines; events appear above the prompt; history is kept; a lost connection is made again.
+Ctrl-C cancels the line, or the wait for a reply; twice leaves, as Ctrl-D does.
+In a pipe: one command a line in (or JSON), one JSON object a line out. The first error ends it with status 1;
+with --keep-going the rest is run too, and the status is still 1.
 """
 
 
@@ -23,28 +34,79 @@ def parser() -> argparse.ArgumentParser:
         "vfiod monitor", description="Talk to a server.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="the monitor's socket")
+    made.add_argument("path", metavar="PATH", help="the monitor's socket; or the bus, ipc:PATH")
     made.add_argument("-H", "--human", action="store_true", help="human commands: info devices, ...")
     made.add_argument("-v", "--verbose", action="store_true", help="show what is sent")
     made.add_argument("-e", "--events", action="store_true", help="in a pipe: events too, as lines of JSON")
+    made.add_argument("-k", "--keep-going", action="store_true", help="in a pipe: an error does not end it")
+    made.add_argument(
+        "--fd", metavar="NAME=PATH", action="append", default=[],
+        help="open PATH and pass it under NAME first; NAME=fd:N passes the inherited fd N; may be repeated",
+    )  # fmt: skip
+    made.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto",
+        help="at a terminal; auto: unless NO_COLOR is set",
+    )  # fmt: skip
     made.add_argument("--jsonrpc", action="store_true", help="the socket speaks JSON-RPC 2.0")
+    made.add_argument("--bus-events", metavar="ADDRESS", default="", help="with a bus: where its events are, ipc:PATH")
     return made
 
 
 def main(argv: list[str]) -> int:
     """Run it. The exit status."""
     options = parser().parse_args(argv)
-    dialect = Dialect.JSONRPC if options.jsonrpc else Dialect.QMP
+    fds: dict[str, FileDescriptor] = {}
     try:
-        if sys.stdin.isatty():
-            from vfiod.client.monitor.interactive import run_interactive  # a line editor is slow to import
-
-            return run_interactive(options.path, dialect, human=options.human, verbose=options.verbose)
-        from vfiod.client.monitor.filter import run_filter
-        from vfiod.client.sync import Client
-
-        with Client.connect(options.path, dialect=dialect) as client:
-            return run_filter(client, human=options.human, verbose=options.verbose, events=options.events)
-    except ClientError as error:
+        fds = open_fds(options.fd)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            return _at_a_terminal(options, fds)
+        return _in_a_pipe(options, fds)
+    except InvalidLine as error:
+        print(f"vfiod monitor: {error}", file=sys.stderr)
+        return 2
+    except (VfiodError, ValueError) as error:
         print(f"vfiod monitor: {error}", file=sys.stderr)
         return 1
+    finally:
+        close_all(fds.values())
+
+
+def _dialect(options: argparse.Namespace) -> Dialect:
+    return Dialect.JSONRPC if options.jsonrpc or _is_bus(options) else Dialect.QMP
+
+
+def _is_bus(options: argparse.Namespace) -> bool:
+    return str(options.path).startswith(("ipc:", "tcp:"))
+
+
+def _at_a_terminal(options: argparse.Namespace, fds: dict[str, FileDescriptor]) -> int:
+    from vfiod.client.aio import AsyncClient
+    from vfiod.client.monitor.interactive import run_interactive  # a line editor is slow to import
+
+    path, dialect = options.path, _dialect(options)
+
+    async def connect() -> AsyncClient | BusClient:
+        if not _is_bus(options):
+            return await AsyncClient.connect(path, dialect=dialect)
+        from vfiod.client.monitor.overbus import BusClient  # only whoever names a bus pays for ZeroMQ
+
+        return await BusClient.connect(path, events=options.bus_events)
+
+    colour = options.color == "always" or (options.color == "auto" and not os.environ.get("NO_COLOR"))
+    return run_interactive(path, dialect, connect, human=options.human, verbose=options.verbose, fds=fds, colour=colour)
+
+
+def _in_a_pipe(options: argparse.Namespace, fds: dict[str, FileDescriptor]) -> int:
+    from vfiod.client.monitor.filter import run_filter
+
+    if _is_bus(options):
+        if options.events:
+            raise ClientError("-e needs a Unix socket: a bus has its events at another address")
+        from vfiod.client.bus import Bus
+
+        with Bus(options.path) as bus:
+            return run_filter(bus, None, options, fds)
+    from vfiod.client.sync import Client
+
+    with Client.connect(options.path, dialect=_dialect(options)) as client, client.events() as stream:
+        return run_filter(client, stream, options, fds)

@@ -261,6 +261,13 @@ def check_ccws(ccws: tuple[Ccw, ...], address: int, format: int, idaws: Idaws = 
             raise BadChannelStructure(f"{what}: a command whose low four bits are 0, or 8 and no TIC, does not exist")
         if not ccw.count and (not format or CcwFlags.CHAIN_DATA in ccw.flags):
             raise BadChannelStructure(f"{what}: a count of 0 is for format 1 without data chaining only")
+        if CcwFlags.MODIFIED_INDIRECT in ccw.flags:
+            raise BadChannelStructure(
+                f"{what}: modified indirect addressing (MIDAW) is not done: vfio-ccw would take the list for the data "
+                "itself; use IDAWs"
+            )
+        if CcwFlags.SUSPEND in ccw.flags and chained:
+            raise BadChannelStructure(f"{what}: a program suspends itself between commands, not within data chaining")
         if CcwFlags.INDIRECT in ccw.flags and ccw.address % idaws.width:
             raise BadChannelStructure(f"{what}: a list of {idaws.value} IDAWs is aligned to {idaws.width} bytes")
         if CcwFlags.INDIRECT not in ccw.flags and ccw.address + ccw.count > limit:

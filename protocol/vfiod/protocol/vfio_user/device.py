@@ -221,6 +221,8 @@ class DeviceFeature(Struct, frozen=True):
 
     """
 
+    HEADER_SIZE: ClassVar[int] = _TWO.size
+
     feature: int
     flags: vfio.FeatureFlags
     data: bytes = b""

@@ -338,6 +338,11 @@ class RegionIoFds(Struct, frozen=True):
     limit: int = VFIO_USER_MAX_INFO
     needed: int = 0
 
+    @property
+    def fits(self) -> bool:
+        """Whether the client takes all of it; if not, send no fds: it asks again."""
+        return self.LAYOUT.size + SubRegion.LAYOUT.size * len(self.sub_regions) <= self.limit
+
     def pack(self, wire: Wire = SPECIFIED) -> bytes:
         """16 bytes, and 40 for each entry if the client takes them all; else ``argsz`` says how many bytes it needs."""
         del wire

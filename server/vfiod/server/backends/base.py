@@ -7,7 +7,7 @@ Errors are :class:`~vfiod.protocol.errors.OperationFailed`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
@@ -46,6 +46,11 @@ class GuestFile(Protocol):
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
+        ...
+
+    @property
+    def asks(self) -> bool:
+        """Whether another program is asked for what is in it, and waited for: never on the event loop."""
         ...
 
     @property
@@ -171,6 +176,14 @@ class Backend(Protocol):
         """
         ...
 
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """Whether this access of a region may wait although the device's calls do not (:attr:`may_block`).
+
+        The device may do DMA in it, to memory that another program has to be asked for: then it is made in a worker,
+        and whoever asked for it waits. Never blocks.
+        """
+        ...
+
     @property
     def foreign(self) -> bool:
         """Whether what maps its regions is another program's: it may be cut at any time, which is SIGBUS here.
@@ -256,6 +269,24 @@ class Backend(Protocol):
 
     def probe_feature(self, feature: int) -> bool:
         """Whether the device has this ``VFIO_DEVICE_FEATURE``; a kernel that knows none has none."""
+        ...
+
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """Call ``gone`` with the reason, on the loop, each time the device goes away by itself, until it is closed.
+
+        The kernel never tells: REQ asks for the device, and calls fail with ENODEV once it is gone.
+        """
+        ...
+
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """Registers of a region that are doorbells: offset, and what is written there. Few; never blocks."""
+        ...
+
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``: get, set or probe a feature; what a GET gives, at most ``room`` bytes.
+
+        OperationFailed; ENOTTY: the device does not have it.
+        """
         ...
 
     def close(self) -> bool:

@@ -6,6 +6,8 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
+from msgspec.structs import replace
+
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import GroupInfo
 from vfiod.protocol.errors import OperationFailed
@@ -141,6 +143,16 @@ class KernelDevice:
         answer = call_info(self._calls, self.fd.number, request, question, f"{self.name} interrupt index {index}")
         return self._parsed(vfio.IrqInfo.unpack, answer, request)
 
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """None that we know of."""
+        del index
+        return ()
+
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """False: the kernel waits for nobody."""
+        del index, offset, length, write
+        return False
+
     def probe_feature(self, feature: int) -> bool:
         """``VFIO_DEVICE_FEATURE`` with PROBE; any errno means no: kernels differ in which."""
         question = bytearray(vfio.DeviceFeature(feature, vfio.FeatureFlags.PROBE).pack())
@@ -149,6 +161,18 @@ class KernelDevice:
         except OSError:
             return False
         return True
+
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``; see :class:`~vfiod.server.backends.base.Backend`."""
+        getting = vfio.FeatureFlags.GET in request.flags and vfio.FeatureFlags.PROBE not in request.flags
+        whole = replace(request, data=request.data.ljust(room, b"\0")) if getting else request
+        buffer = bytearray(whole.pack())
+        try:
+            self._calls.ioctl(self.fd.number, vfio.DeviceIoctl.VFIO_DEVICE_FEATURE, buffer)
+        except OSError as error:
+            what = f"{self.name} feature {request.feature}"
+            raise OperationFailed("VFIO_DEVICE_FEATURE", what, errno=error.errno or "EIO") from error
+        return vfio.DeviceFeature.unpack(bytes(buffer)).data if getting else b""
 
     # --- regions ---
     def region_read(self, index: int, offset: int, length: int) -> bytes:
@@ -241,6 +265,9 @@ class KernelDevice:
     def give_out(self) -> None:
         """Note that its fd goes to another process."""
         self._given_out = True
+
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`: the kernel never tells."""
 
     def close(self) -> bool:
         """Close the device, then let its group go if it was the last. The second call says what the first said."""

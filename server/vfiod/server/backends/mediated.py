@@ -22,9 +22,10 @@ from vfiod.server.backends.base import AddressSpace, Backend, FewerVectors
 from vfiod.server.backends.mediated_drivers import DRIVEN_APIS, ApiDriver, checked_info, checked_irq
 from vfiod.server.backends.mediated_regions import MediatedRegions, wrong
 from vfiod.server.backends.mediated_space import MediatedSpace
+from vfiod.server.kernel.memory import ACCESS_SIZES
 from vfiod.server.mdev.bus import MdevBus
 from vfiod.server.mdev.instance import Instance
-from vfiod.server.mdev.parent import DeviceInfo, IrqInfo, MediatedDevice
+from vfiod.server.mdev.parent import DeviceInfo, Doorbell, IrqInfo, MediatedDevice
 
 __all__ = ["MediatedBackend", "MediatedDevices"]
 
@@ -161,7 +162,9 @@ class MediatedBackend:
         self._shown = MediatedRegions(instance)
         self._regions: dict[int, vfio.RegionInfo] = {}
         self._irqs: dict[int, vfio.IrqInfo] = {}
+        self._irq_names: dict[int, str] = {}
         self._closed = False
+        self._doorbells: tuple[Doorbell, ...] | None = None
 
     @property
     def prompt(self) -> bool:
@@ -172,6 +175,16 @@ class MediatedBackend:
     def may_block(self) -> bool:
         """Whether the device has not promised to be quick."""
         return self._instance.calls.waits
+
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """See :class:`Backend`."""
+        if not self._space.asks:
+            return False
+        try:
+            return bool(self._device.may_dma(index, offset, length, write=write))
+        except Exception:  # noqa: BLE001 - a parent's defect; then it is as if it said nothing
+            _log.exception("may_dma of %s failed by a defect of its parent", self._instance.what)
+            return True
 
     @property
     def address_space(self) -> AddressSpace:
@@ -232,6 +245,29 @@ class MediatedBackend:
         del feature
         return False
 
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """See :class:`Backend`. What cannot be one access of a region that is written is the parent's failure."""
+        known = self._doorbells
+        if known is None:
+            told = self._call("doorbells", self._device.doorbells, self._instance.what)
+            known = self._doorbells = tuple(self._checked_doorbell(one) for one in told)
+        return [(one.offset, one.data) for one in known if one.region == index]
+
+    def _checked_doorbell(self, one: Doorbell) -> Doorbell:
+        size = len(one.data)
+        info = self.region_info(one.region)
+        if size not in ACCESS_SIZES or one.offset % size or not 0 <= one.offset <= info.size - size:
+            raise wrong("doorbells", self._what(one.region), f"{size} bytes at 0x{one.offset:x} are no access of it")
+        if not info.writable:
+            raise wrong("doorbells", self._what(one.region), "it cannot be written")
+        return one
+
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """See :meth:`probe_feature`. OperationFailed, ENOTTY."""
+        del room
+        what = f"{self._instance.what} feature {request.feature}"
+        raise OperationFailed("VFIO_DEVICE_FEATURE", what, errno="ENOTTY", advice="a mediated device has no features")
+
     # --- access -------------------------------------------------------------------------------------------
 
     def region_read(self, index: int, offset: int, length: int) -> bytes:
@@ -267,7 +303,9 @@ class MediatedBackend:
     def set_irqs(self, request: vfio.SetIrqs) -> None:
         """See :class:`Backend`."""
         info = self._irqs.get(request.index) or self.irq_info(request.index)
-        what = f"{self._instance.what} interrupt index {request.index}"
+        what = self._irq_names.get(request.index)
+        if what is None:
+            what = self._irq_names[request.index] = f"{self._instance.what} interrupt index {request.index}"
         # vfio_set_irqs_validate_and_prepare
         if (
             request.start < 0
@@ -297,10 +335,15 @@ class MediatedBackend:
             )
         self._call("VFIO_DEVICE_RESET", device.reset, self._instance.what)
 
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`. It goes with its parent."""
+        self._instance.on_gone = gone
+
     def close(self) -> bool:
         """See :class:`Backend`. True: nothing but vfiod itself holds a mediated device."""
         if not self._closed:
             self._closed = True
+            self._instance.on_gone = None
             self._close(self._instance, self._space)
         return True
 

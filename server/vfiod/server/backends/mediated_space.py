@@ -22,6 +22,7 @@ class MediatedSpace:
         self.name = f"mdev:{instance.uuid}"
         self._instance = instance
         self._translation = Translation()
+        self._asking: set[int] = set()  # first addresses of mappings that another program is asked for
         # Most devices do not override them: then nothing has to be called, and 10,000 mappings cost nothing.
         kind = type(instance.device)
         self._listens = (
@@ -29,6 +30,11 @@ class MediatedSpace:
             or kind.memory_unmapped is not MediatedDevice.memory_unmapped
         )
         instance.host.memory = self._translation
+
+    @property
+    def asks(self) -> bool:
+        """Whether DMA may have to ask another program, and wait (``GuestFile.asks``)."""
+        return bool(self._asking)
 
     @property
     def quick(self) -> bool:
@@ -53,6 +59,8 @@ class MediatedSpace:
         self._translation.add(
             Piece(mapping.iova, mapping.size, mapping.memory, mapping.offset, mapping.readonly),
         )
+        if mapping.memory.asks:
+            self._asking.add(mapping.iova)
 
     def unmap(self, iova: int, size: int) -> None:
         """Take pieces back, whole ones. When it returns, no DMA touches them."""
@@ -65,6 +73,7 @@ class MediatedSpace:
         finally:
             # Whatever the device says, or does not say: the memory is no longer its own, pinned or not.
             self._translation.remove(iova, size)
+            self._asking = {first for first in self._asking if not iova <= first < iova + size}
 
     def close(self) -> None:
         """Nothing is reachable any more, and nothing pinned."""

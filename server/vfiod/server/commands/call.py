@@ -7,7 +7,7 @@ its result. It raises :class:`~vfiod.protocol.errors.CommandError` to refuse.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vfiod.protocol.catalogue import Arguments, command_of
@@ -157,9 +157,14 @@ class Call:
             device.check_unclaimed(command_of(self.arguments).name, force=self.arguments.force)
         return device
 
-    def check_no_client(self) -> None:
-        """Refuse a command that concerns every device while one belongs to a client. Busy, unless it has ``force``."""
-        for device in self.machine.devices.all():
+    def check_claims(self, devices: Iterable[Device] | None = None) -> None:
+        """Refuse a command that changes all of these while one belongs to a client. Busy, unless it has ``force``.
+
+        Args:
+            devices: those it changes; None: all of the machine.
+
+        """
+        for device in self.machine.devices.all() if devices is None else devices:
             if device.claim is not None:
                 device.check_unclaimed(command_of(self.arguments).name, force=self.arguments.force)
 

@@ -37,7 +37,7 @@ def _device(call: Call, name: str) -> CcwDevice:
     return as_ccw(call.machine.device(name))
 
 
-def ccw_request(call: Call, arguments: CcwRequest) -> Awaitable[CcwResult]:
+def ccw_request(call: Call, arguments: CcwRequest) -> CcwResult | Awaitable[CcwResult]:
     """Start a channel program and wait for its interrupt."""
     device = _device(call, arguments.device)
     return device.request(_orb(arguments), _scsw(arguments), timeout_ms=arguments.timeout_ms, queue=arguments.queue)
@@ -105,12 +105,12 @@ def ccw_clear(call: Call, arguments: CcwClear) -> CcwControlResult | Awaitable[C
     return _device(call, arguments.device).control(AsyncCommand.CSCH, now=call.oob)
 
 
-def query_subchannel(call: Call, arguments: QuerySubchannel) -> SubchannelInfo:
+def query_subchannel(call: Call, arguments: QuerySubchannel) -> SubchannelInfo | Awaitable[SubchannelInfo]:
     """Show a subchannel."""
     return _device(call, arguments.device).subchannel()
 
 
-def query_crw(call: Call, arguments: QueryCrw) -> list[CrwInfo]:
+def query_crw(call: Call, arguments: QueryCrw) -> list[CrwInfo] | Awaitable[list[CrwInfo]]:
     """Show channel reports."""
     return _device(call, arguments.device).crws()
 

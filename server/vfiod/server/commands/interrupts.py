@@ -213,7 +213,7 @@ def irq_stop(call: Call, arguments: IrqStop) -> Empty | Awaitable[Empty]:
         for name in ("index", "vectors"):
             if getattr(a, name) is not UNSET:
                 raise InvalidArgument(f"Parameter 'device' is missing: '{name}' is of one device")
-        call.check_no_client()
+        call.check_claims()
         return _stop_all(call)
     device = call.device_to_change(a.device)
     if a.vectors is not UNSET and a.index is UNSET:

@@ -27,7 +27,7 @@ def dma_map(call: Call, arguments: DmaMap) -> Awaitable[DmaMapResult]:
     a = arguments
     if a.fd is not UNSET and a.memory_backend is not UNSET:
         raise InvalidArgument("Parameters 'fd' and 'memory-backend' exclude each other: give one of them")
-    call.check_no_client()
+    call.check_claims()
     if a.fd is not UNSET:
         fd = call.fd("fd", a.fd, *MEMORY_KINDS, write=not a.readonly)
         return _mapped(call.machine.map_file(a.iova, a.size, fd, offset=a.offset, readonly=a.readonly))
@@ -43,7 +43,7 @@ async def _mapped(work: Awaitable[tuple[int, int]]) -> DmaMapResult:
 
 async def dma_unmap(call: Call, arguments: DmaUnmap) -> DmaUnmapResult:
     """Take a range back."""
-    call.check_no_client()
+    call.check_claims()
     return DmaUnmapResult(size=await call.machine.unmap(arguments.iova, arguments.size))
 
 

@@ -158,6 +158,7 @@ async def machine_complete(call: Call, a: IrqStart) -> IrqStartResult:
     mode = None if a.mode is UNSET else a.mode
     async with machine.topology.turn("irq-start"):
         devices = [one for one in machine.devices.all() if isinstance(one, PlatformDevice) and one.realized]
+        call.check_claims(devices)  # in the turn: a client may have come while it was waited for
         _check_routes(a, devices)
         completion = _completion(a, machine.devices.completion, devices, mode, taken=call.carries_fds)
         plan = [(device, _requests(device, completion, a)) for device in devices]

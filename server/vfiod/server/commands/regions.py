@@ -43,7 +43,7 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
     if size is not UNSET:
         if length is not UNSET:
             raise InvalidArgument("Parameters 'size' and 'length' exclude each other: a register, or bytes")
-        if not region.ready:
+        if not region.ready or device.access_waits(region, offset, size, write=False):
             device.regions.check_sized(region, offset, size, write=False)
             return _read_sized(device, region, offset, size)
         return device.in_order("region-read", lambda: RegionReadResult(value=device.load(region, offset, size)))
@@ -51,7 +51,7 @@ def region_read(call: Call, arguments: RegionRead) -> RegionReadResult | Awaitab
         raise InvalidArgument("Parameter 'size' is missing: give 'size' for a register, or 'length' for bytes")
     from vfiod.server.devices.regions import INLINE_BYTES
 
-    if length > INLINE_BYTES or not region.ready:
+    if length > INLINE_BYTES or not region.ready or device.access_waits(region, offset, length, write=False):
         return _read_long(device, region, offset, length)
     return device.in_order("region-read", lambda: RegionReadResult(data=device.read_now(region, offset, length)))
 
@@ -83,6 +83,8 @@ def region_write(call: Call, arguments: RegionWrite) -> Empty | Awaitable[Empty]
         device.store(region, offset, size, value)
         return Empty()
 
+    if device.access_waits(region, offset, size, write=True):
+        return _write_sized(device, region, offset, size, value)
     return device.in_order("region-write", store)
 
 
@@ -93,9 +95,16 @@ def _write_bytes(device: Device, region: Region, offset: int, data: bytes) -> Em
         device.write_now(region, offset, data)
         return Empty()
 
-    if len(data) <= INLINE_BYTES:
+    if len(data) <= INLINE_BYTES and not device.access_waits(region, offset, len(data), write=True):
         return device.in_order("region-write", write)
     return _write_long(device, region, offset, data)
+
+
+async def _write_sized(device: Device, region: Region, offset: int, size: int, value: int) -> Empty:
+    device.regions.check_sized(region, offset, size, write=True)
+    if not 0 <= value < 1 << 8 * size:
+        raise InvalidArgument(f"Parameter 'value' is {value}, which does not fit {size} bytes")
+    return await _write_long(device, region, offset, value.to_bytes(size, "little"))
 
 
 async def _write_long(device: Device, region: Region, offset: int, data: bytes) -> Empty:

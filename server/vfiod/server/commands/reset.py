@@ -27,12 +27,12 @@ def query_hot_reset(call: Call, arguments: QueryHotReset) -> Awaitable[HotResetR
 
 def hot_reset(call: Call, arguments: HotReset) -> Awaitable[HotResetReport]:
     """Reset a bus or slot."""
-    call.check_no_client()  # whose device it would touch besides is known only when it is judged
+    call.device_to_change(arguments.id)  # whose device it would touch besides is known when it is judged
     lent: list[FileDescriptor] = []
     try:
         for position, name in enumerate(() if arguments.group_fds is UNSET else arguments.group_fds):
             lent.append(call.fd(f"group-fds[{position}]", name, FdKind.VFIO_GROUP))
-        return call.machine.resets.hot_reset(arguments.id, lent)
+        return call.machine.resets.hot_reset(arguments.id, lent, force=arguments.force)
     except BaseException:
         close_all(lent)
         raise
@@ -40,8 +40,7 @@ def hot_reset(call: Call, arguments: HotReset) -> Awaitable[HotResetReport]:
 
 async def system_reset(call: Call, arguments: SystemReset) -> Empty:
     """Reset every device that can be reset; the rest of them also when one fails."""
-    call.check_no_client()
-    await call.machine.resets.system_reset()
+    await call.machine.resets.system_reset(force=arguments.force)
     return Empty()
 
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec import Struct
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
     DeviceInfo,
@@ -149,6 +150,13 @@ class Device(ABC):
     def waits(self) -> bool:
         """Whether its backend may wait for another program (``may_block``): then its commands run in a worker."""
         return self._waits
+
+    def access_waits(self, region: Region, offset: int, size: int, *, write: bool) -> bool:
+        """Whether this access may wait for DMA (``Backend.access_waits``): make it by :meth:`read` or :meth:`write`.
+
+        Configuration space starts no DMA.
+        """
+        return not region.by_bytes and self._active().backend.access_waits(region.index, offset, size, write=write)
 
     async def _in_worker(self, what: str, action: Callable[[], T]) -> T:
         async with self.lane.turn(what) as turn:
@@ -487,6 +495,17 @@ class Device(ABC):
             except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
                 failure = error
             await self.revive(turn, quiesced, failure)
+
+    async def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """``VFIO_DEVICE_FEATURE``, in its turn of the lane; see :meth:`Backend.feature`."""
+        async with self.lane.turn("feature") as turn:
+            model = self._active()
+            if request.feature == vfio.Feature.LOW_POWER_ENTRY and vfio.FeatureFlags.SET in request.flags:
+                # Whoever asked wakes it as he likes, and until then a mapped access is SIGBUS (vfio_pci_mmap_fault):
+                # from here on accesses of ours are by read and write, for which the kernel wakes it itself.
+                model.regions.shared = True
+                self._tell_fast_path()
+            return await self._in_thread(turn, lambda: model.backend.feature(request, room))
 
     @property
     def backend(self) -> Backend:

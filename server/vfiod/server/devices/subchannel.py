@@ -24,7 +24,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from vfiod.protocol.channel import Actl, Scsw, Stctl
+from vfiod.protocol.channel import Actl, Fctl, Scsw, Stctl
 
 __all__ = ["Action", "Input", "Requests", "State", "kind_of_status"]
 
@@ -52,6 +52,7 @@ class Input(enum.Enum):
     EMPTY = "the IRB has no status"
     TIMEOUT = "the time is over"
     RESET = "the subchannel is as new"
+    GONE = "the device went away by itself"
 
 
 class Action(enum.Enum):
@@ -97,6 +98,12 @@ _TABLE: Final[Mapping[tuple[State, Input], tuple[State, tuple[Action, ...]]]] = 
     (State.STARTING, Input.RESET): (State.STARTING, ()),
     (State.HEARD, Input.RESET): (State.STARTING, ()),
     (State.STUCK, Input.RESET): (State.STUCK, ()),
+    # Whoever takes the program has not returned yet: nobody waits for it any more.
+    (State.IDLE, Input.GONE): (State.IDLE, ()),
+    (State.STARTING, Input.GONE): (State.STUCK, (Action.FAIL,)),
+    (State.HEARD, Input.GONE): (State.STUCK, (Action.FAIL,)),
+    (State.WAITING, Input.GONE): (State.IDLE, (Action.REPLY,)),
+    (State.STUCK, Input.GONE): (State.STUCK, ()),
 }
 
 
@@ -122,12 +129,18 @@ class Requests(Struct, eq=False):
         self.state, actions = _TABLE[self.state, happened]
         if Action.OWE in actions:
             self.owed += 1
-        elif happened in (Input.RESET, Input.ACCEPTED):
+        elif happened in (Input.RESET, Input.ACCEPTED, Input.GONE):
             self.owed = 0  # a subchannel that takes a program has ended the one before
         return actions
 
     def settle(self, scsw: Scsw) -> bool:
-        """Whether a status that is told is the late end of a program given up; it is owed no longer then."""
+        """Whether a status that is told is the late end of a program given up; it is owed no longer then.
+
+        The end of a halt or clear is not: it was asked for, and is in time. But after it no program is left to end.
+        """
+        if scsw.fctl & (Fctl.HALT | Fctl.CLEAR):
+            self.owed = 0
+            return False
         if not self.owed or not scsw.solicited:
             return False
         if not scsw.active:

@@ -116,7 +116,7 @@ class Client:
         name: for messages: ``export 'e0'``.
         mappings: how many it has.
         mapped_bytes: how much, in bytes.
-        unreachable_bytes: how much of it the device cannot reach, because it came without a file.
+        unreachable_bytes: how much of it came without a file: a device cannot reach it, or only by messages.
 
     """
 
@@ -128,18 +128,12 @@ class Client:
         self._table = table
         self._clients = all_clients
         self._remote = remote
-        self._writable_remote = 0  # bytes without a file that devices may write
         self._left = False
 
     @property
     def by_messages(self) -> bool:
-        """Whether it is to be reached by messages mostly: more of what devices may write came without a file than with.
-
-        QEMU maps firmware, option ROMs and VGA memory without a file even where the guest's RAM has one. Nobody does
-        DMA there, and every device is not to be slow for it.
-        """
-        shared = self.mapped_bytes - self.unreachable_bytes
-        return self._remote is not None and self._writable_remote > shared
+        """Whether any of it is reached by messages: it came without a file, and the device can ask for it."""
+        return self._remote is not None and self.unreachable_bytes > 0
 
     @property
     def quick(self) -> bool:
@@ -248,7 +242,6 @@ class Client:
             self._table.space.map(mapping)
         self._table.insert(one)
         self.unreachable_bytes += size
-        self._writable_remote += 0 if readonly else size
 
     def _map_file(self, iova: int, size: int, fd: FileDescriptor, offset: int, readonly: bool) -> None:
         status = os.fstat(fd.number)
@@ -315,7 +308,6 @@ class Client:
         self.mapped_bytes -= one.mapping.size
         if one.identity[0] == "messages":
             self.unreachable_bytes -= one.mapping.size
-            self._writable_remote -= 0 if one.mapping.readonly else one.mapping.size
         if not one.owners:
             self._table.remove(one)
             if one.identity[0] == "file" and not one.by_machine:
@@ -487,6 +479,7 @@ class _Unreachable:
 
     readonly = False
     closed = False
+    asks = False
     size = END_OF_SPACE
 
     def __init__(self, client: str) -> None:

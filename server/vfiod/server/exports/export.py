@@ -158,14 +158,11 @@ class Export:
         except Exception:  # noqa: BLE001 - detaching goes on
             _log.exception("Taking back what the client of %s had failed by a defect of vfiod", self.name)
         finally:
-            mine = self.device.claim is self
-            if mine:
-                self.device.claim = None
+            if self.device.claim is self:
                 self._let_guest()
+                self._detached(reason)
             self._session = None
             session.interrupts.close()
-            if session.version is not None and mine:
-                self._machine.hub.emit(DeviceExportDetached(id=self.id, device=self.device.name, reason=reason))
             self._machine.devices.holder_gone(self.device.name)
             self._task = None
             if self._closing or self._listener is None:
@@ -173,6 +170,11 @@ class Export:
             else:
                 self.state = ExportState.LISTENING
                 self._listener.resume()
+
+    def _detached(self, reason: str) -> None:
+        """The device is nobody's again."""
+        self.device.claim = None
+        self._machine.hub.emit(DeviceExportDetached(id=self.id, device=self.device.name, reason=reason))
 
     async def _quiet(self, reason: str) -> None:
         """The device does nothing by itself any more: no DMA, no interrupt. What fails is logged."""
@@ -222,6 +224,13 @@ class Export:
         if self._session is not None:
             self._session.end(f"Device '{self.device.name}' is removed")
 
+    def device_closed(self) -> None:
+        """The device is closed: interrupts, DMA and memory of its client are gone. Said before ``DEVICE_DELETED``."""
+        reason = f"Device '{self.device.name}' is removed"
+        if self.device.claim is self:
+            self._detached(reason)
+        self.close(reason)
+
     def release_memory(self) -> None:
         """Blocks; in a worker, in the ``topology`` lane."""
         session = self._session
@@ -253,8 +262,8 @@ class Export:
         if self._session is not None:
             if self._session.fileno() >= 0:
                 yield FdInfo(owner=owner, name="client", kind=FdKind.SOCKET, number=self._session.fileno())
-            for fd in self._session.fds():
-                yield FdInfo(owner=owner, name="notice", kind=FdKind.EVENTFD, number=fd.number)
+            for name, fd in self._session.fds():
+                yield FdInfo(owner=owner, name=name, kind=FdKind.EVENTFD, number=fd.number)
 
     # --- the end --------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ class Exports:
         """A device is closed: what offered it ends."""
         for export in tuple(self._exports.values()):
             if export.device.name == name:
-                export.close(f"Device '{name}' is removed")
+                export.device_closed()
 
     def begin_end(self) -> None:
         """The machine ends: nobody comes in any more, and who is there is disconnected."""

@@ -1,8 +1,9 @@
 """Memory that only the client can reach: DMA by messages (DMA_READ, DMA_WRITE), for devices written in Python.
 
-A device asks in a worker's thread and waits there; the question and the answer pass through the loop. On the loop's own
-thread nobody may wait: there such memory is out of reach, and the session therefore lets the device work in threads
-as soon as its client has memory of this kind.
+A device asks in a worker's thread and waits there; the question and the answer pass through the loop. On the loop's
+own thread nobody may wait: as long as a client has memory of this kind, each register access in which the device may
+do DMA (``MediatedDevice.may_dma``) is therefore handed to a thread, and its reply waits for it. What a device does of
+itself on the loop (a callback of ``Host.watch``) cannot reach such memory.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class RemoteMemory:
 
     readonly = False
     closed = False
+    asks = True
     size = 1 << 64
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop, asker: Asker) -> None:

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.errors import CommandError, DeviceNotActive, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS
+from vfiod.protocol.limits import VFIO_USER_HANDSHAKE_MS, VFIO_USER_MAX_FDS, VFIO_USER_MAX_INFO
 from vfiod.protocol.vfio_user import Command, Request
 from vfiod.server import trace
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.regions import INLINE_BYTES, Region
 from vfiod.server.exports.connection import DONE, Answer, Connection
+from vfiod.server.exports.doorbells import Doorbells
 from vfiod.server.exports.interrupts import ClientInterrupts
 from vfiod.server.exports.remote import RemoteMemory
 from vfiod.server.kernel.memory import ACCESS_SIZES
@@ -48,6 +49,15 @@ _READ: Final = int(Command.REGION_READ)
 _WRITE: Final = int(Command.REGION_WRITE)
 _REPLY: Final = int(vfio_user.MessageType.REPLY)
 _NO_REPLY: Final = int(vfio_user.Flags.NO_REPLY)
+_FEATURES: Final = frozenset(
+    {vfio.Feature.LOW_POWER_ENTRY, vfio.Feature.LOW_POWER_EXIT, vfio.Feature.BUS_MASTER},
+)
+"""The device's features a client may probe, get and set: those that touch the device alone.
+
+Not the VF token (a secret between drivers of the host), not migration and DMA logging (vfiod migrates nothing), not
+those that come with a file, for which the message has no place (wake-up eventfd, DMA-BUF).
+"""
+
 _HEADER: Final = vfio_user.Header.LAYOUT
 
 
@@ -88,6 +98,9 @@ class ClientSession:
         self.memory: Client | None = None
         self.interrupts: Final = ClientInterrupts(device, f"the client of {name}")
         self.failed_reads = 0
+        self._doorbells: Final = Doorbells(
+            machine.loop, device, lambda region, at, data: self._write(region, at, data, DONE)
+        )
         self._machine = machine
         self._device = device
         self._name = name
@@ -172,6 +185,7 @@ class ClientSession:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        self._doorbells.close()
         self._ended(reason)
 
     def _execute(self, request: Request) -> Answer | Awaitable[Answer]:
@@ -318,23 +332,28 @@ class ClientSession:
 
     def _region_io_fds(self, request: Request) -> Answer:
         asked = cast("vfio_user.GetRegionIoFds", request.payload)
-        self._region(asked.index)
-        # Which registers are doorbells, and what is written there, no kernel device says (VFIO_DEVICE_IOEVENTFD wants
-        # to be told): there are none to offer.
-        return Answer(vfio_user.RegionIoFds(asked.index, limit=asked.argsz))
+        told = None if self.version is None else self.version.capabilities
+        max_fds = (told or vfio_user.Capabilities()).fds
+        self._joined()
+        return self._doorbells.answer(asked, self._region(asked.index), min(max_fds, VFIO_USER_MAX_FDS))
 
     def _irq_info(self, request: Request) -> Answer:
         asked = cast("vfio_user.GetIrqInfo", request.payload)
         return Answer(vfio_user.IrqInfoReply(self.interrupts.info(asked.index)))
 
-    def _feature(self, request: Request) -> Answer:
+    async def _feature(self, request: Request) -> Answer:
         asked = cast("vfio_user.DeviceFeature", request.payload)
-        raise OperationFailed(
-            "VFIO_DEVICE_FEATURE",
-            f"device '{self._device.name}'",
-            errno="ENOTTY",
-            advice=f"feature {asked.feature} is not passed on to clients",
-        )
+        if asked.feature not in _FEATURES:
+            raise OperationFailed(
+                "VFIO_DEVICE_FEATURE",
+                f"device '{self._device.name}'",
+                errno="ENOTTY",
+                advice=f"feature {asked.feature} is not passed on to clients",
+            )
+        room = min(asked.argsz - vfio_user.DeviceFeature.HEADER_SIZE, VFIO_USER_MAX_INFO)
+        wanted = vfio.DeviceFeature(asked.feature, asked.flags, asked.data)
+        data = await self._device.feature(wanted, max(room, 0))
+        return Answer(vfio_user.DeviceFeature(asked.feature, asked.flags, data))
 
     def _migration(self, request: Request) -> Answer:
         raise OperationFailed(
@@ -369,7 +388,9 @@ class ClientSession:
         if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
             return None
         memory, region, device = self.memory, self._regions[index], self._device
-        if memory is None or memory.by_messages or device.waits or not device.lane.free:
+        if memory is None or device.waits or not device.lane.free:
+            return None
+        if memory.unreachable_bytes and device.access_waits(region, offset, count, write=command == _WRITE):
             return None
         if offset % count or not region.ready:
             return None
@@ -420,7 +441,7 @@ class ClientSession:
                 data = self._failed_read(region, offset, count, error)
             return Answer(vfio_user.RegionData(region.index, offset, data))
 
-        if count > INLINE_BYTES or not region.ready or self._in_threads(region):
+        if count > INLINE_BYTES or not region.ready or self._device.access_waits(region, offset, count, write=False):
             return self._read_long(region, offset, count)
         return self._device.in_order("REGION_READ of an export", read)
 
@@ -438,10 +459,6 @@ class ClientSession:
             data = self._failed_read(region, offset, count, error)
         return Answer(vfio_user.RegionData(region.index, offset, data))
 
-    def _in_threads(self, region: Region) -> bool:
-        """Whether an access may make the device ask its client for memory, and so must not happen on the loop."""
-        return self.memory is not None and self.memory.by_messages and region.completes
-
     def _region_write(self, request: Request) -> Answer | Awaitable[Answer]:
         asked = cast("vfio_user.RegionWrite", request.payload)
         done = Answer(vfio_user.RegionWritten(asked.region, asked.offset, len(asked.data)))
@@ -453,7 +470,7 @@ class ClientSession:
         if not count:
             return done
         self._device.regions.check(region, offset, count, write=True)
-        if count > INLINE_BYTES or self._in_threads(region):
+        if count > INLINE_BYTES or self._device.access_waits(region, offset, count, write=True):
             return self._write_long(region, offset, data, done)
 
         def write() -> Answer:
@@ -485,9 +502,10 @@ class ClientSession:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    def fds(self) -> list[FileDescriptor]:
-        """Eventfds of its own, for ``query-fds``."""
-        return self.interrupts.fds()
+    def fds(self) -> list[tuple[str, FileDescriptor]]:
+        """Eventfds of its own by what they are for, for ``query-fds``."""
+        notices = [("notice", fd) for fd in self.interrupts.fds()]
+        return notices + [("doorbell", fd) for fd in self._doorbells.fds()]
 
 
 def _by_messages(space: object) -> bool:

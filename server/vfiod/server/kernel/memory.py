@@ -40,6 +40,8 @@ class SharedMemory:
 
     """
 
+    asks = False
+
     def __init__(
         self,
         fd: FileDescriptor,

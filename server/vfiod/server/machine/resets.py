@@ -133,15 +133,18 @@ class Resets:
 
     # --- hot reset ------------------------------------------------------------------------------------------
 
-    def hot_reset(self, name: str, group_fds: Sequence[FileDescriptor]) -> Awaitable[HotResetReport]:
+    def hot_reset(
+        self, name: str, group_fds: Sequence[FileDescriptor], *, force: bool = False
+    ) -> Awaitable[HotResetReport]:
         """Reset the bus or slot of a device, with everything on it; goes on to its end when the caller is gone.
 
         Args:
             name: the device's.
             group_fds: groups lent for the call; taken over, and closed when it ends.
+            force: also when a device that it reaches belongs to the client of an export.
 
         Raises:
-            DeviceNotFound, DeviceNotActive, InvalidArgument, PermissionRefused: refused, and nothing was touched.
+            DeviceNotFound, DeviceNotActive, InvalidArgument, PermissionRefused, Busy: refused, and nothing was touched.
             OperationFailed: the kernel refused or failed; every device is as it was.
             CommandError: the reset was done, and some device did not come back as it was.
 
@@ -149,13 +152,13 @@ class Resets:
 
         async def work() -> HotResetReport:
             try:
-                return await self._hot_reset(name, group_fds)
+                return await self._hot_reset(name, group_fds, force)
             finally:
                 close_all(group_fds)
 
         return asyncio.shield(self._own(work()))
 
-    async def _hot_reset(self, name: str, group_fds: Sequence[FileDescriptor]) -> HotResetReport:
+    async def _hot_reset(self, name: str, group_fds: Sequence[FileDescriptor], force: bool) -> HotResetReport:
         self._devices.get(name)
         async with self._topology.turn(f"hot-reset {name}") as turn:
             device = self._devices.get(name)
@@ -178,6 +181,8 @@ class Resets:
                     f"Parameter 'group-fds': the reset of '{name}' does not reach group "
                     f"{', '.join(map(str, strangers))}: lend only groups that query-hot-reset names"
                 )
+            for affected in verdict.devices:
+                self._devices.get(affected).check_unclaimed(f"hot-reset of device '{name}'", force=force)
             await self._carry_out(turn, backend, verdict, lent)
         return verdict.report
 
@@ -217,19 +222,23 @@ class Resets:
 
     # --- the machine's reset ----------------------------------------------------------------------------------
 
-    def system_reset(self) -> Awaitable[None]:
+    def system_reset(self, *, force: bool = False) -> Awaitable[None]:
         """Reset every device that can be reset; goes on to its end when the caller is gone.
 
         Those that have no reset of their own come first, each bus once; then the others. One that can be reset in
-        neither way is passed over, as hardware does. Raises CommandError that names the devices whose reset failed.
+        neither way is passed over, as hardware does. Raises Busy, before anything is touched, when one that would be
+        reset belongs to the client of an export, unless forced; CommandError that names the devices whose reset failed.
         """
-        return asyncio.shield(self._own(self._system_reset()))
+        return asyncio.shield(self._own(self._system_reset(force)))
 
-    async def _system_reset(self) -> None:
+    async def _system_reset(self, force: bool) -> None:
         failed: dict[str, str] = {}
         tried: set[str] = set()
         async with self._topology.turn("system_reset") as turn:
             devices = [device for device in self._devices.all() if device.realized]
+            for device in devices:
+                if device.claim is not None and not force and await self._would_reset(device, turn):
+                    device.check_unclaimed("system_reset", force=False)
             for device in devices:
                 if not device.can_reset and device.name not in tried:
                     await self._reset_bus_of(device, turn, tried, failed)
@@ -246,6 +255,17 @@ class Resets:
                 f"{len(failed)} of {len(tried)} devices could not be reset, the others were: "
                 + "; ".join(f"device '{name}': {why}" for name, why in failed.items())
             )
+
+    async def _would_reset(self, device: Device, turn: Turn) -> bool:
+        """Whether a reset of the machine resets this device: by itself, or with its bus."""
+        if device.can_reset or not device.hot_resettable:
+            return device.can_reset
+        backend, around = device.backend, self._surroundings({})
+        try:
+            verdict = await turn.run(lambda: self._judge(device.name, backend, around))
+        except CommandError:
+            return False
+        return verdict.report.possible
 
     async def _reset_bus_of(self, device: Device, turn: Turn, tried: set[str], failed: dict[str, str]) -> None:
         """Hot reset the bus of a device that cannot be reset alone, with what else is on it."""

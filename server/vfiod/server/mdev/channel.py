@@ -10,9 +10,10 @@ Source: Principles of Operation (SA22-7832), chapter 15, "Execution of I/O Opera
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 from vfiod.protocol.channel import (
     Actl,
@@ -41,6 +42,12 @@ from vfiod.server.mdev.parent import DmaFault, Host
 __all__ = ["ChannelProgramRun", "Transfer", "Unit", "UnitCheck", "flags_of"]
 
 NORMAL: Final = Dstat.CHANNEL_END | Dstat.DEVICE_END
+_ENDED: Final = Stctl.PRIMARY | Stctl.SECONDARY
+_ALWAYS_PROMPT: Final = frozenset({Command.NOP, Command.SENSE, Command.SENSE_ID})
+
+MAX_PROMPT_COMMANDS: Final = 32
+"""Commands of one program that are executed on the event loop: some 10 us each. A loop of NOPs goes on in a thread."""
+
 LPUM: Final = 0x80
 """The only path: the first."""
 
@@ -72,6 +79,14 @@ class Unit(ABC):
         Returns what to add to channel end and device end (UNIT_EXCEPTION, STATUS_MODIFIER). Raises UnitCheck.
 
         """
+
+    def is_prompt(self, command: int) -> bool:
+        """Whether this command of its never waits, and moves little: then it may be executed on the event loop.
+
+        Asked before each command but NOP, SENSE, SENSE ID and TIC, which are. Default: none is.
+        """
+        del command
+        return False
 
     def begin(self) -> None:  # noqa: B027 - may be left out
         """A program begins: what held for the last one (an extent, a position) is void."""
@@ -150,16 +165,31 @@ class ChannelProgramRun:
         self._ccw = Ccw(0)
         self._fetched = 0
         self._executed = 0
+        self._begun = False
+        self._ready = False  # a CCW was fetched that is still to be executed
         self._after_tic = True  # a program does not begin with one
         self._pieces: list[tuple[int, int]] = []
         self._left = 0
 
     def run(self) -> Irb:
         """Run it to its end. Gives the IRB of that; or, for one that suspended itself, of that."""
-        self._unit.begin()
+        return cast("Irb", self._run(prompt=False))  # only a prompt run stops before
+
+    def run_promptly(self) -> Irb | None:
+        """Run it as far as nothing waits, and not for long; None: :meth:`run` goes on with the rest, in a thread."""
+        return self._run(prompt=True)
+
+    def _run(self, *, prompt: bool) -> Irb | None:
+        if not self._begun:
+            self._begun = True
+            self._unit.begin()
         try:
             while True:
-                self._fetch(chained_data=False)
+                if not self._ready:
+                    self._fetch(chained_data=False)
+                self._ready = prompt and not self._is_prompt()
+                if self._ready:
+                    return None
                 if CcwFlags.SUSPEND in self._ccw.flags:
                     return self._suspended()
                 dstat = self._execute()
@@ -171,6 +201,11 @@ class ChannelProgramRun:
         except _Ended as ended:
             dstat = Dstat(0) if ended.cstat & Cstat.PROGRAM_CHECK and not self._executed else NORMAL
             return self._irb(dstat, ended.cstat)
+
+    def _is_prompt(self) -> bool:
+        """Whether the current command can be executed on the loop."""
+        command = self._ccw.command
+        return self._executed < MAX_PROMPT_COMMANDS and (command in _ALWAYS_PROMPT or self._unit.is_prompt(command))
 
     # --- one command ------------------------------------------------------------------------------------
 
@@ -251,13 +286,15 @@ class ChannelProgramRun:
 
     def _check(self, ccw: Ccw, *, chained_data: bool) -> None:
         """What makes a CCW invalid."""
-        in_data = chained_data or CcwFlags.CHAIN_DATA in ccw.flags
+        flags = int(ccw.flags)  # asking the flags themselves is slow
+        in_data = chained_data or flags & int(CcwFlags.CHAIN_DATA)
         if (
             # No command ends in 0; what ends in 8 is a TIC, and in format 1 only 08 itself is one.
             (not chained_data and ccw.command & 0xF in (0, 8))
             or (not ccw.count and (in_data or not self._orb.format))
-            or CcwFlags.MODIFIED_INDIRECT in ccw.flags
-            or (CcwFlags.SUSPEND in ccw.flags and OrbFlags.SPND not in self._orb.flags)
+            or flags & int(CcwFlags.MODIFIED_INDIRECT)
+            # A program suspends itself between commands, not in the middle of one's data.
+            or (flags & int(CcwFlags.SUSPEND) and (chained_data or OrbFlags.SPND not in self._orb.flags))
             or (self._orb.format and ccw.address >= LIMIT_31)
         ):
             raise _Ended(Cstat.PROGRAM_CHECK)
@@ -311,7 +348,7 @@ class ChannelProgramRun:
         )
 
     def _irb(self, dstat: Dstat, cstat: Cstat) -> Irb:
-        stctl = Stctl.PRIMARY | Stctl.SECONDARY
+        stctl = _ENDED
         if cstat & ~Cstat.PROGRAM_CONTROLLED_INTERRUPTION or dstat & (Dstat.UNIT_CHECK | Dstat.UNIT_EXCEPTION):
             stctl |= Stctl.ALERT
         scsw = self._scsw(stctl, dstat=dstat, cstat=cstat)
@@ -326,6 +363,7 @@ class ChannelProgramRun:
         return Irb(scsw=flagged, esw=Esw(word0=LPUM << 16, erw=Erw(ErwFlags.CONS, 32)), ecw=sense)
 
     def _suspended(self) -> Irb:
+        """Its CCW was fetched, so the address is that of the next one; resumed, it would be fetched again."""
         return Irb(scsw=self._scsw(Stctl.INTERMEDIATE, dstat=Dstat(0), cstat=Cstat(0), actl=Actl.SUSPENDED))
 
     def _intermediate(self) -> Irb:
@@ -346,8 +384,13 @@ _COPIED: Final = (
 
 def flags_of(orb: Orb) -> ScswFlags:
     """What an SCSW repeats of the ORB."""
-    flags = ScswFlags(0)
-    for asked, shown in _COPIED:
-        if asked in orb.flags:
-            flags |= shown
-    return flags
+    return _shown(int(orb.flags))
+
+
+@functools.lru_cache(64)
+def _shown(flags: int) -> ScswFlags:
+    shown = ScswFlags(0)
+    for asked, one in _COPIED:
+        if flags & int(asked):
+            shown |= one
+    return shown

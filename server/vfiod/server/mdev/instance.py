@@ -26,6 +26,10 @@ T = TypeVar("T")
 class GuestAccess(Protocol):
     """Guest memory, as an address space gives it to a device."""
 
+    @property
+    def at_hand(self) -> bool:
+        """See :meth:`Host.memory_at_hand`."""
+
     def read(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
 
@@ -115,6 +119,12 @@ class MdevHost:
         self._thread = threading.get_ident()
         self._watches: set[_Watch] = set()
 
+    @property
+    def memory_at_hand(self) -> bool:
+        """See :meth:`Host.memory_at_hand`."""
+        memory = self.memory
+        return memory is None or memory.at_hand
+
     def read_memory(self, iova: int, length: int) -> bytes:
         """See :meth:`Host.read_memory`."""
         memory = self.memory
@@ -179,6 +189,7 @@ class Instance(Struct, eq=False):
         vm: the VM it was started for, or None.
         gone: why every further access fails, once it was taken away from a user who kept it.
         released: called when the user lets go.
+        on_gone: called on the loop with that reason when it is taken away; the user's.
         told: what it published when it was last asked.
 
     """
@@ -196,6 +207,7 @@ class Instance(Struct, eq=False):
     vm: str | None = None
     gone: str | None = None
     released: Callable[[], object] | None = field(default=None)
+    on_gone: Callable[[str], None] | None = field(default=None)
     told: dict[str, str] = field(default_factory=dict)
 
     @property

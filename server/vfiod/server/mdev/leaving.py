@@ -51,6 +51,8 @@ class Leaving:
                         instance.host.memory = None
                 if user is not None:
                     self._emit(DeviceError(device=user, reason=f"{instance.what} is gone: {reason}"))
+                    if instance.on_gone is not None:
+                        instance.on_gone(reason)
                 await turn.run(partial(record.unmake, instance))
                 self._forget(record, instance)
 

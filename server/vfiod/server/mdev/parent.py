@@ -21,6 +21,8 @@ absent                                  means
 ``MediatedDevice.reset``                cannot be reset (``device_info().reset`` is false; ``ENOTTY``)
 ``MediatedDevice.region_fd``            no region can be mapped: every access is a ``read`` or ``write``
 ``MediatedDevice.validate_map_request`` every mapping within an area is granted as asked
+``MediatedDevice.doorbells``            no register is a doorbell: the hypervisor waits for every write
+``MediatedDevice.may_dma``              any register access may make it do DMA before it returns
 ``MediatedDevice.memory_mapped``        every mapping of guest memory is welcome
 ``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
 ``MediatedDevice.request``              cannot tell its user that it must go: it just goes
@@ -66,6 +68,7 @@ __all__ = [
     "DeviceApi",
     "DeviceInfo",
     "DmaFault",
+    "Doorbell",
     "Host",
     "IrqInfo",
     "MapRequest",
@@ -156,6 +159,24 @@ class IrqInfo(Struct, frozen=True):
     messages: tuple[MsiMessage, ...] = ()
 
 
+class Doorbell(Struct, frozen=True):
+    """A register that only matters for being written, always with the same bytes.
+
+    A hypervisor may have its kernel tell vfiod of it by an eventfd, instead of waiting for each write. Rings that come
+    at once are one write, and later accesses of other registers may overtake it.
+
+    Attributes:
+        region: index.
+        offset: within the region, in bytes; a multiple of the width.
+        data: what is written: 1, 2, 4 or 8 bytes. Anything else that is written there is an ordinary write.
+
+    """
+
+    region: int
+    offset: int
+    data: bytes
+
+
 class MapRequest(Struct, frozen=True):
     """Somebody wants to map a part of a region (the kernel series' ``validate_map_request``).
 
@@ -223,6 +244,13 @@ class Pin(Protocol):
 
 class Host(Protocol):
     """What the world gives to a device. Every method may be called from any thread."""
+
+    @property
+    def memory_at_hand(self) -> bool:
+        """Whether guest memory is read and written without asking another program, which may take its time.
+
+        A ``quick`` device that reaches for guest memory in one of its methods asks first.
+        """
 
     def read_memory(self, iova: int, length: int) -> bytes:
         """DMA from guest memory: exactly ``length`` bytes from ``iova``, across as many mappings as it takes.
@@ -308,6 +336,19 @@ class MediatedDevice(ABC):
     def validate_map_request(self, request: MapRequest) -> MapRequest:
         """Grant a mapping, move it in the file, make it smaller, or refuse it by raising."""
         return request
+
+    def doorbells(self) -> Sequence[Doorbell]:
+        """Its doorbells. Constant while it is open."""
+        return ()
+
+    def may_dma(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """Whether such an access may reach guest memory before :meth:`read` or :meth:`write` returns.
+
+        Asked of ``quick`` devices, on the loop, before each access while some guest memory has to be asked for by
+        messages (a hypervisor that shares not all of it): such an access is made in a thread. Must be cheap, and
+        must not say False where DMA follows: on the loop that memory cannot be reached, and faults.
+        """
+        return True
 
     def memory_mapped(self, iova: int, size: int, readonly: bool) -> None:
         """Guest memory is about to be mapped, in bytes. Raise to refuse: then no address space gets it."""

@@ -22,6 +22,10 @@ __all__ = ["MemoryFile", "Piece", "Translation"]
 class MemoryFile(Protocol):
     """The file behind guest memory (:class:`~vfiod.server.kernel.memory.SharedMemory` is one)."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether another program is asked for what is in it, and waited for."""
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes, or OperationFailed: the file was cut."""
 
@@ -45,12 +49,13 @@ class Piece(Struct, frozen=True):
 class Translation:
     """The pieces of one device, sorted, without overlaps."""
 
-    __slots__ = ("_lock", "_pieces", "_pins", "_starts")
+    __slots__ = ("_far", "_lock", "_pieces", "_pins", "_starts")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._starts: list[int] = []
         self._pieces: list[Piece] = []
+        self._far = 0  # pieces that another program is asked for
         self._pins: list[tuple[int, int, Pin]] = []  # first and last address
 
     def __len__(self) -> int:
@@ -68,6 +73,7 @@ class Translation:
                 raise OperationFailed("map", f"0x{piece.iova:x} ({piece.size} bytes)", errno="EEXIST")
             insort(self._starts, piece.iova)
             self._pieces.insert(at, piece)
+            self._far += piece.memory.asks
 
     def remove(self, iova: int, size: int) -> None:
         """Take back the pieces that lie within a range. Raises OperationFailed with EINVAL rather than split one."""
@@ -82,6 +88,7 @@ class Translation:
                     "unmap", f"0x{iova:x} ({size} bytes)", errno="EINVAL", advice="it would split a mapping"
                 )
             del self._starts[first:last], self._pieces[first:last]
+            self._far -= sum(piece.memory.asks for piece in inside)
             self._unpin(iova, iova + size - 1)
 
     def clear(self) -> None:
@@ -89,7 +96,13 @@ class Translation:
         with self._lock:
             self._starts.clear()
             self._pieces.clear()
+            self._far = 0
             self._unpin(0, 1 << 64)
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether no other program is asked for any of it."""
+        return not self._far
 
     def pin(self, iova: int, size: int, *, writable: bool) -> Pin:
         """See :meth:`Host.pin`. It is released when any of it is removed."""

@@ -11,7 +11,7 @@ from typing import Final
 import vfiod
 from vfiod.server.sandbox.landlock import MAKE, READ, READ_WRITE, USE_DEVICE, Rule
 
-__all__ = ["OPTION", "for_devices", "for_paths", "for_python", "for_sockets", "is_shared"]
+__all__ = ["OPTION", "for_devices", "for_names", "for_paths", "for_python", "for_sockets", "is_shared"]
 
 OPTION: Final = "--allow-path"
 
@@ -59,6 +59,11 @@ def for_sockets(paths: Iterable[str]) -> list[Rule]:
     """Where our own sockets are: others may be made beside them, and all can be removed. Not in shared directories."""
     directories = dict.fromkeys(os.path.dirname(path) or "." for path in paths)
     return [Rule(directory, MAKE) for directory in directories if not is_shared(directory)]
+
+
+def for_names() -> list[Rule]:
+    """Find the address of a host that is given by its name."""
+    return [Rule(f"/etc/{name}", READ) for name in ("hosts", "host.conf", "nsswitch.conf", "resolv.conf", "gai.conf")]
 
 
 def for_paths(paths: Iterable[str]) -> list[Rule]:

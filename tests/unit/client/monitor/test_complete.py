@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiod.client.monitor.complete import complete
+from vfiod.client.line import members
+from vfiod.client.monitor.complete import LIVE, complete, complete_human
 from vfiod.client.monitor.help import did_you_mean, help_text
 from vfiod.protocol.catalogue import COMMANDS
 
@@ -21,13 +22,13 @@ def texts(line: str) -> list[str]:
         ("dma-", ["dma-map", "dma-unmap"]),
         ("he", ["help"]),
         ("help dma-u", ["dma-unmap"]),
-        ("dma-unmap ", ["iova=", "size="]),
-        ("dma-unmap iova=1 ", ["size="]),
+        ("dma-unmap ", ["iova=", "size=", "force="]),
+        ("dma-unmap iova=1 ", ["size=", "force="]),
         ("dma-map mem", ["memory-backend="]),
         ("dma-map readonly=o", ["on", "off"]),
         ("irq-start mode=", ["direct", "relayed"]),
         ("device_add on-request=d", ["delete"]),
-        ("device_add driver=", ["vfio-pci"]),
+        ("device_add driver=", ["vfio-pci", "vfio-platform", "vfio-ccw", "vfio-ap"]),
         ("region-read region=bar1", ["bar1"]),
         ("region-read size=", ["1", "2", "4", "8"]),
         ("irq-mask index=ms", ["msi", "msix"]),
@@ -35,7 +36,19 @@ def texts(line: str) -> list[str]:
         ("qmp_capabilities enable=o", ["oob"]),
         ("nonsense ", []),
         ("nonsense x=", []),
-        ('{"exec', []),
+        ("json query-na", ["query-name"]),
+        ("getfd ram=/dev/sh", []),
+        ("{", []),
+        ('{"exec', ['execute": ', 'exec-oob": ']),
+        ('{"execute": "dma-u', ['dma-unmap"']),
+        ('{"execute": "dma-unmap", "arg', ['arguments": ']),
+        ('{"execute": "dma-unmap", "arguments": {"iova": 1, "', ['size": ', 'force": ']),
+        ('{"execute": "dma-map", "arguments": {"readonly": ', ["true", "false"]),
+        ('{"execute": "irq-start",\n "arguments": {"mode": "re', ['relayed"']),
+        ('{"execute": "irq-start", "arguments": {"mode": ', ['"direct"', '"relayed"']),
+        ('{"execute": "region-read", "arguments": {"size": ', ["1", "2", "4", "8"]),
+        ('{"execute": "irq-start", "arguments": {"indexes": [{"', []),
+        ('{"execute": "nonsense", "arguments": {"', []),
     ],
 )
 def test_from_the_catalogue(line: str, expected: list[str]) -> None:
@@ -63,6 +76,42 @@ def test_from_the_server(line: str, live: str | None, prefix: str) -> None:
     assert (found.live, found.prefix) == (live, prefix)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected", "live"),
+    [
+        ("inf", ["info"], None),
+        ("info mdev", ["mdev-types"], None),
+        ("info devices ", ["id="], "devices"),
+        ("help dma-u", ["dma-unmap"], None),
+        ("device_add vfio-pl", ["vfio-platform"], None),
+        ("device_add vfio-pci,grou", ["group-fd="], None),
+        ("device_add vfio-pci,id=nic0,group-fd=", [], "fds"),
+        ("region-read nic0 ba", [f"bar{number}" for number in range(6)], None),
+        ("region-read ni", [], "devices"),
+        ("device_del nic0 fo", ["force="], None),
+        ("device_del nic0 force=o", ["on", "off"], None),
+        ("info nonsense x", [], None),
+        ("nonsense x", [], None),
+    ],
+)
+def test_human(line: str, expected: list[str], live: str | None) -> None:
+    found = complete_human(line)
+    assert ([candidate.text for candidate in found.candidates], found.live) == (expected, live)
+
+
+def test_live_json_names_are_quoted() -> None:
+    open_value = complete('{"execute": "device_del", "arguments": {"id": "ni')
+    assert (open_value.prefix, open_value.live, open_value.quotes) == ("ni", "devices", ("", '"'))
+    assert complete('{"execute": "device_del", "arguments": {"id": ').quotes == ('"', '"')
+
+
+@pytest.mark.parametrize("key", LIVE, ids=str)
+def test_every_live_name_is_an_argument(key: tuple[str, str] | str) -> None:
+    commands = [key[0]] if isinstance(key, tuple) else list(COMMANDS)
+    name = key[1] if isinstance(key, tuple) else key
+    assert any(name in members(COMMANDS[command].arguments) for command in commands)
+
+
 def test_all_at_the_start() -> None:
     assert set(COMMANDS) < set(texts(""))
     assert all(candidate.about for candidate in complete("").candidates)
@@ -70,8 +119,9 @@ def test_all_at_the_start() -> None:
 
 @given(st.text())
 def test_any_text(text: str) -> None:
-    found = complete(text)
-    assert text.endswith(found.prefix)
+    assert text.endswith(complete(text).prefix)
+    assert text.endswith(complete_human(text).prefix)
+    assert text.endswith(complete('{"' + text).prefix)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

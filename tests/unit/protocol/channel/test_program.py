@@ -12,6 +12,7 @@ from vfiod.protocol.channel import (
     Command,
     Idaws,
     Laid,
+    Orb,
     OrbFlags,
     check_ccws,
 )
@@ -144,3 +145,17 @@ def test_memory_that_cannot_hold_it() -> None:
         program.build()
     with pytest.raises(BadChannelStructure, match="format 0 or 1"):
         ChannelProgram(0, 64, format=2)
+
+
+def test_what_no_subchannel_does_is_refused_in_words() -> None:
+    program = ChannelProgram(0x1000, 0x1000)
+    program.read(0x02, 8, flags=CcwFlags.MODIFIED_INDIRECT)
+    with pytest.raises(BadChannelStructure, match=r"CCW 0 .*MIDAW.* is not done.*use IDAWs"):
+        program.build()
+    with pytest.raises(BadChannelStructure, match=r"modified indirect addressing \(D\).*use IDAWs"):
+        Orb(0x1000, flags=OrbFlags.FMT | OrbFlags.MIDAW).check()
+    program = ChannelProgram(0x1000, 0x1000)
+    program.raw(Ccw(0x02, 0x1800, 4, CcwFlags.CHAIN_DATA))
+    program.raw(Ccw(0x02, 0x1804, 4, CcwFlags.SUSPEND))
+    with pytest.raises(BadChannelStructure, match=r"CCW 1 .*between commands, not within data chaining"):
+        program.build()

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from vfiod.protocol.channel import (
     Actl,
@@ -159,6 +160,8 @@ def test_irb_with_sense() -> None:
     assert data[12:20].hex() == "0080000001200000"  # path 80; sense, 32 bytes of it
     assert Irb.unpack(data) == irb
     assert irb.sense == sense and irb.esw.lpum == 0x80
+    without_count = structs.replace(irb, esw=structs.replace(irb.esw, erw=structs.replace(irb.esw.erw, scnt=0)))
+    assert without_count.sense == irb.ecw  # as QEMU leaves it
     words = explain_irb(irb)
     assert words[0] == "unit check"
     assert any(line.startswith("command reject") for line in words)

@@ -183,6 +183,19 @@ def test_features_are_probed(host: Host, device: Backend) -> None:
     assert device.probe_feature(vfio.Feature.MIGRATION)
 
 
+def test_features_are_set_and_got(host: Host, device: Backend) -> None:
+    asked, flags = vfio.DeviceFeature, vfio.FeatureFlags
+    with pytest.raises(OperationFailed, match="feature 10") as caught:
+        device.feature(asked(vfio.Feature.BUS_MASTER, flags.PROBE | flags.SET), 0)
+    assert caught.value.errno == "ENOTTY"
+    host.kernel.device(NAME).features = frozenset({vfio.Feature.BUS_MASTER})
+    assert device.feature(asked(vfio.Feature.BUS_MASTER, flags.PROBE | flags.SET), 0) == b""
+    assert device.feature(asked(vfio.Feature.BUS_MASTER, flags.SET, b"\1\0\0\0"), 0) == b""
+    assert device.feature(asked(vfio.Feature.BUS_MASTER, flags.GET), 4) == b"\1\0\0\0"
+    with pytest.raises(OperationFailed, match="EINVAL"):
+        device.feature(asked(vfio.Feature.BUS_MASTER, flags.GET), 3)
+
+
 def test_dma_really_moves_the_guests_memory(host: Host, memory: SharedMemory) -> None:
     host.guest.mappings.append(Mapping(0x10000, 4 * PAGE, memory, PAGE, readonly=False))
     device = host.groups.open(host.origin(group_fd=host.group_fd(7)))

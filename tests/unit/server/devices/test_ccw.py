@@ -315,7 +315,7 @@ def test_a_parent_that_hangs(play: Play) -> None:
         sub.on_write = lambda region, data: bool(gate.wait(30)) and None
         with pytest.raises(TimedOut, match="has not returned from taking the channel program"):
             await request(world, timeout_ms=20)
-        with pytest.raises(Busy, match="still takes the program of a request that timed out"):
+        with pytest.raises(Busy, match="still takes the program of a request that is over"):
             await request(world)
         told = await world.command("query-subchannel", device="n0", oob=True)
         assert told.pending and "is being handed over" in told.words[0]
@@ -331,17 +331,74 @@ def test_a_parent_that_hangs(play: Play) -> None:
     play(scenario)
 
 
-def test_the_device_goes_in_the_middle(play: Play) -> None:
+@pytest.mark.parametrize("kind", [Sub, SlowSub])
+def test_the_device_goes_in_the_middle(play: Play, kind: type[Sub]) -> None:
     async def scenario(world: World) -> None:
-        sub = await added(world)
-        asked = request(world, timeout_ms=100)
+        sub = await added(world, kind())
+        pending, queued = request(world), request(world, queue=True)
         await started(world, sub)
         await world.machine.mdevs.unregister("subs", patience=0)
-        with pytest.raises(OperationFailed, match="its parent was unregistered") as caught:
-            await asked
-        assert caught.value.errno == "ENODEV"
-        result = await request(world)
-        assert (result.condition_code, result.return_code) == (3, "ENODEV")
+        # At once, and not when their time is over.
+        result = await pending
+        assert (result.condition_code, result.return_code) == (0, "ENODEV")
+        assert result.decoded.deferred_condition_code == 3
+        assert "its parent was unregistered" in result.meaning
+        for result in (await queued, await request(world)):
+            assert (result.condition_code, result.return_code) == (3, "ENODEV")
+            assert "its parent was unregistered" in result.meaning and "not operational" in result.meaning
+
+    play(scenario)
+
+
+def test_the_device_goes_while_it_takes_a_program(play: Play) -> None:
+    async def scenario(world: World) -> None:
+        sub = await added(world, SlowSub())
+        gate = world.gate()
+        entered = asyncio.Event()
+
+        def write(region: int, data: bytes) -> None:
+            world.loop.call_soon_threadsafe(entered.set)
+            gate.wait(30)
+
+        sub.on_write = write
+        pending, queued = request(world), request(world, queue=True)
+        await entered.wait()
+        leaving = asyncio.ensure_future(world.machine.mdevs.unregister("subs", patience=0))
+        for result in (await pending, await queued):
+            assert (result.condition_code, result.return_code) == (3, "ENODEV")
+        gate.set()
+        await leaving
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("index", [CcwIrq.REQ, CcwIrq.CRW])
+@pytest.mark.parametrize("kind", [Sub, SlowSub])
+def test_a_device_of_the_kernel_goes_in_the_middle(play: Play, kind: type[Sub], index: CcwIrq) -> None:
+    """It says nothing but REQ or a channel report; STORE SUBCHANNEL then says ENODEV."""
+
+    async def scenario(world: World) -> None:
+        sub = await added(world, kind())
+        pending, queued = request(world), request(world, queue=True)
+        await started(world, sub)
+        sub.ring(index)  # it is asked for, or reports something, and is still there
+        await world.until(lambda: bool(world.told(DeviceRequested)) or index == CcwIrq.CRW)
+        await world.settle()
+        assert not pending.done()
+
+        def write(region: int, data: bytes) -> None:
+            raise OSError(errno.ENODEV, "it is gone")
+
+        def read(region: int) -> bytes | None:
+            raise OSError(errno.ENODEV, "it is gone")
+
+        sub.on_write, sub.on_read = write, read
+        sub.ring(index)
+        result = await pending
+        assert (result.return_code, result.decoded.deferred_condition_code) == ("ENODEV", 3)
+        assert "it is gone" in result.meaning
+        assert (await queued).condition_code == 3
+        sub.on_write, sub.on_read = (lambda region, data: None), (lambda region: None)
 
     play(scenario)
 

@@ -95,3 +95,30 @@ def test_kinds_of_status() -> None:
         Scsw(stctl=PENDING | Stctl.PRIMARY, actl=Actl.DEVICE_ACTIVE): Input.ANSWER,
     }
     assert {scsw: kind_of_status(scsw) for scsw in cases} == cases
+
+
+def test_the_end_of_a_clear_is_not_late() -> None:
+    requests = Requests()
+    feed(requests, Input.START, Input.ACCEPTED, Input.TIMEOUT)
+    for function in (Fctl.CLEAR, Fctl.HALT, Fctl.START | Fctl.HALT):
+        requests.owed = 1
+        assert not requests.settle(Scsw(fctl=function, stctl=PENDING))
+        assert requests.owed == 0  # nothing is left that could end
+
+
+def test_a_device_that_goes() -> None:
+    answers = {
+        (): [],
+        (Input.START,): [Action.FAIL],
+        (Input.START, Input.SIGNAL): [Action.FAIL],
+        (Input.START, Input.ACCEPTED): [Action.REPLY],
+        (Input.START, Input.TIMEOUT): [],
+    }
+    for before, then in answers.items():
+        requests = Requests()
+        feed(requests, *before)
+        assert feed(requests, Input.GONE) == then
+        # Whoever took the program may return after all, and nobody is answered twice.
+        if requests.state is State.STUCK:
+            assert feed(requests, Input.REFUSED) == []
+        assert (requests.state, requests.owed) == (State.IDLE, 0)

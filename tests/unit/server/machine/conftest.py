@@ -167,7 +167,8 @@ class World:
         try:
             spec = COMMANDS[name.replace("_", "-") if name.replace("_", "-") in COMMANDS else name]
             given = {key.replace("_", "-"): value for key, value in arguments.items()}
-            result = HANDLERS[spec.arguments](call, decode_arguments(spec, msgspec.json.encode(given)))
+            call.arguments = decode_arguments(spec, msgspec.json.encode(given))
+            result = HANDLERS[spec.arguments](call, call.arguments)
             if isinstance(result, Awaitable):
                 result = await result
         except BaseException:

@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 
-from vfiod.protocol.catalogue.devices import DeviceAdded, DeviceError
+from vfiod.protocol.catalogue.devices import DeviceAdded, DeviceError, Holder
 from vfiod.protocol.catalogue.reset import DeviceResetDone
 from vfiod.protocol.catalogue.words import UNSET
-from vfiod.protocol.errors import CommandError, DeviceNotFound, InvalidArgument, OperationFailed, PermissionRefused
+from vfiod.protocol.errors import (
+    Busy,
+    CommandError,
+    DeviceNotFound,
+    InvalidArgument,
+    OperationFailed,
+    PermissionRefused,
+)
 from vfiod.protocol.vfio import DeviceFlags, PciIrq
 
 Play = Callable[[Callable[[Any], Any]], None]
@@ -416,5 +423,70 @@ def test_system_reset_names_what_failed_and_resets_the_rest(play: Play) -> None:
         with pytest.raises(CommandError, match=r"1 of 3 devices could not be reset.*device 'n0': .*EBUSY"):
             await world.command("system_reset")
         assert resets(world) == [("alone", "device")]
+
+    play(scenario)
+
+
+# --- devices of clients -----------------------------------------------------------------------------
+
+
+class Client:
+    """Somebody who has a device for himself, and notes what he is told."""
+
+    name = "export 'e0'"
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def holder(self) -> Holder:
+        return Holder(kind="export", detail="e0")
+
+    def asked_to_go(self) -> None:
+        self.told.append("asked")
+
+    def failed(self) -> None:
+        self.told.append("failed")
+
+    def device_stops(self) -> None:
+        self.told.append("stops")
+
+    def release_memory(self) -> None:
+        self.told.append("memory")
+
+
+def test_a_client_is_in_the_way_of_resets_that_reach_its_device_alone(play: Play) -> None:
+    async def scenario(world: Any) -> None:
+        await add(world, "n0", FIRST, 7)
+        await add(world, "n1", SECOND, 8)
+        await add(world, "far", OTHER_BUS, 9)
+        device = world.machine.device("n1")
+        device.claim = Client()
+        world.kernel.log.clear()
+        for arguments in (
+            {"name": "hot-reset", "id": "n0"},
+            {"name": "hot-reset", "id": "n1"},
+            {"name": "system_reset"},
+        ):
+            with pytest.raises(Busy, match="export 'e0'"):
+                await world.command(arguments.pop("name"), **arguments)
+        assert touched(world) == []
+        await world.command("hot-reset", id="far")
+        assert resets(world) == [("far", "hot")]
+        await world.command("hot-reset", id="n0", force=True)
+        assert sorted(resets(world)[1:]) == [("n0", "hot"), ("n1", "hot")]
+        device.claim = None
+
+    play(scenario)
+
+
+def test_a_client_whose_device_nothing_resets_is_in_nobodys_way(play: Play) -> None:
+    async def scenario(world: Any) -> None:
+        await add(world, "n0", FIRST, 7, flags=PCI_ALONE_NOT)
+        await add(world, "far", OTHER_BUS, 9)
+        world.kernel.add_device(SECOND, 8)  # nobody's: the bus of both is not reset
+        world.machine.device("n0").claim = Client()
+        await world.command("system_reset")
+        assert resets(world) == [("far", "device")]
+        world.machine.device("n0").claim = None
 
     play(scenario)

@@ -31,9 +31,11 @@ from vfiod.protocol.limits import MAX_CHANNEL_COMMANDS
 from vfiod.protocol.vfio import IrqAction, SetIrqs
 from vfiod.protocol.vfio.ccw import AsyncCommand, CcwCmdRegion, CcwIoRegion, CcwIrq
 from vfiod.server.kernel.memory import SharedMemory
-from vfiod.server.mdev.channel import ChannelProgramRun, Transfer, Unit, UnitCheck
+from vfiod.server.mdev.channel import MAX_PROMPT_COMMANDS, ChannelProgramRun, Transfer, Unit, UnitCheck
 from vfiod.server.mdev.channel_device import ChannelDevice
+from vfiod.server.mdev.parent import Pin
 from vfiod.server.mdev.samples.terminal import MAX_RECORD, Records, record
+from vfiod.server.mdev.space import Piece
 
 from .conftest import Bell, Ground
 
@@ -171,6 +173,37 @@ def test_a_search_leaves_its_loop_by_the_status_modifier(machine: Machine) -> No
     assert machine.get(0x3000, 1) == b"?"
 
 
+def test_addresses_out_of_range(machine: Machine) -> None:
+    machine.unit.kept = b"data"
+    step = Ccw(0x03, 0, 1, CC | SLI)
+    for what, ccws in {
+        "data beyond memory": [Ccw(0x02, SIZE, 4)],
+        "data that ends beyond it": [Ccw(0x02, SIZE - 2, 4)],
+        "data to write from there": [Ccw(0x01, SIZE, 4)],
+        "a list of IDAWs": [Ccw(0x02, SIZE, 4, CcwFlags.INDIRECT)],
+        "a TIC": [step, Ccw(0x08, SIZE)],
+        "a CCW that is cut off": [step, Ccw(0x08, SIZE - 8)],
+    }.items():
+        machine.put(SIZE - 8, Ccw(0x03, 0, 1, CC | SLI).pack())  # chained to what is not there
+        assert machine.ccws(*ccws).scsw.cstat == Cstat.PROGRAM_CHECK, what
+        assert machine.ccws(Ccw(0x03, 0, 1, SLI)).scsw.cstat == 0
+    assert machine.run(Orb(SIZE)).scsw.cstat == Cstat.PROGRAM_CHECK
+
+
+def test_chains_that_loop(machine: Machine) -> None:
+    step = Ccw(0x03, 0, 1, CC | SLI)
+    for ccws in (
+        [step, Ccw(0x08, 0x1000)],
+        [step, step, Ccw(0x08, 0x1008)],
+        [Ccw(0x01, 0x2000, 1, CC), Ccw(0x08, 0x1000)],
+        [Ccw(0x01, 0x2000, 1, CD), Ccw(0x08, 0x1000)],  # data without end: more than it takes
+    ):
+        begun = machine.unit.begun
+        assert machine.ccws(*ccws).scsw.cstat in (Cstat.PROGRAM_CHECK, Cstat.INCORRECT_LENGTH)
+        assert machine.unit.begun == begun + 1
+        assert machine.ccws(Ccw(0x03, 0, 1, SLI)).scsw.cstat == 0
+
+
 def test_a_search_that_never_ends_ends(machine: Machine) -> None:
     irb = machine.ccws(Ccw(0x07, 0x2000, 1, CC), Ccw(0x08, 0x1000))
     assert irb.scsw.cstat == Cstat.PROGRAM_CHECK
@@ -215,6 +248,29 @@ def test_format_0_reads_any_x8_as_tic(machine: Machine) -> None:
     assert machine.ccws(Ccw(0x03, 0, 1, CC | SLI), Ccw(0xF8, 0x1018)).scsw.cstat == Cstat.PROGRAM_CHECK
 
 
+def test_operands_with_the_high_bit_set(machine: Machine) -> None:
+    """Bit 0 of every 31-bit address must be zero: of a CCW's data, of a TIC, of a list of IDAWs, of an IDAW."""
+    raw = {
+        "data": bytes.fromhex("0220000480002000"),
+        "a list of IDAWs": bytes.fromhex("0204000480002000"),
+        "an IDAW": bytes.fromhex("0204000400003000"),
+        "a TIC": bytes.fromhex("0360000100000000 0800000080001000"),
+    }
+    machine.unit.kept = b"data"
+    machine.put(0x3000, bytes.fromhex("80002000"))
+    for what, ccws in raw.items():
+        machine.put(0x1000, ccws)
+        machine.put(0x2000, bytes(4))
+        assert machine.run(Orb(0x1000)).scsw.cstat == Cstat.PROGRAM_CHECK, what
+        assert machine.get(0x2000, 4) == bytes(4), what  # the bit is not dropped
+
+
+def test_a_program_does_not_suspend_itself_in_the_middle_of_data(machine: Machine) -> None:
+    machine.unit.kept = b"12345678"
+    irb = machine.ccws(Ccw(0x02, 0x2000, 4, CD), Ccw(0, 0x2004, 4, CcwFlags.SUSPEND), flags=OrbFlags.SPND)
+    assert irb.scsw.cstat == Cstat.PROGRAM_CHECK
+
+
 def test_data_that_leaves_memory_in_the_middle(machine: Machine) -> None:
     machine.unit.kept = bytes(range(16))
     irb = machine.ccws(Ccw(0x02, SIZE - 8, 8, CD), Ccw(0, SIZE, 8))
@@ -244,6 +300,9 @@ class Subchannel:
     def irb(self) -> Irb:
         """Wait for the interrupt, and read."""
         os.read(self.bells[CcwIrq.IO].number, 8)
+        return self.irb_now()
+
+    def irb_now(self) -> Irb:
         return Irb.unpack(CcwIoRegion.unpack(self.device.read(0, 0, 124)).irb)
 
     def control(self, command: AsyncCommand) -> None:
@@ -307,6 +366,67 @@ def test_suspended_without_an_interrupt(sub: Subchannel) -> None:
     assert sub.irb().scsw.fctl == Fctl.CLEAR
     sub.control(AsyncCommand.HSCH)
     assert sub.irb().scsw.fctl == Fctl.HALT
+
+
+def test_a_suspended_program_and_its_halt(sub: Subchannel) -> None:
+    flags = OrbFlags.FMT | OrbFlags.SPND
+    sub.start(Ccw(0x03, 0, 1, CC | SLI), Ccw(0x03, 0, 1, SLI | CcwFlags.SUSPEND), flags=flags)
+    suspended = sub.irb().scsw
+    # Its CCW was fetched, as in Hercules (channel.c) and QEMU (sch_handle_halt_func): the address is 8 beyond it.
+    assert (suspended.cpa, suspended.actl) == (0x1010, Actl.SUSPENDED)
+    assert suspended.stctl == Stctl.INTERMEDIATE | Stctl.STATUS_PENDING
+    stored = Scsw.unpack(sub.device.read(2, 28, 12))
+    assert (stored.actl, stored.stctl) == (Actl.SUSPENDED, Stctl(0))  # its status was read
+    sub.control(AsyncCommand.HSCH)
+    halted = sub.irb().scsw
+    assert (halted.stctl, halted.dstat, halted.cpa) == (Stctl.STATUS_PENDING, Dstat(0), 0x1010)
+
+
+def test_what_does_not_wait_runs_where_it_is_started(sub: Subchannel) -> None:
+    nops = [Ccw(0x03, 0, 1, CC | SLI)] * (MAX_PROMPT_COMMANDS - 1)
+    sub.start(*nops, Ccw(0x03, 0, 1, SLI))
+    assert sub.bells[CcwIrq.IO].rung() == 1
+    sub.irb_now()
+    # One more than may run there, and what may wait, go on in the device's thread: where they were.
+    sub.unit.gate = threading.Event()
+    sub.start(Ccw(0x01, 0x1000, 4, CC), *nops, Ccw(0x03, 0, 1, SLI))
+    assert sub.irb().scsw.cpa == 0x1000 + 8 * (MAX_PROMPT_COMMANDS + 1)
+    sub.start(Ccw(0x03, 0, 1, CC | SLI), Ccw(0x13, 0, 1, CC | SLI), Ccw(0x03, 0, 1, SLI))
+    assert sub.bells[CcwIrq.IO].rung() == 0
+    # While it is at the unit nothing else is, whatever becomes of it.
+    sub.control(AsyncCommand.CSCH)
+    assert sub.irb().scsw.fctl == Fctl.CLEAR
+    sub.start(Ccw(0x03, 0, 1, SLI))
+    assert sub.bells[CcwIrq.IO].rung() == 0
+    begun = sub.unit.begun
+    sub.unit.gate.set()
+    assert sub.irb().scsw.cpa == 0x1008
+    assert sub.unit.begun == begun + 1
+
+
+def test_memory_that_must_be_asked_for_is_not_touched_where_it_is_started(sub: Subchannel, ground: Ground) -> None:
+    asked: list[int] = []
+
+    class Far:
+        asks = True
+
+        def read(self, offset: int, length: int) -> bytes:
+            asked.append(threading.get_ident())
+            return Ccw(0x03, 0, 1, SLI).pack()
+
+        def write(self, offset: int, data: bytes) -> None:
+            raise AssertionError
+
+        def pin(self, offset: int, length: int, *, writable: bool) -> Pin:
+            raise AssertionError
+
+    ground.space.add(Piece(SIZE, 0x1000, Far(), 0, readonly=True))
+    sub.device.write(0, 0, CcwIoRegion(Orb(SIZE).pack()).pack())
+    assert sub.irb().scsw.cstat == 0
+    assert asked and threading.get_ident() not in asked
+    ground.space.remove(SIZE, 0x1000)
+    sub.start(Ccw(0x03, 0, 1, SLI))
+    assert sub.bells[CcwIrq.IO].rung() == 1
 
 
 def test_regions_are_written_whole(sub: Subchannel) -> None:

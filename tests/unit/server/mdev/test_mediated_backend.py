@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.errors import Busy, DeviceNotActive, DeviceNotFound, OperationFailed
@@ -182,6 +183,8 @@ def test_it_looks_like_the_kernels_vfio_pci(backend: Backend) -> None:
     refused(errno.EINVAL, backend.irq_info, 5)
     assert (backend.kind, backend.name, backend.group) == ("mdev", UUID, None)
     assert not backend.probe_feature(1)
+    with pytest.raises(OperationFailed, match="ENOTTY"):
+        backend.feature(vfio.DeviceFeature(1, vfio.FeatureFlags.GET), 8)
 
 
 def test_access_is_checked_before_the_device_sees_it(ground: Ground, backend: Backend) -> None:

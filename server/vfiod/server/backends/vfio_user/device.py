@@ -183,6 +183,16 @@ class VfioUserBackend:
         """See :class:`Backend`."""
         self._peer.ask(Nothing(), command=Command.DEVICE_RESET).close()
 
+    def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
+        """None that we know of."""
+        del index
+        return ()
+
+    def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """False: every access waits (``may_block``)."""
+        del index, offset, length, write
+        return False
+
     def probe_feature(self, feature: int) -> bool:
         """See :class:`Backend`. What a server does not know, it does not have."""
         flags = vfio.FeatureFlags.PROBE | vfio.FeatureFlags.GET
@@ -193,6 +203,18 @@ class VfioUserBackend:
                 raise
             return False
         return True
+
+    def watch_end(self, gone: Callable[[str], None]) -> None:
+        """See :class:`Backend`. It goes with its server, and comes back with it if that is wanted."""
+        self._peer.when_lost = gone
+
+    def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
+        """See :class:`Backend`."""
+        asked = DeviceFeature(request.feature, request.flags, request.data, DeviceFeature.HEADER_SIZE + room)
+        reply = self._peer.ask(asked)
+        reply.close()
+        payload = reply.payload
+        return payload.data if isinstance(payload, DeviceFeature) and vfio.FeatureFlags.GET in request.flags else b""
 
     def close(self) -> bool:
         """See :class:`Backend`. True: the server hears that we are gone, and lets go of everything."""

@@ -81,6 +81,9 @@ class Peer:
         timeout_ms: how long a reply may take, in milliseconds.
         reconnect_ms: how long after a loss, and after each attempt, it is tried to connect again; 0: never.
 
+    Attributes:
+        when_lost: called on the loop with the reason each time the server is lost.
+
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Peer:
         self.user = user
         self.translation: Final = Translation()
         self.on_loop = on_loop
+        self.when_lost: Callable[[str], None] | None = None
         self._connect = connect
         self._executor = executor
         self._emit = emit
@@ -273,6 +277,8 @@ class Peer:
         again = f"; vfiod tries to reach it again every {self._reconnect_ms} ms" if self._reconnect_ms else ""
         self._reason = f"the server is gone: {reason}{again}"
         self._tell(f"Its vfio-user server {self.what} is gone: {reason}{again}")
+        if self.when_lost is not None:
+            self.when_lost(self._reason)
         self._later()
 
     def _tell(self, reason: str) -> None:

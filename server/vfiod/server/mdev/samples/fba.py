@@ -79,6 +79,10 @@ class FbaDisk(Unit):
         """Let the file go. Later commands find no medium."""
         self._fd.close()
 
+    def is_prompt(self, command: int) -> bool:
+        """What touches no file."""
+        return command in (DEFINE_EXTENT, LOCATE, Command.READ_DEVICE_CHARACTERISTICS)
+
     def begin(self) -> None:
         """A new program: no extent, no place."""
         self._extent: tuple[int, int] | None = None

@@ -60,6 +60,7 @@ from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, Area, P
 from vfiod.server.mdev.parent import (
     DeviceInfo,
     DmaFault,
+    Doorbell,
     Host,
     IrqInfo,
     MdevType,
@@ -127,6 +128,7 @@ class PrimerDevice(MediatedDevice):
         granted: vectors that can really be had; None: all.
         msix: MSI-X vectors of the capability; 0: it has none.
         resizable: whether MSI-X vectors can be added while others are in use.
+        doorbell: whether writing 1 to IRQ_RAISE is a doorbell.
 
     """
 
@@ -141,11 +143,13 @@ class PrimerDevice(MediatedDevice):
         granted: int | None = None,
         msix: int = 0,
         resizable: bool = False,
+        doorbell: bool = False,
     ) -> None:
         self._host = host
         self._size = memory
         self._memory: FileDescriptor | None = None
         self._msix = msix
+        self._doorbell = doorbell
         self._irqs = PciIrqs(host, intx=True, msi=vectors, err=True, granted=granted, msix=msix, resizable=resizable)
         self._config = ConfigSpace(
             vendor=VENDOR_ID,
@@ -270,6 +274,14 @@ class PrimerDevice(MediatedDevice):
             raise OSError(errno.ENODEV, "the device is not open")
         return self._memory.number
 
+    def doorbells(self) -> Sequence[Doorbell]:
+        """What interrupts by source 0, when it was made so."""
+        return [Doorbell(PciRegion.BAR0, IRQ_RAISE, _WORD.pack(1))] if self._doorbell else []
+
+    def may_dma(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """Only the engine does DMA, at once when it is started."""
+        return write and index == PciRegion.BAR0 and offset <= DMA_COMMAND < offset + length
+
     # --- registers --------------------------------------------------------------------------------------
 
     def _register(self, at: int) -> int:
@@ -366,6 +378,7 @@ class Primer(Parent):
             "msix-vectors": f"MSI-X vectors: 0 to {MSIX_MOST}, 0: no such capability; default 8",
             "msix-resizable": "whether MSI-X vectors can be added while others are in use; default false",
             "granted-vectors": "MSI and MSI-X vectors that can really be had, to try a short host; default: all",
+            "doorbell": "whether IRQ_RAISE, written with 1, is a doorbell (an ioeventfd of hypervisors); default false",
             "hot-unplug": "false: refuses to be destroyed between mdev-start and mdev-shutdown; default true",
         },
     )
@@ -384,11 +397,14 @@ class Primer(Parent):
         msix = _number("msix-vectors", parameters.get("msix-vectors", 8), 0, MSIX_MOST)
         most = max(vectors, msix)
         granted = _number("granted-vectors", parameters.get("granted-vectors", most), 1, most)
+        doorbell = _flag("doorbell", parameters.get("doorbell", False))
         resizable = _flag("msix-resizable", parameters.get("msix-resizable", False))
         hot_unplug = _flag("hot-unplug", parameters.get("hot-unplug", True))
         if not hot_unplug:
             self._stays.add(uuid)
-        return PrimerDevice(host, memory=memory, vectors=vectors, granted=granted, msix=msix, resizable=resizable)
+        return PrimerDevice(
+            host, memory=memory, vectors=vectors, granted=granted, msix=msix, resizable=resizable, doorbell=doorbell
+        )
 
     def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
         """Refused while the VM runs, for a device made so."""

@@ -223,6 +223,10 @@ class SerialDevice(MediatedDevice):
         """The eventfds; the lines' own are watched."""
         return self._irqs.fds()
 
+    def may_dma(self, index: int, offset: int, length: int, *, write: bool) -> bool:
+        """A serial card does none."""
+        return False
+
     # --- access ---------------------------------------------------------------------------------------
 
     def read(self, index: int, offset: int, length: int) -> bytes:
