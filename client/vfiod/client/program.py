@@ -16,7 +16,7 @@ SUBCOMMANDS: Final = {
     "demo": ("vfiod.client.demo", "every part at work on a built-in mediated device, with no hardware"),
     "call": ("vfiod.client.call", "run one command on a server"),
     "monitor": ("vfiod.client.monitor.program", "talk to a server: history, completion, events as they come"),
-    "watch": ("vfiod.client.watch", "devices, interrupts and events of a server, live"),
+    "watch": ("vfiod.client.watch.program", "devices, interrupts, DMA maps, exports and events of servers, live"),
     "mdev": ("vfiod.client.mdev", "serve a mediated device to a hypervisor by vfio-user, with no monitor"),
     "host": ("vfiod.client.host.program", "this host's devices and groups: list, bind, unbind, recover"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -170,3 +171,25 @@ def test_a_batch_or_notification_carries_no_fds(monitor: Monitor) -> None:
     assert peer.message()["id"] == 2
     assert len(peer.fds) == 1
     monitor.until(lambda: monitor.fds() == before + 1)  # ours; the server closes its own once it is sent
+
+
+def test_channel_io(monitor: Monitor, tmp_path: Any) -> None:
+    """Binary values are base64, errors have their words, interrupts nobody waits for are notifications."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    peer = monitor.jsonrpc()
+    made = peer.call("mdev-create", parent="fba", type="fba-ccw", parameters={"file": str(disk)})["result"]
+    peer.call("device_add", driver="vfio-ccw", id="disk", mdev=made["uuid"])
+    # No guest memory is there: the program cannot be fetched, which is a program check.
+    for orb in ({"orb": "AAAAAADA/wAAABAA"}, {"orb_fields": {"cpa": 0x1000}}):
+        result = peer.call("ccw-request", device="disk", **orb)["result"]
+        assert result["condition-code"] == 0
+        irb = base64.b64decode(result["irb"])
+        assert len(irb) == 96 and irb[9] == 0x20
+        assert result["decoded"]["subchannel-status"] == ["program-check"]
+    error = peer.call("ccw-request", device="disk", orb="AAAA")["error"]
+    assert "An ORB has 12 bytes, got 3" in error["message"]
+    assert peer.call("ccw-clear", device="disk")["result"]["condition-code"] == 0
+    while (event := peer.event())["method"] != "CCW_IO":
+        pass
+    assert event["params"]["decoded"]["functions"] == ["clear"]

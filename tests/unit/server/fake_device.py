@@ -76,6 +76,7 @@ class FakeDevice:
     bus: str = "pci"
     driver: str | None = "vfio-pci"
     reset_method: str | None = "flr bus"
+    device_api: str | None = None  # of a mediated device (bus "mdev")
     flags: vfio.DeviceFlags = vfio.DeviceFlags.PCI | vfio.DeviceFlags.RESET
     num_regions: int = vfio.VFIO_PCI_NUM_REGIONS
     num_irqs: int = vfio.VFIO_PCI_NUM_IRQS

@@ -840,6 +840,8 @@ class FakeKernel(Syscalls):
                 return f"../../bus/{device.bus}"
             case ["reset_method"]:
                 return device.reset_method
+            case ["mdev_type", "device_api"]:
+                return device.device_api
         return None
 
     def _must(self, path: str) -> str:

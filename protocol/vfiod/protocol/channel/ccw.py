@@ -12,6 +12,7 @@ format 1   command, flags, count, 31-bit address            addresses below 2 Gi
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from collections.abc import Callable
 from typing import ClassVar, Final, Self
@@ -103,6 +104,7 @@ class CcwFlags(enum.IntFlag):
 
 
 _NO_FLAGS: Final = CcwFlags(0)
+_flags = functools.lru_cache(None)(CcwFlags)  # of one byte
 
 
 class Ccw(Struct, frozen=True):
@@ -148,7 +150,7 @@ class Ccw(Struct, frozen=True):
         else:
             word, flags, _, count = exact(cls.FORMAT_0, data, "A format-0 CCW")
             command, address = word >> 24, word & (LIMIT_24 - 1)
-        return cls(command, address, count, CcwFlags(flags))
+        return cls(command, address, count, _flags(flags))
 
     def describe(self) -> str:
         """For a person: ``READ 0x02, 512 bytes at 0x2000, CHAIN_COMMAND``."""

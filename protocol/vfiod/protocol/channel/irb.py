@@ -7,6 +7,7 @@ Source: Principles of Operation (SA22-7832), chapter 16, "Interruption-Response 
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from typing import ClassVar, Final, Self
 
@@ -40,7 +41,8 @@ class ErwFlags(enum.IntFlag):
     """R: the failing storage address has 64 bits."""
 
 
-_ERW_FLAGS: Final = ErwFlags(0x1FC00000)
+_WHOLE: Final = struct.Struct("96x")
+_erw_flags = functools.lru_cache(None)(ErwFlags)  # seven bits
 
 
 class Erw(Struct, frozen=True):
@@ -51,12 +53,12 @@ class Erw(Struct, frozen=True):
 
     def pack(self) -> int:
         """As a word."""
-        return self.flags | (self.scnt & 0x3F) << 16
+        return int(self.flags) | (self.scnt & 0x3F) << 16
 
     @classmethod
     def unpack(cls, word: int) -> Self:
         """From a word."""
-        return cls(ErwFlags(word & _ERW_FLAGS), word >> 16 & 0x3F)
+        return cls(_erw_flags(word & 0x1FC00000), word >> 16 & 0x3F)
 
 
 class Sublog(Struct, frozen=True):
@@ -208,5 +210,5 @@ class Irb(Struct, frozen=True):
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> Self:
         """From 96 bytes, whatever they say."""
-        exact(struct.Struct("96x"), data, "An IRB")
+        exact(_WHOLE, data, "An IRB")
         return cls(Scsw.unpack(data[:12]), Esw.unpack(data[12:32]), bytes(data[32:64]), bytes(data[64:96]))

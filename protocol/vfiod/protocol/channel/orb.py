@@ -7,6 +7,7 @@ Source: Principles of Operation (SA22-7832), chapter 15, "Operation-Request Bloc
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from typing import ClassVar, Final, Self
 
@@ -53,6 +54,7 @@ class OrbFlags(enum.IntFlag):
 
 
 DEFAULT_FLAGS: Final = OrbFlags.FMT | OrbFlags.PFCH
+_flags = functools.lru_cache(64)(OrbFlags)
 _ALL: Final = 0x0FFF00FF
 """Every bit that is no other field's."""
 
@@ -120,7 +122,7 @@ class Orb(Struct, frozen=True):
     def pack(self) -> bytes:
         """12 bytes. Raises BadChannelStructure for values that do not fit their fields."""
         try:
-            return self.LAYOUT.pack(self.intparm, self.key << 28 | self.flags | self.lpm << 8, self.cpa)
+            return self.LAYOUT.pack(self.intparm, self.key << 28 | int(self.flags) | self.lpm << 8, self.cpa)
         except struct.error:
             self.check()
             raise BadChannelStructure(f"An ORB does not hold {self}") from None
@@ -129,4 +131,4 @@ class Orb(Struct, frozen=True):
     def unpack(cls, data: bytes | bytearray | memoryview) -> Self:
         """From 12 bytes, whatever they say."""
         intparm, word, cpa = exact(cls.LAYOUT, data, "An ORB")
-        return cls(cpa, intparm, word >> 28, word >> 8 & 0xFF, OrbFlags(word & _ALL))
+        return cls(cpa, intparm, word >> 28, word >> 8 & 0xFF, _flags(word & _ALL))

@@ -7,6 +7,7 @@ Source: Principles of Operation (SA22-7832), chapter 16, "Subchannel-Status Word
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from typing import ClassVar, Final, Self
 
@@ -93,7 +94,13 @@ class Cstat(enum.IntFlag):
     PROGRAM_CONTROLLED_INTERRUPTION = 0x80
 
 
-_FLAGS: Final = ScswFlags(0x0CFF0000)
+# Making a flag of a number takes a microsecond; each of these has 1024 values at most.
+_scsw_flags = functools.lru_cache(None)(ScswFlags)
+_fctl = functools.lru_cache(None)(Fctl)
+_actl = functools.lru_cache(None)(Actl)
+_stctl = functools.lru_cache(None)(Stctl)
+_dstat = functools.lru_cache(None)(Dstat)
+_cstat = functools.lru_cache(None)(Cstat)
 _NONE: Final = ScswFlags(0)
 
 
@@ -144,7 +151,15 @@ class Scsw(Struct, frozen=True):
 
     def pack(self) -> bytes:
         """12 bytes."""
-        word = self.key << 28 | self.flags | self.cc << 24 | self.fctl << 12 | self.actl << 5 | self.stctl
+        # By integers: "|" of flags makes flags, and takes its time for it.
+        word = (
+            self.key << 28
+            | int(self.flags)
+            | self.cc << 24
+            | int(self.fctl) << 12
+            | int(self.actl) << 5
+            | int(self.stctl)
+        )
         return self.LAYOUT.pack(word, self.cpa, self.dstat, self.cstat, self.count)
 
     @classmethod
@@ -153,13 +168,13 @@ class Scsw(Struct, frozen=True):
         word, cpa, dstat, cstat, count = exact(cls.LAYOUT, data, "An SCSW")
         return cls(
             key=word >> 28,
-            flags=ScswFlags(word & _FLAGS),
+            flags=_scsw_flags(word & 0x0CFF0000),
             cc=word >> 24 & 3,
-            fctl=Fctl(word >> 12 & 7),
-            actl=Actl(word >> 5 & 0x7F),
-            stctl=Stctl(word & 0x1F),
+            fctl=_fctl(word >> 12 & 7),
+            actl=_actl(word >> 5 & 0x7F),
+            stctl=_stctl(word & 0x1F),
             cpa=cpa,
-            dstat=Dstat(dstat),
-            cstat=Cstat(cstat),
+            dstat=_dstat(dstat),
+            cstat=_cstat(cstat),
             count=count,
         )

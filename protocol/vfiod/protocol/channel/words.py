@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Final
 
 from vfiod.protocol.channel.ccw import Idaws
@@ -13,6 +14,9 @@ from vfiod.protocol.channel.scsw import Actl, Cstat, Dstat, Fctl, Scsw, Stctl
 from vfiod.protocol.channel.sense import sense_words
 
 __all__ = ["CONDITION_CODES", "explain_crw", "explain_irb", "explain_orb", "explain_schib", "names", "summary"]
+
+KEPT: Final = 256
+"""Answers remembered: the same few kinds of status come again and again, and asking an IntFlag for each bit is slow."""
 
 CONDITION_CODES: Final = {
     0: "started",
@@ -53,8 +57,22 @@ _DSTAT: Final = {
 
 def names(flags: enum.IntFlag) -> list[str]:
     """The names of the bits that are set, in lower case with hyphens, highest first."""
-    found = [one for one in type(flags) if one in flags]
-    return [str(one.name).lower().replace("_", "-") for one in sorted(found, reverse=True)]
+    return list(_names(type(flags), int(flags)))
+
+
+@functools.lru_cache(KEPT)
+def _names(kind: type[enum.IntFlag], value: int) -> tuple[str, ...]:
+    found = [one for one in kind if int(one) & value]
+    return tuple(str(one.name).lower().replace("_", "-") for one in sorted(found, reverse=True))
+
+
+@functools.lru_cache(KEPT)
+def _phrases(cstat: int, dstat: int) -> tuple[str, ...]:
+    """What subchannel and device status say."""
+    return (
+        *(phrase for bit, phrase in _CSTAT.items() if int(bit) & cstat),
+        *(phrase for bit, phrase in _DSTAT.items() if int(bit) & dstat),
+    )
 
 
 def summary(scsw: Scsw) -> str:
@@ -65,8 +83,7 @@ def summary(scsw: Scsw) -> str:
         return f"no status ({', '.join(names(scsw.actl)) or 'idle'})"
     if not scsw.solicited:
         return f"unsolicited: {', '.join(names(scsw.dstat)) or 'no device status'}"
-    bad = [phrase.split(":")[0] for bit, phrase in _CSTAT.items() if bit in scsw.cstat and bit != 0x80]
-    bad += [phrase.split(":")[0] for bit, phrase in _DSTAT.items() if bit in scsw.dstat and bit & 0xF3]
+    bad = [phrase.split(":")[0] for phrase in _phrases(int(scsw.cstat) & 0x7F, int(scsw.dstat) & 0xF3)]
     if bad:
         return ", ".join(bad)
     if Fctl.CLEAR in scsw.fctl:
@@ -84,8 +101,7 @@ def explain_irb(irb: Irb) -> list[str]:
     """An IRB, line by line: the outcome first, then what each bit means, the sense data, and where it stopped."""
     scsw = irb.scsw
     lines = [summary(scsw)]
-    lines += [phrase for bit, phrase in _CSTAT.items() if bit in scsw.cstat]
-    lines += [phrase for bit, phrase in _DSTAT.items() if bit in scsw.dstat]
+    lines += _phrases(int(scsw.cstat), int(scsw.dstat))
     if scsw.fctl:
         lines.append(f"functions: {', '.join(names(scsw.fctl))}")
     if scsw.actl:

@@ -162,6 +162,7 @@ class MediatedBackend:
         self._shown = MediatedRegions(instance)
         self._regions: dict[int, vfio.RegionInfo] = {}
         self._irqs: dict[int, vfio.IrqInfo] = {}
+        self._irq_names: dict[int, str] = {}
         self._closed = False
         self._doorbells: tuple[Doorbell, ...] | None = None
 
@@ -302,7 +303,9 @@ class MediatedBackend:
     def set_irqs(self, request: vfio.SetIrqs) -> None:
         """See :class:`Backend`."""
         info = self._irqs.get(request.index) or self.irq_info(request.index)
-        what = f"{self._instance.what} interrupt index {request.index}"
+        what = self._irq_names.get(request.index)
+        if what is None:
+            what = self._irq_names[request.index] = f"{self._instance.what} interrupt index {request.index}"
         # vfio_set_irqs_validate_and_prepare
         if (
             request.start < 0

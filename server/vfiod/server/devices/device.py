@@ -373,9 +373,7 @@ class Device(ABC):
         model = self._model
         if model is None:
             return
-        if region.completes:
-            if self._waits and model.interrupts.kind in _BY_MESSAGE:
-                return  # no access completes those: nothing to trouble the loop with
+        if region.completes and model.interrupts.kind not in _BY_MESSAGE:  # no access completes messages
             self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:

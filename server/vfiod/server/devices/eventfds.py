@@ -14,7 +14,7 @@ from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel.syscalls import Syscalls
 
-__all__ = ["Consumer", "duplicate", "make", "take", "take_foreign"]
+__all__ = ["Consumer", "Foreign", "duplicate", "make", "take", "take_foreign"]
 
 _calls: Final = Syscalls()
 
@@ -50,11 +50,30 @@ def take(fd: FileDescriptor) -> int:
         return 0
 
 
+class Foreign:
+    """An eventfd that came from outside, to be read: asked first each time, because reading an empty one might wait.
+
+    Args:
+        fd: an eventfd, lent.
+
+    """
+
+    __slots__ = ("_fd", "_readable")
+
+    def __init__(self, fd: FileDescriptor) -> None:
+        self._fd = fd
+        asked = select.poll()
+        asked.register(fd.number, select.POLLIN)
+        self._readable = asked.poll
+
+    def take(self) -> int:
+        """Read it and set it to zero; 0 when nothing was there."""
+        return take(self._fd) if self._readable(0) else 0
+
+
 def take_foreign(fd: FileDescriptor) -> int:
-    """The same for one that came from outside: asked first, because reading an empty one might wait."""
-    asked = select.poll()
-    asked.register(fd.number, select.POLLIN)
-    return take(fd) if asked.poll(0) else 0
+    """The same, once: whoever reads one often makes a :class:`Foreign`."""
+    return Foreign(fd).take()
 
 
 class Consumer:

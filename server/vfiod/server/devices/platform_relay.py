@@ -29,6 +29,9 @@ _log: Final = logging.getLogger(__name__)
 
 _KERNEL: Final = {Action.HOST_MASK: vfio.IrqAction.MASK, Action.HOST_UNMASK: vfio.IrqAction.UNMASK}
 
+_request: Final = functools.lru_cache(maxsize=1024)(vfio.SetIrqs.now)
+"""One completed interrupt asks what the next one asks."""
+
 
 class PlatformRelay:
     """Listens to the relayed interrupts of one platform device.
@@ -76,7 +79,8 @@ class PlatformRelay:
         self.lines.add(index, Line(automasked=one.info.automasked, by_access=vector.resample is None))
         self._environment.watch(vector.own.number, functools.partial(self._fired, index, vector))
         if vector.resample is not None:
-            self._environment.watch(vector.resample.number, functools.partial(self._resampled, index, vector))
+            heard = functools.partial(self._resampled, index, eventfds.Foreign(vector.resample))
+            self._environment.watch(vector.resample.number, heard)
 
     def unlisten(self, one: IrqIndex) -> int:
         """Hear it no more; whoever waits behind it comes next.
@@ -121,8 +125,8 @@ class PlatformRelay:
             trace.irq_pending(device=self._device, index=index, state=IrqState.PENDING.value)
         tell_fired(self._environment, self._device, index, vector, count)
 
-    def _resampled(self, index: int, vector: Vector) -> None:
-        if vector.resample is not None and eventfds.take_foreign(vector.resample):
+    def _resampled(self, index: int, resample: eventfds.Foreign) -> None:
+        if resample.take():
             self.quietly(lambda: self.eoi(index, "resample"))
 
     def inherit(self, one: IrqIndex, count: int) -> None:
@@ -160,7 +164,7 @@ class PlatformRelay:
         try:
             for act in acts:
                 if act.action in _KERNEL and not self.disabled:
-                    self._backend.set_irqs(vfio.SetIrqs.now(_KERNEL[act.action], act.index))
+                    self._backend.set_irqs(_request(_KERNEL[act.action], act.index))
         except CommandError:
             lines.go_back(mark)
             raise

@@ -88,7 +88,8 @@ class Relay:
             return
         self._environment.watch(vector.own.number, functools.partial(self._line_fired, vector, line))
         if vector.resample is not None:
-            self._environment.watch(vector.resample.number, functools.partial(self._resampled, vector, line))
+            heard = functools.partial(self._resampled, vector, eventfds.Foreign(vector.resample), line)
+            self._environment.watch(vector.resample.number, heard)
 
     def unlisten(self, vector: Vector) -> None:
         """Hear it no more. What has arrived stays in its eventfd."""
@@ -136,8 +137,8 @@ class Relay:
             trace.irq_pending(device=self._device, index=INTX, state=line.state.value)
         tell_fired(self._environment, self._device, INTX, vector, count)
 
-    def _resampled(self, vector: Vector, line: IntxLine) -> None:
-        if vector.resample is not None and eventfds.take_foreign(vector.resample):
+    def _resampled(self, vector: Vector, resample: eventfds.Foreign, line: IntxLine) -> None:
+        if resample.take():
             if trace.irq_eoi.on:
                 trace.irq_eoi(device=self._device, index=INTX, by="resample")
             self.quietly(lambda: self.step(line, line.eoi, vector))
@@ -153,7 +154,7 @@ class Relay:
                 # The kernel first: what it refuses has not happened.
                 for action in actions:
                     if action in _KERNEL:
-                        self._backend.set_irqs(vfio.SetIrqs.now(_KERNEL[action], INTX))
+                        self._backend.set_irqs(_REQUESTS[action])
             except CommandError:
                 line.state, line.fast_path = before, fast
                 raise
@@ -212,3 +213,4 @@ class Relay:
 
 
 _KERNEL: Final = {Action.HOST_MASK: vfio.IrqAction.MASK, Action.HOST_UNMASK: vfio.IrqAction.UNMASK}
+_REQUESTS: Final = {action: vfio.SetIrqs.now(asked, INTX) for action, asked in _KERNEL.items()}

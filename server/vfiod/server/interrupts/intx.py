@@ -31,6 +31,9 @@ class LineState(enum.Enum):
     MASKED_PENDING = "masked, pending"  # delivered, then masked by the user before its EOI
     LATCHED = "masked, latched"  # arrived while masked by the user: delivered when unmasked
 
+    # By identity: Enum's own is a step in Python, and the tables are looked up with every interrupt.
+    __hash__ = object.__hash__
+
     @property
     def up(self) -> bool:
         """Whether the virtual line is up: delivered, not completed."""
@@ -51,6 +54,8 @@ class LineEvent(enum.Enum):
     UNMASK = "the user unmasks it"
     CLEAR = "known state: nothing pending, line down"
 
+    __hash__ = object.__hash__  # see LineState
+
 
 class Action(enum.Enum):
     """What the caller must do, in the order given."""
@@ -63,6 +68,8 @@ class Action(enum.Enum):
     FAST_PATH_ON = "regions may be accessed by their mapping again"
     START_TIMER = "call timer() after mmap-timeout-ms; replaces one that runs"
     STOP_TIMER = "no timer any more"
+
+    __hash__ = object.__hash__  # see LineState
 
 
 _S = LineState
@@ -121,6 +128,8 @@ class FastState(enum.Enum):
     ON = "on"
     OFF = "off"
 
+    __hash__ = object.__hash__  # see LineState
+
 
 class FastEvent(enum.Enum):
     """What happens to the fast path."""
@@ -129,6 +138,8 @@ class FastEvent(enum.Enum):
     TIMER_ACTIVE = "the timer fired while the line was up"
     TIMER_IDLE = "the timer fired while the line was down"
     RELEASED = "no access will complete anything any more"
+
+    __hash__ = object.__hash__  # see LineState
 
 
 FAST_PATH: Final[Mapping[tuple[FastState, FastEvent], tuple[FastState, tuple[Action, ...]]]] = {

@@ -16,6 +16,7 @@ section 7 of the reference on device behaviour.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from typing import Final
 
@@ -33,6 +34,9 @@ class IrqState(enum.Enum):
     PENDING = "pending"
     ACTIVE = "active"
 
+    # By identity: Enum's own is a step in Python, and the tables are looked up with every interrupt.
+    __hash__ = object.__hash__
+
 
 class IrqEvent(enum.Enum):
     """What happens to one interrupt."""
@@ -43,6 +47,9 @@ class IrqEvent(enum.Enum):
     TURN = "the line is free, and it is the first of those that wait"
     COMPLETED = "it was completed: by an access, irq-eoi, or its resample eventfd"
     STOPPED = "it is stopped"
+
+    # By identity: Enum's own is a step in Python, and the tables are looked up with every interrupt.
+    __hash__ = object.__hash__
 
 
 _S = IrqState
@@ -97,6 +104,12 @@ class Mark(Struct, frozen=True):
     masked: frozenset[int]
     fast_path: FastState
     again: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _acts(actions: tuple[Action, ...], index: int) -> tuple[Act, ...]:
+    """The same few, over and over."""
+    return tuple(Act(action, index) for action in actions)
 
 
 _FAST: Final = {(state, event): tuple(map(Act, actions)) for (state, event), (_, actions) in FAST_PATH.items()}
@@ -277,7 +290,7 @@ class PlatformLines:
                 self._again = False
             elif after is IrqState.PENDING:
                 self.waiting[index] = None
-        acts = tuple(Act(action, index) for action in actions)
+        acts = _acts(actions, index) if actions else ()
         trapped = after is IrqState.ACTIVE and self.by_access and line.by_access
         # A timer that runs re-arms itself while one is active; only a fresh interrupt starts it anew.
         if trapped and (event is IrqEvent.FIRED or (event is IrqEvent.TURN and self.fast_path is FastState.ON)):

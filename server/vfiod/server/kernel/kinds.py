@@ -12,8 +12,9 @@ import os
 import re
 import socket
 import stat
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from vfiod.protocol.fd import FdKind
 from vfiod.server.kernel.syscalls import Syscalls
@@ -121,8 +122,7 @@ def group_of_fd(fd: int, calls: Syscalls) -> tuple[int, bool] | None:
     return (int(found[2]), found[1] is not None) if found else None
 
 
-@dataclass(frozen=True, slots=True)
-class Cdev:
+class Cdev(Struct, frozen=True):
     """A VFIO device's own file.
 
     Attributes:

@@ -10,6 +10,7 @@ Source: Principles of Operation (SA22-7832), chapter 15, "Execution of I/O Opera
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, cast
@@ -41,6 +42,7 @@ from vfiod.server.mdev.parent import DmaFault, Host
 __all__ = ["ChannelProgramRun", "Transfer", "Unit", "UnitCheck", "flags_of"]
 
 NORMAL: Final = Dstat.CHANNEL_END | Dstat.DEVICE_END
+_ENDED: Final = Stctl.PRIMARY | Stctl.SECONDARY
 _ALWAYS_PROMPT: Final = frozenset({Command.NOP, Command.SENSE, Command.SENSE_ID})
 
 MAX_PROMPT_COMMANDS: Final = 32
@@ -284,14 +286,15 @@ class ChannelProgramRun:
 
     def _check(self, ccw: Ccw, *, chained_data: bool) -> None:
         """What makes a CCW invalid."""
-        in_data = chained_data or CcwFlags.CHAIN_DATA in ccw.flags
+        flags = int(ccw.flags)  # asking the flags themselves is slow
+        in_data = chained_data or flags & int(CcwFlags.CHAIN_DATA)
         if (
             # No command ends in 0; what ends in 8 is a TIC, and in format 1 only 08 itself is one.
             (not chained_data and ccw.command & 0xF in (0, 8))
             or (not ccw.count and (in_data or not self._orb.format))
-            or CcwFlags.MODIFIED_INDIRECT in ccw.flags
+            or flags & int(CcwFlags.MODIFIED_INDIRECT)
             # A program suspends itself between commands, not in the middle of one's data.
-            or (CcwFlags.SUSPEND in ccw.flags and (chained_data or OrbFlags.SPND not in self._orb.flags))
+            or (flags & int(CcwFlags.SUSPEND) and (chained_data or OrbFlags.SPND not in self._orb.flags))
             or (self._orb.format and ccw.address >= LIMIT_31)
         ):
             raise _Ended(Cstat.PROGRAM_CHECK)
@@ -345,7 +348,7 @@ class ChannelProgramRun:
         )
 
     def _irb(self, dstat: Dstat, cstat: Cstat) -> Irb:
-        stctl = Stctl.PRIMARY | Stctl.SECONDARY
+        stctl = _ENDED
         if cstat & ~Cstat.PROGRAM_CONTROLLED_INTERRUPTION or dstat & (Dstat.UNIT_CHECK | Dstat.UNIT_EXCEPTION):
             stctl |= Stctl.ALERT
         scsw = self._scsw(stctl, dstat=dstat, cstat=cstat)
@@ -381,8 +384,13 @@ _COPIED: Final = (
 
 def flags_of(orb: Orb) -> ScswFlags:
     """What an SCSW repeats of the ORB."""
-    flags = ScswFlags(0)
-    for asked, shown in _COPIED:
-        if asked in orb.flags:
-            flags |= shown
-    return flags
+    return _shown(int(orb.flags))
+
+
+@functools.lru_cache(64)
+def _shown(flags: int) -> ScswFlags:
+    shown = ScswFlags(0)
+    for asked, one in _COPIED:
+        if flags & int(asked):
+            shown |= one
+    return shown

@@ -77,11 +77,12 @@ JOIN_S: Final = 2.0
 
 
 class _Job(Struct, eq=False):
-    """A program that was started: in which life of the subchannel, by what, and how far it is."""
+    """A program that was started: in which life of the subchannel, by what, how far it is, who has it."""
 
     generation: int
     orb: Orb
     run: ChannelProgramRun
+    inbox: SimpleQueue[_Job | None]
 
 
 class ChannelDevice(MediatedDevice):
@@ -247,20 +248,12 @@ class ChannelDevice(MediatedDevice):
             self._io = CcwIoRegion(region.orb, region.scsw)
             self._running, self._unread = orb, False
             self._scsw = Scsw(orb.key, flags_of(orb), fctl=Fctl.START, actl=Actl.START_PENDING)
-            job = self._prepared(self._generation, orb)
+            job = self._prepared(orb, inbox)
             at_once = not self._at_work and self._host.memory_at_hand
             self._at_work += 1
         # Not with the lock: a halt must not wait.
-        if at_once and self._go(job, prompt=True):
-            self._worked(inbox)
-        else:
+        if not (at_once and self._go(job, prompt=True)):
             inbox.put(job)
-
-    def _worked(self, inbox: SimpleQueue[_Job | None]) -> None:
-        """A program has left the unit."""
-        with self._lock:
-            if self._inbox is inbox:  # else it was closed meanwhile, and perhaps opened again
-                self._at_work -= 1
 
     def _control(self, command: AsyncCommand) -> None:
         if command not in (AsyncCommand.HSCH, AsyncCommand.CSCH):
@@ -334,11 +327,12 @@ class ChannelDevice(MediatedDevice):
     def _work(self, inbox: SimpleQueue[_Job | None]) -> None:
         while (job := inbox.get()) is not None:
             self._go(job, prompt=False)
-            self._worked(inbox)
 
     # --- programs: in that thread; their beginning, where they are started --------------------------------------
 
-    def _prepared(self, generation: int, orb: Orb) -> _Job:
+    def _prepared(self, orb: Orb, inbox: SimpleQueue[_Job | None]) -> _Job:
+        generation = self._generation
+
         def stopped() -> bool:
             return generation != self._generation
 
@@ -348,12 +342,13 @@ class ChannelDevice(MediatedDevice):
                     self._present(irb)
 
         run = ChannelProgramRun(self._host, orb, self._unit, sense=b"", stopped=stopped, interrupt=interrupt)
-        return _Job(generation, orb, run)
+        return _Job(generation, orb, run, inbox)
 
     def _go(self, job: _Job, *, prompt: bool) -> bool:
         """Run a program, and present how it ended; promptly: False when it is to go on in the thread."""
         with self._lock:
             if job.generation != self._generation:
+                self._left(job)
                 return True
             job.run.sense = self._sense
         try:
@@ -362,11 +357,14 @@ class ChannelDevice(MediatedDevice):
             _log.exception("A channel program of the device %04x failed", self._number)
             irb = Irb(scsw=Scsw(fctl=Fctl.START, stctl=Stctl(0x17), cstat=Cstat.CHANNEL_CONTROL_CHECK))
         with self._lock:
-            if job.generation != self._generation:
-                return True
-            self._sense = job.run.sense
-            if irb is None:
+            current = job.generation == self._generation
+            if current:
+                self._sense = job.run.sense
+            if current and irb is None:
                 return False
+            self._left(job)
+            if not current or irb is None:
+                return True
             if Actl.SUSPENDED in irb.scsw.actl and OrbFlags.SSIC in job.orb.flags:
                 self._scsw = irb.scsw  # it asked for no interrupt
             elif Actl.SUSPENDED in irb.scsw.actl:
@@ -374,6 +372,11 @@ class ChannelDevice(MediatedDevice):
             else:
                 self._end(irb)
         return True
+
+    def _left(self, job: _Job) -> None:
+        """With the lock held: it is at the unit no longer."""
+        if self._inbox is job.inbox:  # else it was closed meanwhile, and perhaps opened again
+            self._at_work -= 1
 
     def _end(self, irb: Irb) -> None:
         self._running = None

@@ -173,6 +173,37 @@ def test_a_search_leaves_its_loop_by_the_status_modifier(machine: Machine) -> No
     assert machine.get(0x3000, 1) == b"?"
 
 
+def test_addresses_out_of_range(machine: Machine) -> None:
+    machine.unit.kept = b"data"
+    step = Ccw(0x03, 0, 1, CC | SLI)
+    for what, ccws in {
+        "data beyond memory": [Ccw(0x02, SIZE, 4)],
+        "data that ends beyond it": [Ccw(0x02, SIZE - 2, 4)],
+        "data to write from there": [Ccw(0x01, SIZE, 4)],
+        "a list of IDAWs": [Ccw(0x02, SIZE, 4, CcwFlags.INDIRECT)],
+        "a TIC": [step, Ccw(0x08, SIZE)],
+        "a CCW that is cut off": [step, Ccw(0x08, SIZE - 8)],
+    }.items():
+        machine.put(SIZE - 8, Ccw(0x03, 0, 1, CC | SLI).pack())  # chained to what is not there
+        assert machine.ccws(*ccws).scsw.cstat == Cstat.PROGRAM_CHECK, what
+        assert machine.ccws(Ccw(0x03, 0, 1, SLI)).scsw.cstat == 0
+    assert machine.run(Orb(SIZE)).scsw.cstat == Cstat.PROGRAM_CHECK
+
+
+def test_chains_that_loop(machine: Machine) -> None:
+    step = Ccw(0x03, 0, 1, CC | SLI)
+    for ccws in (
+        [step, Ccw(0x08, 0x1000)],
+        [step, step, Ccw(0x08, 0x1008)],
+        [Ccw(0x01, 0x2000, 1, CC), Ccw(0x08, 0x1000)],
+        [Ccw(0x01, 0x2000, 1, CD), Ccw(0x08, 0x1000)],  # data without end: more than it takes
+    ):
+        begun = machine.unit.begun
+        assert machine.ccws(*ccws).scsw.cstat in (Cstat.PROGRAM_CHECK, Cstat.INCORRECT_LENGTH)
+        assert machine.unit.begun == begun + 1
+        assert machine.ccws(Ccw(0x03, 0, 1, SLI)).scsw.cstat == 0
+
+
 def test_a_search_that_never_ends_ends(machine: Machine) -> None:
     irb = machine.ccws(Ccw(0x07, 0x2000, 1, CC), Ccw(0x08, 0x1000))
     assert irb.scsw.cstat == Cstat.PROGRAM_CHECK
