@@ -32,7 +32,7 @@ from vfiod.client.errors import ClientError, ConnectFailed, ConnectionLost
 from vfiod.client.events import Event
 from vfiod.client.fds import descriptors
 from vfiod.client.line import is_unfinished, parse_line
-from vfiod.client.monitor.complete import complete, complete_human
+from vfiod.client.monitor.complete import command_in, complete, complete_human
 from vfiod.client.monitor.help import did_you_mean, help_text
 from vfiod.client.monitor.local import open_named
 from vfiod.client.monitor.names import LIVE_SECONDS, live_names
@@ -139,8 +139,7 @@ class Monitor(Completer):
 
         @keys.add("f1")
         def _(event: KeyPressEvent) -> None:
-            words = event.current_buffer.text.removeprefix("json ").split()
-            text = help_text(words[0] if words else "")
+            text = help_text(command_in(event.current_buffer.text))
             run_in_terminal(lambda: self._print(("", text)))
 
         return PromptSession(
