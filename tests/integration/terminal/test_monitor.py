@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import time
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,7 +121,8 @@ def test_ctrl_c(server: OwnServer, terminal: Terminal) -> None:
     server.process.send_signal(signal.SIGSTOP)
     try:
         person.type("query-uuid\r")
-        time.sleep(0.5)  # not what is tested: it may take longer, and the signal then comes while it still types
+        terminal_of = person.child.child_fd
+        person.until(lambda _: bool(termios.tcgetattr(terminal_of)[3] & termios.ISIG), "that it waits")
         person.child.sendintr()
         person.see("No longer waiting")
     finally:
@@ -129,6 +130,10 @@ def test_ctrl_c(server: OwnServer, terminal: Terminal) -> None:
     person.until(lambda text: text.endswith(PROMPT), "the prompt")
     person.type("query-status\r")
     person.see("running")
+    person.type("quit\r")
+    person.see("Really?")
+    person.type("\x03")
+    person.see("The server runs on")
     person.type("\x03")
     person.until(lambda text: text.count("Ctrl-C again") == 3, "the third advice")
     person.type("\x03")

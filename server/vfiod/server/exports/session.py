@@ -393,8 +393,12 @@ class ClientSession:
         region, device = self._regions[index], self._device
         if not device.lane.free or (region.overlay is not None and not region.overlay.ready):
             return None
-        memory = cast("Client", self.memory)
-        if memory.unreachable_bytes and device.access_waits(region, offset, count, write=command == _WRITE):
+        memory = self.memory
+        if (
+            memory is not None
+            and memory.unreachable_bytes
+            and device.access_waits(region, offset, count, write=command == _WRITE)
+        ):
             return None
         try:
             if command == _READ and size == 32 and not flags:
