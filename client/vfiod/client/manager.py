@@ -179,7 +179,7 @@ class Manager:
                 self._progress.step(f"{device.address}: opening and passing it"),
                 self._opened(device, interface) as fds,
             ):
-                self.client.device_add(driver="vfio-pci", id=id, host=device.address, **fds, **options)
+                self.client.device_add(driver="vfio-pci", id=id, **fds, **options)
             undo.pop_all()
         self._devices.append(id)
         return self.device(id)
@@ -342,7 +342,7 @@ class Manager:
         path = f"/dev/vfio/{'noiommu-' if group.noiommu else ''}{group.number}"
         by_cdev = interface == "cdev" or (interface == "auto" and not Path(path).exists() and device.vfio_device)
         with contextlib.ExitStack() as stack:
-            fds: dict[str, Any] = {}
+            fds: dict[str, Any] = {} if by_cdev else {"host": device.address}
             if by_cdev:
                 if device.vfio_device is None:
                     raise HostError(f"{device.address} has no cdev: it is bound to {device.driver or 'no driver'}")
