@@ -32,6 +32,9 @@ FORWARDED: Final = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT}
 )
 ENDING: Final = frozenset({signal.SIGTERM, signal.SIGHUP})
+KEYS: Final = frozenset({signal.SIGINT, signal.SIGQUIT})
+"""Those the terminal sends to the whole process group; a hang-up goes to the session's leader alone."""
+
 FROM_KERNEL: Final = 0x80
 """si_code of a signal of the terminal (``SI_KERNEL``): the hypervisor, in the same process group, has had it too."""
 
@@ -246,6 +249,7 @@ def _supervise(vm: Manager, words: list[str]) -> int:
         try:
             hypervisor = subprocess.Popen(
                 words,
+                close_fds=False,  # what this program inherited is meant for it; our own fds are not inheritable
                 # It starts with the signals it would have had; nobody else runs in this process.
                 preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, former),  # noqa: PLW1509
             )
@@ -284,6 +288,6 @@ def _watch(vm: Manager, hypervisor: subprocess.Popen[bytes], watched: frozenset[
             print(f"vfiod run: it did not end within {GRACE_SECONDS:g} s: killing it", file=sys.stderr)
             hypervisor.kill()
             deadline = None
-        elif told.si_signo in FORWARDED and told.si_code != FROM_KERNEL:
+        elif told.si_signo in FORWARDED and not (told.si_signo in KEYS and told.si_code == FROM_KERNEL):
             hypervisor.send_signal(told.si_signo)
     return lost

@@ -110,12 +110,17 @@ async def serve(options: Options) -> bool:
         stack.callback(notifier.close)
         metrics: MetricsDoor | None = None
         try:
-            # The bus and the metrics have threads, so they come after what is a thread's own: _confine.
-            for option in options.sockets:
-                _listen(server, option, options.socket_gid)
-            _confine(options)
+            # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
+            # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
+            threads = bool(options.bus or options.events or options.metrics_path or options.metrics_port)
+            if threads:
+                _confine(options, to_be_made=True)
             _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
+            for option in options.sockets:
+                _listen(server, option, options.socket_gid)
+            if not threads:
+                _confine(options, to_be_made=False)
             for number in ENDING_SIGNALS:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
@@ -151,8 +156,14 @@ async def serve(options: Options) -> bool:
     return not problems
 
 
-def _confine(options: Options) -> None:
-    """Close the sandbox but for its last door. Imported only by those who want it."""
+def _confine(options: Options, *, to_be_made: bool) -> None:
+    """Close the sandbox but for its last door. Imported only by those who want it.
+
+    Args:
+        options: of the program.
+        to_be_made: the sockets are not there yet, so their directories stay writable even when others use them, too.
+
+    """
     from vfiod.server.sandbox import limits
 
     if options.sandbox == "off":
@@ -166,7 +177,7 @@ def _confine(options: Options) -> None:
     if options.pidfile is not None:
         paths.append(options.pidfile)
     for directory in dict.fromkeys(os.path.dirname(path) or "." for path in paths):
-        if files.is_shared(directory):
+        if not to_be_made and files.is_shared(directory):
             _log.warning(
                 "What this server makes in '%s' stays there when it ends: others keep files there too, and the sandbox "
                 "removes none of them. Give the sockets a directory of their own",
@@ -175,7 +186,7 @@ def _confine(options: Options) -> None:
     rules = [
         *files.for_python(),
         *files.for_devices(allow_open=options.allow_open),
-        *files.for_sockets(paths),
+        *files.for_sockets(paths, shared=to_be_made),
         *files.for_paths(options.allow_paths),
         *files.for_paths(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
     ]

@@ -107,6 +107,19 @@ class TestLives:
         _, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, err) == (5, "")
 
+    def test_inherited_fds(self, place: Path) -> None:
+        """An fd that was given to `vfiod run` is the hypervisor's (`-add-fd`, `-netdev tap,fd=`)."""
+        reading, writing = os.pipe()
+        with os.fdopen(reading) as ours:
+            program = f"import os; os.write({writing}, b'mine')"
+            command = ["--quiet", "--mdev", "primer-pci", "--", sys.executable, "-c", program]
+            done = subprocess.run(
+                [sys.executable, "-m", "vfiod.client.program", "run", *command],
+                env=os.environ | {"TMPDIR": str(place / "tmp")}, pass_fds=[writing], check=False,
+            )  # fmt: skip
+            os.close(writing)
+            assert (done.returncode, ours.read()) == (0, "mine")
+
     def test_vfiod_dies(self, place: Path) -> None:
         process = start(place, "--quiet", "--mdev", "primer-pci", *hypervisor("wait", "{export}"))
         wait_ready(process)

@@ -46,6 +46,8 @@ def for_python() -> list[Rule]:
     # The first entry of the path is where we happened to be started, unless -P or -I left it out.
     entries = sys.path if sys.flags.safe_path else sys.path[1:]
     places = dict.fromkeys([os.path.dirname(os.__file__), *vfiod.__path__, *entries, *LIBRARIES, *HOST_FACTS])
+    if sys.pycache_prefix is not None:
+        places[sys.pycache_prefix] = None
     return [Rule(place, READ) for place in places if place not in ("", "/")]
 
 
@@ -55,10 +57,10 @@ def for_devices(*, allow_open: bool) -> list[Rule]:
     return [Rule(place, USE_DEVICE) for place in places]
 
 
-def for_sockets(paths: Iterable[str]) -> list[Rule]:
-    """Where our own sockets are: others may be made beside them, and all can be removed. Not in shared directories."""
+def for_sockets(paths: Iterable[str], *, shared: bool = False) -> list[Rule]:
+    """Where our own sockets are: others may be made beside them, and all removed. In shared ones only if told."""
     directories = dict.fromkeys(os.path.dirname(path) or "." for path in paths)
-    return [Rule(directory, MAKE) for directory in directories if not is_shared(directory)]
+    return [Rule(directory, MAKE) for directory in directories if shared or not is_shared(directory)]
 
 
 def for_names() -> list[Rule]:
