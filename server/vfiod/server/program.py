@@ -117,7 +117,7 @@ async def serve(options: Options) -> bool:
                 _confine(options, to_be_made=True)
             _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
-            for option in options.sockets:
+            for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
                 _listen(server, option, options.socket_gid)
             if not threads:
                 _confine(options, to_be_made=False)
