@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# The tests start hundreds of servers. Where this is set, each would compile all of its modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab check bench bench-lab docs minimum fuzz clean
 
@@ -18,6 +21,7 @@ test: $(READY)   ## Everything that needs no emulator: types, style, layers, uni
 
 lab: $(READY)    ## The real kernel and the real QEMU, under emulation; installs what they need (apt, as root)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/lab/setup
+	$(BIN)/python -m compileall -q protocol server client tests  # the guests read these files, and are slow
 	VFIOD_LAB_REQUIRED=1 $(BIN)/python -m pytest -m "lab or qemu" tests/lab tests/interop
 
 check: $(READY)  ## Types, style and layers only

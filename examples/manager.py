@@ -7,177 +7,61 @@ What a management layer does for one VM, in order:
 
 1. bind the device to vfio-pci (``--bind``), and remember what it was bound to;
 2. make the monitor's listening socket, so that its owner and mode are the manager's business;
-3. raise the memory-lock limit, which vfiod inherits (mapped guest memory is pinned, and counts against it), and start
-   vfiod as an unprivileged user with that socket (``--qmp fd=N``);
+3. start vfiod as an unprivileged user with that socket (``--qmp fd=N``), and raise its memory-lock limit (mapped guest
+   memory is pinned, and counts against it);
 4. open the VFIO group and container, which only root can, and pass them over the socket;
 5. add the device, map guest memory, drive the device;
 6. take it back, end vfiod, and give the device back to the host.
 
-vfiod never opens anything itself here. If the manager dies at any line, vfiod goes on; if vfiod dies, the kernel takes
-the device back.
+All but the driving is ``vfiod.client.manager``. vfiod never opens anything itself here. If the manager dies at any
+line, vfiod goes on; if vfiod dies, the kernel takes the device back.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import resource
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from vfiod.client import Client, ClientError, FileDescriptor
-from vfiod.client.host import binding
-from vfiod.client.host.sysfs import HostError, Sysfs
-from vfiod.client.serve import server_command
-from vfiod.protocol.catalogue.devices import DeviceDeleted
+from vfiod.client.manager import Manager
+from vfiod.client.progress import Progress
 from vfiod.protocol.errors import VfiodError
 
 GUEST_MEMORY = 2 << 20  # bytes
 IOVA = 0x1_0000_0000  # above 4 GiB: clear of what x86 reserves for messages (0xfee00000)
-PATIENCE = 60.0  # seconds for any one answer
+PATIENCE = 60.0  # seconds for an interrupt
 
 
 def main() -> int:
     """Run it. 0: every step worked and everything was given back."""
-    options = command_line()
-    directory = Path(tempfile.mkdtemp(prefix="vfiod-manager-"))
-    try:
-        with contextlib.ExitStack() as stack:
-            if options.bind:
-                stack.enter_context(bound_to_vfio(options.address))
-            if not options.demo:  # a mediated device reaches memory through vfiod, and pins nothing
-                allow_memory_lock(GUEST_MEMORY)
-            client = stack.enter_context(running_vfiod(directory / "vm1.sock", options.uid))
-            with added_device(client, options.address):
-                drive(client)
-        print("manager: done; everything is as it was")
-    except (VfiodError, OSError) as error:
-        print(f"manager: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    else:
-        return 0
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def command_line() -> argparse.Namespace:
-    """What the user wants."""
     parser = argparse.ArgumentParser(description="Give a PCI device to an unprivileged vfiod, and drive it.")
     parser.add_argument("address", nargs="?", help="[[DDDD:]BB:]DD.F of a device, bound to vfio-pci or with --bind")
     parser.add_argument("--demo", action="store_true", help="no hardware: a mediated device")
     parser.add_argument("--bind", action="store_true", help="bind the device to vfio-pci first, and back at the end")
     parser.add_argument("--uid", type=int, help="run vfiod as this user (needs root); default: this one")
     options = parser.parse_args()
-    if options.demo == (options.address is not None):
-        parser.error("give either a device's address, or --demo")
-    if options.bind and options.demo:
-        parser.error("--bind is for a device's address")
-    return options
-
-
-@contextlib.contextmanager
-def bound_to_vfio(address: str) -> Iterator[None]:
-    """The device is VFIO's meanwhile, and then its former driver's."""
-    sysfs = Sysfs()
-    bound = binding.bind(sysfs, address)
-    print(f"manager: {bound.address}: {bound.before or 'no driver'} -> {bound.after}")
+    if options.demo == (options.address is not None) or (options.bind and options.demo):
+        parser.error("give either a device's address, with --bind or not, or --demo")
+    progress = Progress("manager", quiet=not sys.stderr.isatty())
     try:
-        yield
-    finally:
-        if bound.before != bound.after:
-            back = binding.unbind(sysfs, address)
-            print(f"manager: {back.address}: {back.before} -> {back.after or 'no driver'}")
-
-
-@contextlib.contextmanager
-def running_vfiod(path: Path, uid: int | None) -> Iterator[Client]:
-    """An unprivileged vfiod on an inherited socket, and a session with it."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))  # the directory is ours alone, and so is the socket
-        path.chmod(0o600)
-        listener.listen()
-        # vfiod lets in root and its own user by SO_PEERCRED; others are named. Naming the manager's covers --uid.
-        arguments = ["--name", "vm1", "--qmp", f"fd={listener.fileno()}", "--allow-uid", str(os.getuid())]
-        process = subprocess.Popen(
-            server_command(arguments),
-            pass_fds=[listener.fileno()],
-            user=uid,
-            group=uid,
-            extra_groups=None if uid is None else [],
-        )
-    # Connecting works from here on: the kernel queues us until vfiod accepts, or refuses us when it has died.
-    try:
-        with Client.connect(path, timeout=PATIENCE) as client:
-            print(f"manager: vfiod runs as process {process.pid}, uid {Path(f'/proc/{process.pid}').stat().st_uid}")
-            yield client
-            client.quit()
-        if (status := process.wait(PATIENCE)) != 0:
-            raise ClientError(f"vfiod ended with status {status}")
-        print("manager: vfiod has closed everything and ended")
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-
-
-def allow_memory_lock(need: int) -> None:
-    """Let the processes started from here on pin this many bytes. Raising a hard limit takes CAP_SYS_RESOURCE."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= need:
-        return
-    enough = hard == resource.RLIM_INFINITY or hard >= need
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (need, hard if enough else need))
-
-
-@contextlib.contextmanager
-def added_device(client: Client, address: str | None) -> Iterator[None]:
-    """The device is the VM's meanwhile."""
-    mdev = None
-    if address is None:
-        mdev = client.mdev_create(parent="primer", type="primer-pci").uuid
-        client.device_add(driver="vfio-pci", id="dev0", mdev=mdev)
-    else:
-        with opened_group(address) as group, opened("/dev/vfio/vfio") as container:
-            # Passed now, the fds are vfiod's; ours are closed when this block ends.
-            client.device_add(driver="vfio-pci", id="dev0", host=address, group_fd=group, container_fd=container)
-    print(f"manager: dev0 is {client.query_devices(id='dev0')[0].state.value}")
-    try:
-        yield
-    finally:
-        with client.events(DeviceDeleted) as deleted:
-            client.device_del(id="dev0", force=True)  # whoever still holds it: the VM is going away
-            event = deleted.get(timeout=PATIENCE)
-        print(f"manager: dev0 is deleted, released: {getattr(event.data, 'released', '?')}")
-        if mdev is not None:
-            client.mdev_destroy(uuid=mdev)
-
-
-@contextlib.contextmanager
-def opened_group(address: str) -> Iterator[FileDescriptor]:
-    """The VFIO group of a device. A group can be open once only: this is what makes it exclusive."""
-    sysfs = Sysfs()
-    device = sysfs.device(address)
-    if device.group is None:
-        raise HostError(f"{device.address} is in no IOMMU group: is the IOMMU on?")
-    group = sysfs.group(device.group)
-    if group.blockers:
-        raise HostError(f"Group {group.number} is not viable: {', '.join(group.blockers)}. Bind them to vfio-pci too")
-    with opened(f"/dev/vfio/{group.number}") as fd:
-        yield fd
-
-
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[FileDescriptor]:
-    """A device file, for reading and writing."""
-    with FileDescriptor(os.open(path, os.O_RDWR | os.O_CLOEXEC)) as fd:
-        yield fd
+        with Manager.start("vm1", uid=options.uid, memory=GUEST_MEMORY, progress=progress) as vm:
+            pid = vm.process.pid
+            print(f"manager: vfiod runs as process {pid}, uid {Path(f'/proc/{pid}').stat().st_uid}")
+            if options.demo:
+                device = vm.add_mediated("primer-pci", id="dev0")
+            else:
+                device = vm.add_device(options.address, id="dev0", bind=options.bind)
+            print(f"manager: dev0 is {device.state.value}")
+            drive(vm.client)
+            print(f"manager: dev0 is deleted, released: {vm.remove('dev0', force=True)}")
+        print("manager: done; everything is as it was")
+    except (VfiodError, OSError) as error:
+        print(f"manager: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def drive(client: Client) -> None:

@@ -156,7 +156,7 @@ def _path() -> str:
 def vfiod(*paths: str) -> Iterator[Process]:
     """A server; ``paths`` are on its Python path too."""
     path = os.pathsep.join([*(str(ROOT / part) for part in ("protocol", "server", "client")), *paths])
-    command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}"]
+    command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}", "--allow-connect"]
     # With compiled modules, as an installed program has them, whatever this process was told about writing them.
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{_directory.name}/pycache"}
     process = Process(command, _path(), env={"PYTHONPATH": path, **cache})

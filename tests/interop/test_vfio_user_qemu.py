@@ -7,10 +7,14 @@ kernel, and a program that drives the device through sysfs and vfio-pci (``tests
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import select
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import tty
@@ -19,8 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.places import REPO, find_kernel
 from tests.lab.qmp import QmpError
-from tests.lab.small.guest import SEEN, WAIT_SECONDS, Finding, SmallGuest, build_initrd, unavailable_reason, vfio_user
+from tests.lab.small.guest import (
+    SEEN,
+    WAIT_SECONDS,
+    Finding,
+    SmallGuest,
+    build_initrd,
+    find_program,
+    unavailable_reason,
+    vfio_user,
+)
 
 from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
@@ -243,3 +257,57 @@ def test_the_guests_own_driver_uses_the_serial_card(client: Client, directory: P
         guest.wait_ended()
     os.close(pty)
     at_rest(client, "s0")
+
+
+def script(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def test_the_guide_is_true(directory: Path, initrd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``docs/vfio-user.md``, as somebody new would type it; only places, the memory's size and the guest are ours."""
+    text = (REPO / "docs" / "vfio-user.md").read_text()
+    typed = [one.replace("/run/", f"{directory}/") for one in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)]
+    serve, make, start, look, end, mdev_serve = typed
+    programs = directory / "bin"
+    programs.mkdir()
+    script(programs / "vfiod", f'exec {sys.executable} -m vfiod.client.program "$@"')
+    guest = SmallGuest(directory, initrd, [], then="wait")
+    own = f"-accel tcg -nodefaults -display none -serial file:{guest.console}"
+    own += f" -qmp unix:{guest.qmp_path},server=on,wait=off"
+    boot = f"-kernel {find_kernel()} -initrd {initrd} -append 'console=ttyS0 panic=-1 quiet vfiod.then=wait'"
+    script(programs / "qemu-system-x86_64", f'exec {find_program()} "$@" {own} {boot}')
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    guest.arguments = ["sh", "-ec", "exec " + start.replace("1G", "160M")]
+
+    def run(lines: str) -> list[Any]:
+        return [
+            json.loads(
+                subprocess.run(["sh", "-ec", line], check=True, capture_output=True, timeout=WAIT_SECONDS).stdout
+            )
+            for line in lines.splitlines()
+        ]
+
+    vfiod = subprocess.Popen(["sh", "-ec", "exec " + serve])
+    try:
+        until((directory / "vm1.qmp").exists, "vfiod serves")
+        run(make)
+        with guest:
+            all_well(guest.wait_done())
+            [[export], mappings] = run(look)
+            assert (export["state"], export["device"]) == ("attached", "d0")
+            assert max(one["size"] for one in mappings) > 128 << 20
+            with guest.monitor() as monitor:
+                monitor.execute("quit")
+            guest.wait_ended()
+        run(end)
+        assert vfiod.wait(WAIT_SECONDS) == 0
+    finally:
+        vfiod.kill()
+        vfiod.wait()
+    program = subprocess.Popen(["sh", "-ec", "exec " + mdev_serve])
+    try:
+        until((directory / "d0.sock").exists, "the program serves")
+    finally:
+        program.terminate()
+        assert program.wait(WAIT_SECONDS) == 0

@@ -12,12 +12,13 @@ __all__ = ["SUBCOMMANDS", "main"]
 
 SUBCOMMANDS: Final = {
     "serve": ("vfiod.client.serve", "run a device server for one VM"),
+    "run": ("vfiod.client.run", "run a hypervisor with devices that a vfiod of its own holds"),
     "demo": ("vfiod.client.demo", "every part at work on a built-in mediated device, with no hardware"),
     "call": ("vfiod.client.call", "run one command on a server"),
     "monitor": ("vfiod.client.monitor.program", "talk to a server: history, completion, events as they come"),
-    "watch": ("vfiod.client.watch", "devices, interrupts and events of a server, live"),
+    "watch": ("vfiod.client.watch.program", "devices, interrupts, DMA maps, exports and events of servers, live"),
     "mdev": ("vfiod.client.mdev", "serve a mediated device to a hypervisor by vfio-user, with no monitor"),
-    "host": ("vfiod.client.host.program", "this host's devices and groups: list, bind, unbind"),
+    "host": ("vfiod.client.host.program", "this host's devices and groups: list, bind, unbind, recover"),
 }
 
 

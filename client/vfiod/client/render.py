@@ -18,8 +18,11 @@ __all__ = ["coloured", "describe_fd", "json_text", "plain", "table"]
 WIDE: Final = 96
 """Columns a list or an object may take on one line."""
 
-CELL: Final = 48
-"""Columns of the widest cell of a table."""
+CELL: Final = 40
+"""Columns of the widest cell of a table: a UUID fits; what is longer is cut."""
+
+FIRST: Final = frozenset({"id", "name", "device"})
+"""Members that say what a row is about."""
 
 FEWEST: Final = 3
 """Columns without which a table says too little: then it is JSON."""
@@ -94,16 +97,15 @@ def table(value: Any, width: int) -> Iterator[tuple[str, str]] | None:
         return None
     names = list(dict.fromkeys(name for row in value for name in row))
     cells = {name: [_cell(row[name]) if name in row else "-" for row in value] for name in names}
-    shown: list[tuple[str, int]] = []
-    left: list[str] = []
+    widths: dict[str, int] = {}
     room = width
-    for name in names:
-        wide = max(len(_cell(name)), *map(len, cells[name]))
-        if wide <= min(room, CELL):
-            shown.append((name, wide))
+    for name in sorted(names, key=lambda name: name not in FIRST):  # what a row is about gets its room first
+        wide = min(max(len(_cell(name)), *map(len, cells[name])), CELL)
+        if wide <= room:
+            widths[name] = wide
             room -= wide + len(GAP)
-        else:
-            left.append(name)
+    shown = [(name, widths[name]) for name in names if name in widths]
+    left = [name for name in names if name not in widths]
     if not shown or (left and len(shown) < FEWEST):
         return None
     return _rows(value, shown, left, cells)
@@ -112,15 +114,20 @@ def table(value: Any, width: int) -> Iterator[tuple[str, str]] | None:
 def _rows(
     value: list[dict[str, Any]], shown: list[tuple[str, int]], left: list[str], cells: dict[str, list[str]]
 ) -> Iterator[tuple[str, str]]:
-    yield "class:head", GAP.join(f"{_cell(name):<{wide}}" for name, wide in shown).rstrip()
+    yield "class:head", GAP.join(f"{_cut(_cell(name), wide):<{wide}}" for name, wide in shown).rstrip()
     for number, row in enumerate(value):
         for place, (name, wide) in enumerate(shown):
             yield "", GAP if place else "\n"
-            item, text = row.get(name), cells[name][number]
+            item, text = row.get(name), _cut(cells[name][number], wide)
             right = type(item) is int
             yield _style(item), f"{text:>{wide}}" if right else text if name == shown[-1][0] else f"{text:<{wide}}"
     if left:
         yield "class:note", f"\nNot shown: {', '.join(map(_cell, left))}. 'json COMMAND' shows all."
+
+
+def _cut(text: str, wide: int) -> str:
+    """A text in so many columns; ``~`` says that it went on."""
+    return text if len(text) <= wide else text[: wide - 1] + "~"
 
 
 def _cell(value: Any) -> str:

@@ -25,7 +25,7 @@ from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
-from vfiod.server.program import ENDING_SIGNALS, notify, raise_open_files, refuse_overflow_uid
+from vfiod.server.program import ENDING_SIGNALS, Notifier, raise_open_files, refuse_overflow_uid
 
 __all__ = ["main"]
 
@@ -90,6 +90,7 @@ async def _serve(options: argparse.Namespace) -> bool:
         loop.add_signal_handler(number, ending.set)
 
     door: NewExport | None = None
+    notifier = Notifier()
     try:
         door = _door(options)
         device = await _device(machine, options)
@@ -99,17 +100,18 @@ async def _serve(options: argparse.Namespace) -> bool:
         exports.add(taken, device)
         gc.freeze()
         gc.enable()
-        notify(f"READY=1\nSTATUS=Serving {options.type}")
+        notifier.tell(f"READY=1\nSTATUS=Serving {options.type}")
         _log.info("Serving %s", options.type)
         await ending.wait()
     finally:
-        notify("STOPPING=1")
+        notifier.tell("STOPPING=1")
         if door is not None:
             door.close()
         problems = await machine.close()
         for number in ENDING_SIGNALS:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
+        notifier.close()
     for problem in problems:
         _log.error("%s", problem)
     return not problems

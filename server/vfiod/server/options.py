@@ -19,6 +19,9 @@ from vfiod.protocol.errors import VfiodError
 __all__ = ["BusOption", "OptionError", "Options", "SocketOption", "parse"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
+SANDBOX: Final = ("on", "off", "required")
+"""``--sandbox``: ``on`` goes on with what the kernel has, ``required`` does not."""
+
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_NAME: Final = 255
 """Characters of ``--name``."""
@@ -86,6 +89,9 @@ class Options(Struct, frozen=True):
     events: BusOption | None = None
     bus_key: str | None = None
     bus_clients: str | None = None
+    sandbox: str = "off"
+    allow_paths: tuple[str, ...] = ()
+    allow_connect: bool = False
 
 
 # What a TOML file may say: the options without their dashes, and the type of each.
@@ -107,6 +113,9 @@ _KEYS: Final[dict[str, type | tuple[type, ...]]] = {
     "events": str,
     "bus-key": str,
     "bus-clients": str,
+    "sandbox": str,
+    "allow-path": (str, list),
+    "allow-connect": bool,
 }
 _TYPE_NAMES: Final = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
 
@@ -144,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
     add("--bus-clients", metavar="DIR", help="the public CURVE keys of the clients that may come in, for tcp:")
+    add("--sandbox", metavar="on|off|required", help="give up privileges, files and system calls (off)")
+    add(
+        "--allow-path", metavar="[ro:]PATH", action="append", help="keep this reachable in the sandbox; may be repeated"
+    )
+    add("--allow-connect", action="store_true", default=None, help="let device_add connect to Unix sockets by itself")
     add("--config", metavar="FILE.toml", help="take options from a file; those given here win")
     return parser
 
@@ -226,6 +240,9 @@ def _checked(values: dict[str, Any]) -> Options:
         events=events,
         bus_key=values.get("bus-key"),
         bus_clients=values.get("bus-clients"),
+        sandbox=_sandbox(values.get("sandbox", "off")),
+        allow_paths=tuple(_path(one) for one in _list(values.get("allow-path"), "allow-path")),
+        allow_connect=bool(values.get("allow-connect", False)),
     )
 
 
@@ -306,6 +323,18 @@ def _gid(text: Any) -> int | None:
         return grp.getgrnam(text).gr_gid
     except KeyError as error:
         raise OptionError(f"--socket-group: there is no group '{text}'") from error
+
+
+def _sandbox(text: str) -> str:
+    if text not in SANDBOX:
+        raise OptionError(f"--sandbox expects one of {', '.join(SANDBOX)}, got '{text}'")
+    return text
+
+
+def _path(text: Any) -> str:
+    if not str(text).removeprefix("ro:").startswith("/"):
+        raise OptionError(f"--allow-path expects an absolute path, after ro: when it shall only be read, got '{text}'")
+    return str(text)
 
 
 def _level(text: str) -> int:

@@ -106,26 +106,36 @@ async def serve(options: Options) -> bool:
         audit = _audit(options, stack)
         access = Access(options.allow_uid)
         server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
+        notifier = Notifier()
+        stack.callback(notifier.close)
         metrics: MetricsDoor | None = None
         try:
-            _listen_bus(server, options)  # first: who finds the monitor finds all of it
+            # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
+            # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
+            threads = bool(options.bus or options.events or options.metrics_path or options.metrics_port)
+            if threads:
+                _confine(options, to_be_made=True)
+            _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
-            for option in options.sockets:
+            for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
                 _listen(server, option, options.socket_gid)
+            if not threads:
+                _confine(options, to_be_made=False)
             for number in ENDING_SIGNALS:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
+            _restrict(options)
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
             gc.enable()
-            notify(f"READY=1\nSTATUS=Serving {options.name}")
+            notifier.tell(f"READY=1\nSTATUS=Serving {options.name}")
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
-            notify("STOPPING=1")
+            notifier.tell("STOPPING=1")
             # Sessions are served until all is closed: who asks then is told that we are ending.
             problems = await machine.close()
             hub.flush()
@@ -144,6 +154,67 @@ async def serve(options: Options) -> bool:
         logging.shutdown()
         os._exit(1)
     return not problems
+
+
+def _confine(options: Options, *, to_be_made: bool) -> None:
+    """Close the sandbox but for its last door. Imported only by those who want it.
+
+    Args:
+        options: of the program.
+        to_be_made: the sockets are not there yet, so their directories stay writable even when others use them, too.
+
+    """
+    from vfiod.server.sandbox import limits
+
+    if options.sandbox == "off":
+        limits.check(host_devices=options.allow_open)
+        return
+    from vfiod.server.sandbox import files, process
+
+    buses = [one for one in (options.bus, options.events) if one is not None]
+    doors = [one.path for one in options.sockets] + [one.path for one in buses] + [options.metrics_path]
+    paths = [path for path in doors if path is not None]
+    if options.pidfile is not None:
+        paths.append(options.pidfile)
+    for directory in dict.fromkeys(os.path.dirname(path) or "." for path in paths):
+        if not to_be_made and files.is_shared(directory):
+            _log.warning(
+                "What this server makes in '%s' stays there when it ends: others keep files there too, and the sandbox "
+                "removes none of them. Give the sockets a directory of their own",
+                directory,
+            )
+    rules = [
+        *files.for_python(),
+        *files.for_devices(allow_open=options.allow_open),
+        *files.for_sockets(paths, shared=to_be_made),
+        *files.for_paths(options.allow_paths),
+        *files.for_paths(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
+    ]
+    ports = [one.port for one in buses if one.path is None]
+    if options.metrics_port is not None:
+        ports.append(options.metrics_port[1])
+    if ports:
+        rules += files.for_names()
+    problems = process.confine(rules, ports=ports, gid=options.socket_gid)
+    limits.check(host_devices=options.allow_open)
+    _judge(options, problems)
+
+
+def _restrict(options: Options) -> None:
+    if options.sandbox == "off":
+        return
+    from vfiod.server.sandbox import process
+
+    gids = [os.getegid()] if options.socket_gid is None else [os.getegid(), options.socket_gid]
+    _judge(options, process.restrict(connect=options.allow_connect, gids=gids))
+
+
+def _judge(options: Options, problems: list[str]) -> None:
+    """Say what the sandbox lacks; refuse to go on when it was required."""
+    if problems and options.sandbox == "required":
+        raise StartError(f"--sandbox required: {'; '.join(problems)}")
+    for problem in problems:
+        _log.warning("The sandbox is incomplete: %s", problem)
 
 
 def _machine(options: Options, hub: EventHub) -> Machine:
@@ -252,16 +323,40 @@ class Pidfile:
         os.close(self._fd)
 
 
-def notify(state: str) -> None:
-    """Tell systemd, when it started us (``sd_notify(3)``). What goes wrong here must not stop the server."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address[0] == "@":
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.connect(address)
-            sender.send(state.encode())
-    except OSError as error:
+class Notifier:
+    """Tells systemd, when it started us (``sd_notify(3)``). What goes wrong here must not stop the server.
+
+    Connected at once: the sandbox makes no datagram sockets later.
+    """
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+
+        address = os.environ.get("NOTIFY_SOCKET")
+        if address:
+            if address[0] == "@":
+                address = "\0" + address[1:]
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            try:
+                made.connect(address)
+            except OSError as error:
+                made.close()
+                self._warn(error)
+            else:
+                self._socket = made
+
+    def tell(self, state: str) -> None:
+        """Send a state."""
+        if self._socket is not None:
+            try:
+                self._socket.send(state.encode())
+            except OSError as error:
+                self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
         _log.warning("Cannot notify the service manager at %s: %s", os.environ["NOTIFY_SOCKET"], error)
+
+    def close(self) -> None:
+        """End it."""
+        if self._socket is not None:
+            self._socket.close()

@@ -28,7 +28,11 @@ class Server:
         self.path = directory / "qmp.sock"
         self._log = (directory / "log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vfiod.server", "--name", "test", "--qmp", f"unix:{self.path}"], stderr=self._log
+            [
+                *(sys.executable, "-m", "vfiod.server", "--name", "test", "--qmp", f"unix:{self.path}"),
+                *("--allow-connect", "--allow-path", str(self.path.parent)),
+            ],
+            stderr=self._log,
         )
         try:
             self.client = self._connected()

@@ -32,7 +32,10 @@ class Manager:
         self.path = directory / "qmp.sock"
         self._log = (directory / "log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vfiod.server", "--name", "test", "--uuid", VM, "--qmp", f"unix:{self.path}"],
+            [
+                *(sys.executable, "-m", "vfiod.server", "--name", "test", "--uuid", VM, "--qmp", f"unix:{self.path}"),
+                *("--allow-path", str(self.path.parent)),
+            ],
             stderr=self._log,
         )
         try:

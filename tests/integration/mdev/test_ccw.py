@@ -403,6 +403,10 @@ def test_the_terminal(guest: Guest, tmp_path: Path) -> None:
         assert guest.client.query_crw(device="dev0") == [told.crw]
         assert guest.run(program).decoded.summary == "ended normally"  # type: ignore[union-attr]
         assert line.receive() == b"\x05\xc3HELLO\xff"
+        whole = ChannelProgram(0x1000, 0x2000)
+        screen = whole.read(0x02, 1923)
+        assert guest.run(whole).decoded.summary == "ended normally"  # type: ignore[union-attr]
+        assert guest.memory[screen.address : screen.address + 9] == b"\x60\x40\x40HELLO\xff"
         line.send(b"\x7d\x40\x40answer")
         io = events.get(timeout=PATIENCE).data
         assert isinstance(io, CcwIo)

@@ -167,7 +167,7 @@ def _giving(monitor: Monitor, count: int) -> None:
         indexes = [call.attach(FileDescriptor(os.eventfd(index))) for index in range(count)]
         return NameInfo(name=",".join(map(str, indexes)))
 
-    monitor.server.methods["query-name"] = Method(COMMANDS["query-name"], give)
+    monitor.server.role("operator")["query-name"] = Method(COMMANDS["query-name"], give)
 
 
 def test_replies_carry_fds_with_their_first_byte_alone(monitor: Monitor) -> None:
@@ -213,7 +213,7 @@ def test_fds_of_a_failed_command_are_closed(monitor: Monitor) -> None:
         call.attach(FileDescriptor(os.eventfd(0)))
         raise RuntimeError("a defect")
 
-    monitor.server.methods["query-name"] = Method(COMMANDS["query-name"], fail)
+    monitor.server.role("operator")["query-name"] = Method(COMMANDS["query-name"], fail)
     peer = monitor.qmp()
     before = monitor.fds()
     assert "error" in peer.execute("query-name")

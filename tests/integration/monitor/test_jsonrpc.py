@@ -161,7 +161,7 @@ def test_a_batch_or_notification_carries_no_fds(monitor: Monitor) -> None:
     from vfiod.protocol.catalogue import COMMANDS
     from vfiod.server.monitor.dispatch import Method
 
-    monitor.server.methods["query-name"] = Method(COMMANDS["query-name"], lambda call, _: give(call))
+    monitor.server.role("operator")["query-name"] = Method(COMMANDS["query-name"], lambda call, _: give(call))
     assert "result" in peer.call("query-status")  # the server has its end of the connection
     before = monitor.fds()
     peer.send([_request("query-name", 1)])

@@ -259,7 +259,7 @@ def test_a_defect_gives_away_nothing_and_the_session_goes_on(
     peer = monitor.qmp()
     for handler in (broken, broken_later, lambda _c, _a: object()):
         caplog.clear()
-        monitor.server.methods["query-name"] = Method(COMMANDS["query-name"], handler)
+        monitor.server.role("operator")["query-name"] = Method(COMMANDS["query-name"], handler)
         reply = peer.execute("query-name")
         assert reply["error"]["class"] == "GenericError"
         assert "secret" not in json.dumps(reply)

@@ -111,7 +111,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    with own_server(tmp_path, [], name="vm1") as server:
+    with own_server(tmp_path, ["--allow-connect"], name="vm1") as server:
         made = Bench(server, tmp_path)
         yield made
         made.close()

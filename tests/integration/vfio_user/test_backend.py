@@ -205,7 +205,7 @@ def test_a_served_device_is_exported_again_and_used_by_another_vfiod(bench: Benc
     bench.add(export=door)
     (tmp_path / "other").mkdir()
     with (
-        own_server(tmp_path / "other", [], name="vm2") as server,
+        own_server(tmp_path / "other", ["--allow-connect"], name="vm2") as server,
         Client.connect(server.path, timeout=PATIENCE) as other,
     ):
         other.device_add(driver="vfio-pci", id="again", socket=door)

@@ -46,7 +46,8 @@ def test_a_second_level_guest_drives_a_real_device(tmp_path: Path) -> None:
         vm.add(EDU_PORT, "edu0")
         path = sockets / "edu0"
         vm.client.device_export_add(id="x0", type="vfio-user", device="edu0", path=str(path))
-        with SmallGuest(tmp_path, initrd, [vfio_user(path)]) as guest:
+        # An emulator in an emulator: QEMU's own five seconds for an answer are too few.
+        with SmallGuest(tmp_path, initrd, [vfio_user(path, **{"x-msg-timeout": 60_000})]) as guest:
             findings = guest.wait_done(seconds=NESTED_SECONDS)
             assert [(one.name, one.detail) for one in findings if not one.ok] == []
             assert [one.name for one in findings] == list(SEEN)

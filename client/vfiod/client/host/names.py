@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PciNames", "system_names"]
+__all__ = ["PLACES", "PciNames", "system_names"]
 
 PLACES: Final = (
+    "/var/lib/pciutils/pci.ids",  # what update-pciids fetches on Debian
     "/usr/share/hwdata/pci.ids",
     "/usr/share/misc/pci.ids",
     "/usr/share/pci.ids",
@@ -27,9 +28,10 @@ CLASSES: Final = {
 
 
 class PciNames:
-    """The names in one ``pci.ids``."""
+    """The names in one ``pci.ids``. ``place``: the file; None: there is none, and ids are shown as numbers."""
 
-    def __init__(self, lines: Iterable[str] = ()) -> None:
+    def __init__(self, lines: Iterable[str] = (), place: str | None = None) -> None:
+        self.place = place
         self._vendors: dict[int, str] = {}
         self._devices: dict[tuple[int, int], str] = {}
         self._classes: dict[int, str] = dict(CLASSES)
@@ -74,9 +76,9 @@ def system_names(places: tuple[str, ...] = PLACES) -> PciNames:
         try:
             if path.suffix == ".gz":
                 with gzip.open(path, "rt", encoding="utf-8", errors="replace") as lines:
-                    return PciNames(lines)
+                    return PciNames(lines, place)
             with path.open(encoding="utf-8", errors="replace") as lines:
-                return PciNames(lines)
+                return PciNames(lines, place)
         except OSError:
             continue
     return PciNames()

@@ -1,4 +1,4 @@
-"""What sysfs says about PCI devices and their IOMMU groups. Read only.
+"""What sysfs says about PCI devices and their IOMMU groups.
 
 Sources: ``Documentation/ABI/testing/sysfs-bus-pci`` (driver_override, reset_method, sriov_*),
 ``sysfs-kernel-iommu_groups``, ``Documentation/driver-api/vfio.rst`` (viability).
@@ -15,6 +15,7 @@ from typing import Final
 
 from vfiod.client.errors import ClientError
 from vfiod.client.host.names import PciNames, system_names
+from vfiod.client.host.usage import Usage
 from vfiod.protocol.errors import errno_name
 
 __all__ = ["HostDevice", "HostError", "HostGroup", "Sysfs", "normal_address"]
@@ -23,6 +24,13 @@ ADDRESS: Final = re.compile(r"^(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?(
 #: Drivers that leave a group viable (drivers/vfio/vfio_main.c, and bridges' port driver).
 HARMLESS: Final = frozenset({"pci-stub", "pcieport", "shpchp"})
 BRIDGE: Final = 0x06
+ADVICE: Final = {
+    "EACCES": "this needs root",
+    "EPERM": "this needs root, and a kernel that is not locked down",
+    "EROFS": "sysfs is mounted read-only here: run it on the host, not in a container",
+    "ENODEV": "the driver refuses the device",
+    "EBUSY": "the device is in use",
+}
 
 
 class HostError(ClientError):
@@ -54,7 +62,10 @@ class HostDevice:
         numa_node: None when there is one node only.
         vfio_device: the name under ``/dev/vfio/devices``, once bound to VFIO.
         physical_function: for a virtual function, the address it belongs to.
-        used_by: what on this host would lose it: ``network interface eth0 (up)``, ``mounted /dev/sda1``.
+        virtual_functions: of a physical function, how many are enabled; None: it has no SR-IOV.
+        max_virtual_functions: how many it could have.
+        vf_token: whether adding it takes a VF token: it, or its physical function, is VFIO's and shares state.
+        used_by: what on this host would lose it: ``network interface eth0 (up)``, ``/home is mounted from sda1``.
 
     """
 
@@ -72,6 +83,9 @@ class HostDevice:
     numa_node: int | None
     vfio_device: str | None
     physical_function: str | None
+    virtual_functions: int | None
+    max_virtual_functions: int | None
+    vf_token: bool
     used_by: tuple[str, ...]
 
     @property
@@ -114,16 +128,23 @@ class Sysfs:
         root: ``/sys``, or a copy of one.
         names: names for ids; default: the host's ``pci.ids``.
         mountinfo: what is mounted (``proc(5)``); consulted for the real ``/sys`` only, unless given.
+        proc: who has what open; the same.
 
     """
 
     def __init__(
-        self, root: Path | str = "/sys", *, names: PciNames | None = None, mountinfo: Path | None = None
+        self,
+        root: Path | str = "/sys",
+        *,
+        names: PciNames | None = None,
+        mountinfo: Path | None = None,
+        proc: Path | None = None,
     ) -> None:
         self.root = Path(root)
-        self._names = names or system_names()
+        self.names = names or system_names()
         real = self.root.resolve() == Path("/sys")
-        self._mounts = _mounts(mountinfo or (Path("/proc/self/mountinfo") if real else None))
+        proc = proc or (Path("/proc") if real else None)
+        self._usage = Usage(self.root, mountinfo or (proc / "self/mountinfo" if proc else None), proc)
 
     @property
     def bus(self) -> Path:
@@ -155,28 +176,55 @@ class Sysfs:
         path = self.path(address)
         vendor, device = (_hexadecimal(path / name) for name in ("vendor", "device"))
         code = _hexadecimal(path / "class")
-        vendor_name = self._names.vendor(vendor)
-        device_name = self._names.device(vendor, device)
+        vendor_name = self.names.vendor(vendor)
+        device_name = self.names.device(vendor, device)
         node = _text(path / "numa_node")
         group = _link(path / "iommu_group")
         methods = _text(path / "reset_method")
+        driver, parent = _link(path / "driver"), _link(path / "physfn")
+        enabled, possible = (_number(path / name) for name in ("sriov_numvfs", "sriov_totalvfs"))
+        sharer = _link(path / "physfn/driver") if parent else driver if enabled else None
         return HostDevice(
             address=path.name,
             vendor_id=vendor,
             device_id=device,
-            kind=self._names.kind(code),
+            kind=self.names.kind(code),
             name=" ".join([vendor_name or f"{vendor:04x}", device_name or f"{device:04x}"]),
             bridge=code >> 16 == BRIDGE,
-            driver=_link(path / "driver"),
+            driver=driver,
             override=_override(path),
             group=int(group) if group is not None and group.isdigit() else None,
             iommu=_link(path / "iommu"),
             reset_methods=tuple((methods or "").split()) or (("unknown",) if _needs_method(path, methods) else ()),
             numa_node=int(node) if node is not None and node.isdigit() else None,
             vfio_device=next(iter(_names(path / "vfio-dev")), None),
-            physical_function=_link(path / "physfn"),
-            used_by=tuple(self._users(path)),
+            physical_function=parent,
+            virtual_functions=enabled,
+            max_virtual_functions=possible,
+            vf_token=sharer is not None and vfio_driver(sharer),
+            used_by=tuple(self._usage.users(path)),
         )
+
+    def holders(self, device: HostDevice) -> tuple[str, ...]:
+        """Processes, other than this one, that have a device open by its VFIO group or its cdev."""
+        if not vfio_driver(device.driver or ""):
+            return ()
+        names = [f"/dev/vfio/{prefix}{device.group}" for prefix in ("", "noiommu-") if device.group is not None]
+        names += [f"/dev/vfio/devices/{device.vfio_device}"] if device.vfio_device else []
+        return self._usage.holders(frozenset(names))
+
+    def write(self, path: Path, text: str) -> None:
+        """One write to an attribute that exists. Raises HostError with the errno's name and what to do."""
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)  # never creates: a typo must not become a file
+            try:
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            name = errno_name(error.errno or 0)
+            advice = f": {ADVICE[name]}" if name in ADVICE else ""
+            raise HostError(f"Writing '{text.strip()}' to {path} failed with {name}{advice}") from error
 
     def bridge_above(self, address: str) -> str | None:
         """The bridge that leads to a function, by its address; None: it stands on a root bus. Raises HostError."""
@@ -210,27 +258,6 @@ class Sysfs:
             noiommu=_text(path / "name") == "vfio-noiommu",
         )
 
-    def _users(self, path: Path) -> Iterator[str]:
-        """What on this host works with the device at this moment."""
-        for directory, subdirectories, files in os.walk(path):  # links are not followed: this device's own tree
-            here = Path(directory)
-            if here.parent.name == "net" and _text(here / "operstate") == "up":
-                yield f"network interface {here.name} (up)"
-            if "dev" in files and (number := _text(here / "dev")) in self._mounts:
-                yield f"{self._mounts[number]} is mounted from {here.name}"
-            subdirectories.sort()
-
-
-def _mounts(mountinfo: Path | None) -> dict[str | None, str]:
-    """Mount points by device number, ``major:minor``."""
-    if mountinfo is None:
-        return {}
-    try:
-        lines = mountinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    return {fields[2]: fields[4] for line in lines if len(fields := line.split()) > 4}
-
 
 def _text(path: Path) -> str | None:
     try:
@@ -252,6 +279,11 @@ def _link(path: Path) -> str | None:
         return path.readlink().name
     except OSError:
         return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text is not None and text.isdigit() else None
 
 
 def _hexadecimal(path: Path) -> int:

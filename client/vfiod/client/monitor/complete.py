@@ -17,7 +17,7 @@ from vfiod.protocol.catalogue import COMMANDS
 from vfiod.protocol.catalogue.devices import Driver
 from vfiod.protocol.catalogue.words import FdName, IrqName, RegionName
 
-__all__ = ["LOCAL", "Candidate", "Completion", "complete", "complete_human"]
+__all__ = ["LOCAL", "Candidate", "Completion", "command_in", "complete", "complete_human", "readable"]
 
 LOCAL: Final = {
     "help": "what commands there are, and what each takes",
@@ -135,6 +135,15 @@ def complete_human(line: str) -> Completion:
     return Completion(word, values.candidates + keys.candidates, values.live)
 
 
+def command_in(line: str) -> str:
+    """The command a line is about, as far as it is typed; empty: none yet."""
+    if line.lstrip().startswith("{"):
+        named = _COMMAND.search(line)
+        return named[1] if named else ""
+    words = line.removeprefix("json ").split()
+    return "".join(words[:1]) if words[:1] != ["info"] else QUERY + "".join(words[1:2])
+
+
 def _json(line: str) -> Completion:
     """In a request as QMP has it. What is nested in the arguments is not completed."""
     named = _COMMAND.search(line)
@@ -175,12 +184,17 @@ def _quoted(found: Completion, after: str, before: str = "") -> Completion:
 
 
 def _summaries() -> list[tuple[str, str]]:
-    return [(name, spec.summary) for name, spec in COMMANDS.items()]
+    return [(name, readable(spec.summary)) for name, spec in COMMANDS.items()]
 
 
 def about(annotation: Any) -> str:
     """The description nearest to the argument."""
-    return next(reversed([meta.description for meta in _metas(annotation) if meta.description]), "")
+    return next(reversed([readable(meta.description) for meta in _metas(annotation) if meta.description]), "")
+
+
+def readable(text: str) -> str:
+    """Without the marks of the source's documentation."""
+    return text.replace("``", "")
 
 
 def _matching(prefix: str, names: list[tuple[str, str]]) -> Completion:

@@ -9,7 +9,7 @@ import itertools
 import msgspec
 
 from vfiod.client.line import members, plain_type
-from vfiod.client.monitor.complete import LOCAL, about
+from vfiod.client.monitor.complete import LOCAL, about, readable
 from vfiod.protocol.catalogue import COMMANDS, CommandSpec
 
 __all__ = ["did_you_mean", "help_text"]
@@ -26,7 +26,7 @@ def help_text(command: str = "") -> str:
     ordered = sorted(COMMANDS.values(), key=lambda spec: spec.family)
     for family, specs in itertools.groupby(ordered, key=lambda spec: spec.family):
         lines.append(f"\n{family.value}")
-        lines += [f"  {spec.name:<24} {spec.summary}" for spec in specs]
+        lines += [f"  {spec.name:<24} {readable(spec.summary)}" for spec in specs]
     lines.append("\nthe monitor's own")
     lines += [f"  {name:<24} {text}" for name, text in LOCAL.items()]
     lines.append("\n'help COMMAND' tells more. A line is: COMMAND key=value ..., or JSON as QMP has it.")
@@ -40,7 +40,7 @@ def did_you_mean(command: str) -> str:
 
 
 def _one(spec: CommandSpec) -> str:
-    lines = [spec.name, "", *("  " + line for line in (inspect.getdoc(spec.arguments) or "").splitlines()), ""]
+    lines = [spec.name, "", *("  " + line for line in readable(inspect.getdoc(spec.arguments) or "").splitlines()), ""]
     required = {
         field.encode_name for field in msgspec.structs.fields(spec.arguments) if field.required
     }  # fmt: skip

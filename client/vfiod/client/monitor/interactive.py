@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -32,7 +32,7 @@ from vfiod.client.errors import ClientError, ConnectFailed, ConnectionLost
 from vfiod.client.events import Event
 from vfiod.client.fds import descriptors
 from vfiod.client.line import is_unfinished, parse_line
-from vfiod.client.monitor.complete import complete, complete_human
+from vfiod.client.monitor.complete import command_in, complete, complete_human
 from vfiod.client.monitor.help import did_you_mean, help_text
 from vfiod.client.monitor.local import open_named
 from vfiod.client.monitor.names import LIVE_SECONDS, live_names
@@ -100,6 +100,7 @@ class Monitor(Completer):
         self._name = Path(path).stem
         self._leaving = False
         self._interrupted = False
+        self._waiting: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """The loop. See :func:`run_interactive`."""
@@ -109,12 +110,13 @@ class Monitor(Completer):
             self._print(("class:error", str(error)))
             return 1
         session = self._editor()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._sigint, session)
         keeper = asyncio.create_task(self._keep_connected())
         try:
             with patch_stdout(raw=True):
                 while not self._leaving:
                     try:
-                        text = await session.prompt_async(self._prompt)
+                        text = await session.prompt_async(self._prompt, handle_sigint=False)
                     except KeyboardInterrupt:  # Ctrl-C clears the line, as in a shell; the second leaves
                         self._leaving = self._interrupted
                         self._interrupted = True
@@ -139,8 +141,7 @@ class Monitor(Completer):
 
         @keys.add("f1")
         def _(event: KeyPressEvent) -> None:
-            words = event.current_buffer.text.removeprefix("json ").split()
-            text = help_text(words[0] if words else "")
+            text = help_text(command_in(event.current_buffer.text))
             run_in_terminal(lambda: self._print(("", text)))
 
         return PromptSession(
@@ -209,24 +210,32 @@ class Monitor(Completer):
         question = f"'quit' ends the server {self._name} and closes its devices. Really? [y/N] "
         editor: PromptSession[str] = PromptSession(history=InMemoryHistory())
         try:
-            return (await editor.prompt_async(question)).strip().lower() in ("y", "yes")
+            return (await editor.prompt_async(question, handle_sigint=False)).strip().lower() in ("y", "yes")
         except (EOFError, KeyboardInterrupt):
             return False
 
-    async def _interruptible(self, work: Any) -> None:
+    async def _interruptible(self, work: Coroutine[Any, Any, None]) -> None:
         """Ctrl-C stops waiting for an answer; what the server does goes on."""
-        task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
+        self._waiting = asyncio.create_task(work)
         try:
-            await task
+            await self._waiting
         except asyncio.CancelledError:
             if (current := asyncio.current_task()) is not None and current.cancelling():
                 raise
             self._interrupted = True
             self._print(("class:note", "No longer waiting; the command may still be carried out. Ctrl-C again leaves."))
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            self._waiting = None
+
+    def _sigint(self, session: PromptSession[str]) -> None:
+        """One handler from the first prompt to the last, so that no Ctrl-C meets none.
+
+        While a line is edited, the terminal is raw and Ctrl-C is a key; the signal then comes from elsewhere.
+        """
+        if self._waiting is not None:
+            self._waiting.cancel()
+        elif session.app.is_running:
+            session.app.key_processor.send_sigint()
 
     async def _command(self, client: AsyncClient | BusClient, text: str) -> None:
         try:

@@ -54,7 +54,7 @@ class ExportClient(Result):
     mappings: Annotated[int, Meta(description="Pieces of memory it has mapped.")]
     mapped_bytes: int
     unreachable_bytes: Annotated[
-        int, Meta(description="How much of it came without a file (share=on), so that the device cannot reach it.")
+        int, Meta(description="How much of it the device cannot reach: it came without a file (share=on is missing).")
     ]
     requests: Annotated[int, Meta(description="Requests it has sent.")]
     errors: Annotated[int, Meta(description="Requests that failed.")]

@@ -178,7 +178,7 @@ class MediatedBackend:
 
     def access_waits(self, index: int, offset: int, length: int, *, write: bool) -> bool:
         """See :class:`Backend`."""
-        if not self._space.asks:
+        if not self._space.asks:  # nearly always
             return False
         try:
             return bool(self._device.may_dma(index, offset, length, write=write))

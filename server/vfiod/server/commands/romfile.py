@@ -8,6 +8,7 @@ from vfiod.protocol.errors import InvalidArgument, OperationFailed, PermissionRe
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server.commands.call import FDSET_PREFIX, Call
 from vfiod.server.devices.romfile import RomFile
+from vfiod.server.kernel import confinement
 
 __all__ = ["open_romfile"]
 
@@ -31,5 +32,6 @@ def open_romfile(call: Call, name: str) -> RomFile:
     except ValueError as error:
         raise InvalidArgument(f"Parameter 'romfile': {name!r} can be no path: {error}") from error
     except OSError as error:
-        raise OperationFailed("open", f"romfile '{name}'", errno=error.errno or 0) from error
+        advice = confinement.advice(error.errno).removeprefix("; ")
+        raise OperationFailed("open", f"romfile '{name}'", errno=error.errno or 0, advice=advice) from error
     return RomFile(name, FileDescriptor(number))

@@ -24,11 +24,8 @@ from vfiod.protocol.errors import OperationFailed
 
 __all__ = ["answered", "control_refused", "controlled", "crw_info", "decoded", "made_up", "refused"]
 
-_NOT_STARTED: Final = {"EBUSY": 2, "ENODEV": 3, "ENOTCONN": 3, "EACCES": 3}
-"""Condition codes by the errno of the write that hands a function over (QEMU ``hw/vfio/ccw.c``).
-
-ENOTCONN is that of a vfio-user server that is gone: to the guest the same as ENODEV.
-"""
+_NOT_STARTED: Final = {"EBUSY": 2, "ENODEV": 3, "EACCES": 3}
+"""Condition codes by the errno of the write that hands a function over (QEMU ``hw/vfio/ccw.c``)."""
 
 _HINTS: Final = {
     "EOPNOTSUPP": "only command mode is done: no transport mode, no QDIO",
@@ -68,7 +65,7 @@ def made_up(errno: str, orb: Orb | None) -> Irb:
     """
     fctl = Fctl.START
     flags = ScswFlags.FMT if orb is None or orb.format else ScswFlags(0)
-    if errno in ("ENODEV", "ENOTCONN"):
+    if errno == "ENODEV":
         return Irb(scsw=Scsw(flags=flags, cc=3, fctl=fctl, stctl=Stctl.ALERT | Stctl.STATUS_PENDING))
     return Irb(
         scsw=Scsw(

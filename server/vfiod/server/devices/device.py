@@ -313,14 +313,20 @@ class Device(ABC):
 
     def load(self, region: Region, offset: int, size: int) -> int:
         """One access; see :meth:`Regions.load`."""
-        value = self._active().regions.load(region, offset, size)
-        self._accessed(region)
+        model = self._active()
+        value = model.regions.load(region, offset, size)
+        if region.completes:
+            self._completed(model)
         return value
 
     def store(self, region: Region, offset: int, size: int, value: int) -> None:
         """One access; see :meth:`Regions.store`."""
-        self._active().regions.store(region, offset, size, value)
-        self._accessed(region, written=True)
+        model = self._active()
+        model.regions.store(region, offset, size, value)
+        if region.by_bytes:
+            self._accessed(region, written=True)
+        elif region.completes:
+            self._completed(model)
 
     async def read(self, region: Region, offset: int, length: int) -> bytes:
         """Bytes, in its turn of the lane, in a thread; see :meth:`Regions.read`."""
@@ -371,11 +377,12 @@ class Device(ABC):
     def _accessed(self, region: Region, *, written: bool = False) -> None:
         """A region was accessed through vfiod, successfully. On the loop, or where :meth:`in_order` is."""
         model = self._model
-        if model is None:
-            return
-        if region.completes:
-            if self._waits and model.interrupts.kind in _BY_MESSAGE:
-                return  # no access completes those: nothing to trouble the loop with
+        if model is not None and region.completes:
+            self._completed(model)
+
+    def _completed(self, model: Model) -> None:
+        """The EOI, where an access is one: never of messages."""
+        if model.interrupts.kind not in _BY_MESSAGE:
             self._environment.on_loop(model.interrupts.accessed)
 
     def map_region(self, region: Region, session: int) -> FileDescriptor:

@@ -104,6 +104,7 @@ class Connection:
         self._out: deque[tuple[memoryview, tuple[FileDescriptor, ...]]] = deque()
         self._backlog = 0  # bytes not sent yet
         self._reading = False
+        self._cut = False  # a message has not come whole
         self._asked: dict[int, Future[vfio_user.Payload]] = {}  # our own requests, by id
         self._parting: str | None = None  # ends when all is sent
         self._reason: str | None = None
@@ -193,7 +194,7 @@ class Connection:
         except OSError as error:
             self.end(f"The connection broke: {error.strerror}")
             return
-        if not ancillary and self._task is None and not self._out and not self._queue and not self.channel.cut_short:
+        if not (ancillary or self._task or self._out or self._queue or self._cut):
             # Nearly always: one whole request that wants no more than a register.
             answer = self._fast(_BUFFER, size)
             if answer is not None:
@@ -205,7 +206,9 @@ class Connection:
             cut = self.channel.cut_short
             self.end("The client has closed the connection" + (f", {cut} bytes into a message" if cut else ""))
             return
-        self._take(self.channel.receive(bytes(_VIEW[:size]), rights_of(ancillary)))
+        happenings = self.channel.receive(bytes(_VIEW[:size]), rights_of(ancillary))
+        self._cut = self.channel.cut_short > 0
+        self._take(happenings)
         if self._queued > 8 * VFIO_USER_MAX_QUEUE:
             self.end(f"The client sent {self._queued} bytes of requests while it did not answer ours")
         self._pump()
@@ -327,7 +330,7 @@ class Connection:
         sent = 0
         if not self._out:
             sent = self._try(data, fds)
-            if sent < 0 or sent == len(data):
+            if sent == len(data) or sent < 0:
                 return
             self._loop.add_writer(self._socket.fileno(), self._writable)
         # fds go with the first byte; whatever was taken took them along.

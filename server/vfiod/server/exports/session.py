@@ -107,6 +107,7 @@ class ClientSession:
         self._attached = attached
         self._ended = ended
         self._regions: tuple[Region, ...] = ()
+        self._direct = 0  # regions that are accessed at once: all, of a device that waits for nobody
         self._handlers: Final[dict[Command, Callable[[Request], Answer | Awaitable[Answer]]]] = {
             Command.VERSION: self._negotiate,
             Command.DMA_MAP: self._dma_map,
@@ -223,6 +224,7 @@ class ClientSession:
         self.version = proposed
         self._connection.channel.wire = agreement.wire
         self._regions = self._device.regions.all
+        self._direct = 0 if self._device.waits else len(self._regions)
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -385,19 +387,23 @@ class ClientSession:
         if size < 32 or size > 40:
             return None
         number, command, told, flags, _, offset, index, count = _unpack(data)
-        if told != size or index >= len(self._regions) or count not in _DATA or trace.export_request.on:
+        pack = _DATA.get(count)
+        if told != size or index >= self._direct or pack is None or offset % count or trace.export_request.on:
             return None
-        memory, region, device = self.memory, self._regions[index], self._device
-        if memory is None or device.waits or not device.lane.free:
+        region, device = self._regions[index], self._device
+        if not device.lane.free or (region.overlay is not None and not region.overlay.ready):
             return None
-        if memory.unreachable_bytes and device.access_waits(region, offset, count, write=command == _WRITE):
-            return None
-        if offset % count or not region.ready:
+        memory = self.memory
+        if (
+            memory is not None
+            and memory.unreachable_bytes
+            and device.access_waits(region, offset, count, write=command == _WRITE)
+        ):
             return None
         try:
             if command == _READ and size == 32 and not flags:
                 value = device.load(region, offset, count)
-                return _DATA[count](number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
+                return pack(number, _READ, 32 + count, _REPLY, 0, offset, index, count, value)
             if command == _WRITE and size == 32 + count and not flags & ~_NO_REPLY:
                 device.store(region, offset, count, int.from_bytes(data[32:size], "little"))
                 if flags:

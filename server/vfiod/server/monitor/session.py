@@ -17,7 +17,7 @@ from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.monitor import QmpCapability, Stat, StatsResult
 from vfiod.protocol.errors import CommandError, CommandNotFound, LimitExceeded, VfiodError
 from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, MSG_CTRUNC, FileDescriptor, close_all, rights_of
-from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK
+from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_REPLY_BACKLOG, READ_CHUNK
 from vfiod.protocol.wire.stream import JsonStream
 from vfiod.server import trace
 from vfiod.server.commands.call import Call
@@ -81,6 +81,7 @@ class Session(ABC):
         self._methods: Final = methods
         self._loop: Final = server.loop
         self._connection: Final = connection
+        self._receive: Final = connection.recvmsg
         self._stream: Final = JsonStream()
         self._inbox: Final[deque[Any]] = deque()
         self._writer: Final = Writer(connection, server.loop, self._drained, self._broken)
@@ -247,7 +248,7 @@ class Session(ABC):
 
     def _readable(self) -> None:
         try:
-            data, ancillary, flags, _ = self._connection.recvmsg(self._ask, ANCILLARY_BYTES, MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self._receive(self._ask, ANCILLARY_BYTES, MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -319,9 +320,10 @@ class Session(ABC):
             return
         self._working = True
         inbox = self._inbox
+        writer = self._writer
         turn = TURN
         try:
-            while inbox and turn and not self._stalled and not self._writer.full:
+            while inbox and turn and not self._stalled and writer.bytes_waiting < MAX_REPLY_BACKLOG:
                 turn -= 1
                 self._take(inbox.popleft())
         finally:

@@ -82,6 +82,7 @@ class Writer:
         "_loop",
         "_plain",
         "_queue",
+        "_transmit",
         "backlog",
         "blocked",
         "bytes_sent",
@@ -93,6 +94,7 @@ class Writer:
         self, connection: socket.socket, loop: SendLoop, drained: Callable[[], None], broken: Callable[[OSError], None]
     ) -> None:
         self._connection = connection
+        self._transmit = connection.send
         self._loop = loop
         self._drained = drained
         self._broken = broken
@@ -139,7 +141,7 @@ class Writer:
         """Send one reply without fds, now; the same as :meth:`put` and :meth:`flush`, and quicker."""
         if not self.bytes_waiting and not self.dead:
             try:
-                count = self._connection.send(data)
+                count = self._transmit(data)
             except OSError:
                 count = 0  # flush meets it again, and knows what to do
             self.bytes_sent += count

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.errors import VfiodError
+from vfiod.server.kernel import confinement
 
 if TYPE_CHECKING:
     import asyncio
@@ -61,7 +62,9 @@ def open_path(path: str, gid: int | None = None, mode: int | None = None) -> soc
             _appear(listening, path, gid, mode)
     except OSError as error:
         listening.close()
-        raise ListenError(f"Cannot listen on '{path}': {os.strerror(error.errno or 0)}") from error
+        raise ListenError(
+            f"Cannot listen on '{path}': {os.strerror(error.errno or 0)}{confinement.advice(error.errno)}"
+        ) from error
     except ListenError:
         listening.close()
         raise
@@ -74,15 +77,19 @@ def _appear(listening: socket.socket, path: str, gid: int | None, mode: int | No
     directory = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     name = f".vfiod-{os.getpid()}-{final}"[:NAME_BYTES]
     try:
-        # By way of /proc the address stays short, however long the directory's name is.
-        listening.bind(f"/proc/self/fd/{directory}/{name}")
+        if mode is None:
+            mode = OWNER_MODE if gid is None else GROUP_MODE
+        # The file gets the socket's mode, less the umask. By its name the sandbox lets nothing be changed.
+        os.fchmod(listening.fileno(), mode)
+        umask = os.umask(0)
+        try:
+            # By way of /proc the address stays short, however long the directory's name is.
+            listening.bind(f"/proc/self/fd/{directory}/{name}")
+        finally:
+            os.umask(umask)
         try:
             if gid is not None:
                 os.chown(name, -1, gid, dir_fd=directory)
-            # The umask may have taken bits away, and bind(2) gives too many.
-            if mode is None:
-                mode = OWNER_MODE if gid is None else GROUP_MODE
-            os.chmod(name, mode, dir_fd=directory)
             listening.listen(socket.SOMAXCONN)
             # A link, as a rename would replace whatever somebody has put there in the meantime.
             os.link(name, final, src_dir_fd=directory, dst_dir_fd=directory)
@@ -139,6 +146,11 @@ def _remove_dead(path: str) -> None:
     if found == errno.ECONNREFUSED:
         _log.info("Replacing the socket '%s', which nobody listens on", path)
         os.unlink(path)
+    elif found == errno.EPERM and confinement.is_confined():
+        raise ListenError(
+            f"Cannot listen on '{path}': it exists, and the sandbox keeps this server from asking whether somebody "
+            "listens there: remove it, or start the server with --allow-connect"
+        )
     elif found != errno.ENOENT:
         raise ListenError(f"Cannot listen on '{path}': another program listens there")
 

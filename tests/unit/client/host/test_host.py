@@ -252,7 +252,8 @@ class TestBinding:
 
 class TestProgram:
     def run(self, capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> tuple[int, str, str]:
-        status = main([*arguments, "--sysfs", str(root)])
+        state = ["--state", str(root / "state")] if arguments[0] in ("bind", "unbind", "recover") else []
+        status = main([*arguments, "--sysfs", str(root), *state])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfiod.client.line import members
-from vfiod.client.monitor.complete import LIVE, complete, complete_human
+from vfiod.client.monitor.complete import LIVE, command_in, complete, complete_human
 from vfiod.client.monitor.help import did_you_mean, help_text
 from vfiod.protocol.catalogue import COMMANDS
 
@@ -99,6 +99,21 @@ def test_human(line: str, expected: list[str], live: str | None) -> None:
     assert ([candidate.text for candidate in found.candidates], found.live) == (expected, live)
 
 
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("", ""),
+        ("dma-map iova=0", "dma-map"),
+        ("json query-devices", "query-devices"),
+        ("info devices", "query-devices"),
+        ('{"exec', ""),
+        ('{"execute": "device_del", "arguments": {', "device_del"),
+    ],
+)
+def test_what_a_line_is_about(line: str, command: str) -> None:
+    assert command_in(line) == command
+
+
 def test_live_json_names_are_quoted() -> None:
     open_value = complete('{"execute": "device_del", "arguments": {"id": "ni')
     assert (open_value.prefix, open_value.live, open_value.quotes) == ("ni", "devices", ("", '"'))
@@ -126,7 +141,7 @@ def test_any_text(text: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name: str) -> None:
-    assert COMMANDS[name].summary in help_text()
+    assert COMMANDS[name].summary.replace("``", "") in help_text()
     shown = help_text(name)
     assert shown.startswith(name)
     for argument in COMMANDS[name].arguments.__struct_encode_fields__:

@@ -83,8 +83,9 @@ def test_a_vector_is_used_only_when_nothing_masks_it() -> None:
 
 
 def test_every_switch_in_every_kind_has_its_move() -> None:
-    assert set(MOVES) == set(itertools.product(IrqKind, Switch))
-    for kind in IrqKind:
+    kinds = [kind for kind in IrqKind if kind is not IrqKind.PLATFORM]  # which has no enable bits
+    assert set(MOVES) == set(itertools.product(kinds, Switch))
+    for kind in kinds:
         assert moves(kind, Switch.MSI_ON) is (None if kind is IrqKind.MSI else Move.START_MSI)
         assert moves(kind, Switch.MSIX_ON) is (None if kind is IrqKind.MSIX else Move.START_MSIX)
         assert moves(kind, Switch.MSI_OFF) is (Move.TO_INTX if kind is IrqKind.MSI else None)

@@ -19,6 +19,7 @@ from vfiod.server.backends.base import AddressSpace, Backend
 from vfiod.server.backends.origin import check_class
 from vfiod.server.backends.vfio_user.device import VfioUserBackend, VfioUserSpace
 from vfiod.server.backends.vfio_user.peer import Peer
+from vfiod.server.kernel import confinement
 from vfiod.server.onloop import OnLoop
 
 __all__ = ["VfioUserDevices", "VfioUserOrigin"]
@@ -141,6 +142,9 @@ def _connected(origin: VfioUserOrigin) -> socket.socket:
         advice = {
             "ENOENT": "no server listens there; start it first",
             "ECONNREFUSED": "no server listens there any more; start it first",
+            "EPERM": "a server in a sandbox connects by itself only with --allow-connect: pass socket-fd"
+            if confinement.is_confined()
+            else "",
             "EACCES": "this server may not connect to it: give its user the socket, or pass socket-fd",
         }
         failed = OperationFailed("connect", path, errno=error.errno or "ETIMEDOUT")

@@ -26,6 +26,7 @@ from typing import Any, Final
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.channel import Command, Dstat, SenseByte0, SenseId
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.kernel import confinement
 from vfiod.server.mdev.channel import Transfer, Unit, UnitCheck
 from vfiod.server.mdev.channel_device import ChannelDevice
 from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice, Parent
@@ -223,7 +224,8 @@ class Fba(Parent):
         try:
             fd = FileDescriptor(os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
-            raise OSError(error.errno or errno.EIO, f"'file': {path}: {error.strerror}") from error
+            why = f"{error.strerror}{confinement.advice(error.errno)}"
+            raise OSError(error.errno or errno.EIO, f"'file': {path}: {why}") from error
         try:
             return FbaDevice(host, FbaDisk(fd, readonly=readonly), number)
         except OSError as error:

@@ -8,7 +8,8 @@ Commands (IBM 3274, local non-SNA; GA23-0059)::
 
 On the line go records, as TN3270 has them after its negotiation (RFC 1576): bytes, FF doubled, then FF EF. To the line:
 the command code and its data stream. From the line: what the operator entered, beginning with the AID; it raises an
-attention interrupt, and the next READ takes it. Without any, READ gives AID 60 (none) and the cursor at 0.
+attention interrupt, and the next READ MODIFIED takes it. Without any, that gives the AID and the cursor's address.
+READ BUFFER gives the whole screen (:mod:`~vfiod.server.mdev.samples.screen`), and takes nothing.
 A socket to which nobody is connected is a terminal that is switched off: intervention required.
 """
 
@@ -26,6 +27,7 @@ from vfiod.server.mdev.channel_device import ChannelDevice
 from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice, Parent
 from vfiod.server.mdev.samples.fba import device_number
 from vfiod.server.mdev.samples.line import Line, open_line
+from vfiod.server.mdev.samples.screen import BadStream, Screen
 
 __all__ = ["Terminal", "TerminalDevice"]
 
@@ -35,8 +37,7 @@ _END: Final = bytes([IAC, EOR])
 
 WRITES: Final = frozenset({0x01, 0x05, 0x0D, 0x11})
 ERASE_UNPROTECTED: Final = 0x0F
-READS: Final = frozenset({0x02, 0x06})
-NO_AID: Final = bytes([0x60, 0x00, 0x00])
+READ_BUFFER, READ_MODIFIED, WRITE_STRUCTURED = 0x02, 0x06, 0x11
 
 MAX_RECORD: Final = 16_384
 """Bytes of one record: several times a large screen (62 x 160) with attributes and orders. A longer one is dropped."""
@@ -52,6 +53,8 @@ CHPID: Final = 0x70
 COMMAND_REJECT: Final = bytes([SenseByte0.COMMAND_REJECT])
 INTERVENTION_REQUIRED: Final = bytes([SenseByte0.INTERVENTION_REQUIRED])
 OVERRUN: Final = bytes([SenseByte0.OVERRUN])
+OPERATION_CHECK: Final = bytes([SenseByte0.DEVICE_DEPENDENT_7])
+"""A data stream that makes no sense; what this bit means is the 3270's own."""
 
 
 class Records:
@@ -100,23 +103,38 @@ class _Screen(Unit):
         self.lock = threading.RLock()  # held at every access to the line, which may find that it was lost
         self.input: deque[bytes] = deque(maxlen=MAX_INPUT)
         self.output = bytearray()
+        self.screen = Screen()
 
     def execute(self, command: int, transfer: Transfer) -> Dstat:
         """See the module."""
         if not self._device.switched_on:
             raise UnitCheck(INTERVENTION_REQUIRED)
         if command in WRITES:
-            self._send(bytes([command]) + transfer.take(MAX_RECORD))
+            self._write(command, transfer.take(MAX_RECORD))
             transfer.short = False  # it takes what there is
         elif command == ERASE_UNPROTECTED:
-            self._send(bytes([command]))
-        elif command in READS:
+            self._write(command, b"")
+        elif command == READ_BUFFER:
             with self.lock:
-                data = self.input.popleft() if self.input else NO_AID
+                data = self.screen.contents()
+            transfer.give(data)
+        elif command == READ_MODIFIED:
+            with self.lock:
+                data = self.input.popleft() if self.input else self.screen.contents()[:3]
             transfer.give(data)
         else:
             raise UnitCheck(COMMAND_REJECT)
         return Dstat(0)
+
+    def _write(self, command: int, data: bytes) -> None:
+        self._send(bytes([command]) + data)
+        if command == WRITE_STRUCTURED:
+            return  # nothing of it is on this screen
+        with self.lock:
+            try:
+                self.screen.write(command, data)
+            except BadStream:
+                raise UnitCheck(OPERATION_CHECK) from None
 
     def _send(self, data: bytes) -> None:
         with self.lock:
@@ -161,6 +179,8 @@ class TerminalDevice(ChannelDevice):
         with self._screen.lock:
             records = self._records.feed(self.line.read(MAX_RECORD))
             self._screen.input.extend(records)
+            for one in records:
+                self._screen.screen.entered(one)
         if records:
             self.attention()
         self.pump()
