@@ -95,17 +95,21 @@ def test_irq_info_without_capabilities_is_what_every_kernel_knows() -> None:
     assert vfio.IrqInfo.unpack(no_chain).capabilities == ()
 
 
+# Id and version of a capability's header as one word, in this machine's order.
+TYPE_1, DESCS_1 = struct.unpack("=II", struct.pack("=HHHH", 3, 1, 4, 1))
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         ((16, 16, 0, 1), "20 bytes|16 came"),  # the flag, and no room for the offset
         ((20, 16, 0, 1, 8), "offset 8"),  # into the fixed part
         ((20, 16, 0, 1, 20), "offset 20"),  # where the buffer ends
-        ((28, 16, 0, 1, 20, 0x1_0003, 20), "comes back"),  # to itself
-        ((44, 16, 0, 1, 20, 0x1_0003, 28, 0x1_0004, 20, 0, 0), "comes back"),  # TYPE and MSI_DESCS in a ring
-        ((28, 16, 0, 1, 20, 0x1_0003, 0), "TYPE has 0 bytes"),
-        ((32, 16, 0, 1, 20, 0x1_0004, 0, 1), "says 1 messages"),
-        ((32, 16, 0, 1, 20, 0x1_0004, 0, 0xFFFF_FFFF), "says 4294967295 messages"),
+        ((28, 16, 0, 1, 20, TYPE_1, 20), "comes back"),  # to itself
+        ((44, 16, 0, 1, 20, TYPE_1, 28, DESCS_1, 20, 0, 0), "comes back"),  # TYPE and MSI_DESCS in a ring
+        ((28, 16, 0, 1, 20, TYPE_1, 0), "TYPE has 0 bytes"),
+        ((32, 16, 0, 1, 20, DESCS_1, 0, 1), "says 1 messages"),
+        ((32, 16, 0, 1, 20, DESCS_1, 0, 0xFFFF_FFFF), "says 4294967295 messages"),
     ],
 )
 def test_an_irq_chain_that_cannot_be(words: tuple[int, ...], complaint: str) -> None:
