@@ -314,18 +314,20 @@ class Device(ABC):
     def load(self, region: Region, offset: int, size: int) -> int:
         """One access; see :meth:`Regions.load`."""
         model = self._active()
+        due = not self._waits or model.interrupts.awaits_access
         value = model.regions.load(region, offset, size)
-        if region.completes:
+        if region.completes and due:
             self._completed(model)
         return value
 
     def store(self, region: Region, offset: int, size: int, value: int) -> None:
         """One access; see :meth:`Regions.store`."""
         model = self._active()
+        due = not self._waits or model.interrupts.awaits_access
         model.regions.store(region, offset, size, value)
         if region.by_bytes:
-            self._accessed(region, written=True)
-        elif region.completes:
+            self._accessed(region, written=True, due=due)
+        elif region.completes and due:
             self._completed(model)
 
     async def read(self, region: Region, offset: int, length: int) -> bytes:
@@ -333,8 +335,9 @@ class Device(ABC):
         regions = self._active().regions
         regions.check(region, offset, length, write=False)
         async with self.lane.turn("region-read") as turn:
+            due = self._active().interrupts.awaits_access
             data = await self._in_thread(turn, lambda: regions.read(region, offset, length))
-            await self._step(turn, lambda: self._accessed(region))
+            await self._step(turn, lambda: self._accessed(region, due=due))
         return data
 
     async def write(self, region: Region, offset: int, data: bytes) -> None:
@@ -342,13 +345,14 @@ class Device(ABC):
         regions = self._active().regions
         regions.check(region, offset, len(data), write=True)
         async with self.lane.turn("region-write") as turn:
+            due = self._active().interrupts.awaits_access
             for at, size, virtual in regions.pieces(region, offset, len(data)):
                 part = data[at - offset : at - offset + size]
                 if virtual:
                     await self._step(turn, functools.partial(regions.write, region, at, part))
                 else:
                     await self._in_thread(turn, functools.partial(regions.write, region, at, part))
-            await self._step(turn, lambda: self._accessed(region, written=True))
+            await self._step(turn, lambda: self._accessed(region, written=True, due=due))
 
     async def _step(self, turn: Turn, work: Callable[[], T]) -> T:
         """Do something quick on the loop; in a thread when the backend may wait."""
@@ -365,19 +369,31 @@ class Device(ABC):
 
     def read_now(self, region: Region, offset: int, length: int) -> bytes:
         """Few bytes (at most :data:`INLINE_BYTES`), at once."""
-        data = self._active().regions.read(region, offset, length)
-        self._accessed(region)
+        model = self._active()
+        due = not self._waits or model.interrupts.awaits_access
+        data = model.regions.read(region, offset, length)
+        self._accessed(region, due=due)
         return data
 
     def write_now(self, region: Region, offset: int, data: bytes) -> None:
         """Few bytes (at most :data:`INLINE_BYTES`), at once."""
-        self._active().regions.write(region, offset, data)
-        self._accessed(region, written=True)
+        model = self._active()
+        due = not self._waits or model.interrupts.awaits_access
+        model.regions.write(region, offset, data)
+        self._accessed(region, written=True, due=due)
 
-    def _accessed(self, region: Region, *, written: bool = False) -> None:
-        """A region was accessed through vfiod, successfully. On the loop, or where :meth:`in_order` is."""
+    def _accessed(self, region: Region, *, written: bool = False, due: bool = True) -> None:
+        """A region was accessed through vfiod, successfully. On the loop, or where :meth:`in_order` is.
+
+        Args:
+            region: which.
+            written: whether it was a write.
+            due: whether an interrupt was up when the access began. One that the access itself raises can be here
+                before a thread's work has ended, and is not completed by it.
+
+        """
         model = self._model
-        if model is not None and region.completes:
+        if model is not None and region.completes and due:
             self._completed(model)
 
     def _completed(self, model: Model) -> None:

@@ -399,6 +399,12 @@ class DeviceInterrupts:
 
     # --- what others do that concerns interrupts ------------------------------------------------------------
 
+    @property
+    def awaits_access(self) -> bool:
+        """Whether the INTx is up, and completed by accesses."""
+        line = self._bound.line
+        return line is not None and line.by_access and line.state.up
+
     def accessed(self) -> None:
         """A BAR was accessed through vfiod: the EOI, where that is how the INTx is completed. Never raises."""
         bound = self._bound

@@ -105,6 +105,10 @@ class Interrupts(Protocol):
     def route(self, one: IrqIndex, vector: int, number: int | None) -> None:
         """Say which interrupt number of the machine a vector has; None: none. InvalidArgument, OperationFailed."""
 
+    @property
+    def awaits_access(self) -> bool:
+        """Whether an interrupt is up that an access to a region completes."""
+
     def accessed(self) -> None:
         """A region whose accesses complete interrupts was accessed through vfiod. Never raises."""
 

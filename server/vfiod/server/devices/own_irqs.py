@@ -145,6 +145,11 @@ class OwnInterrupts:
         """Refuse. InvalidArgument."""
         one.check_free()
 
+    @property
+    def awaits_access(self) -> bool:
+        """Never."""
+        return False
+
     def accessed(self) -> None:
         """No access completes anything."""
 

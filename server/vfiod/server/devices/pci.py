@@ -63,8 +63,8 @@ class PciDevice(Device):
             return info
         return replace(info, vendor_id=model.config.vendor_id, device_id=model.config.device_id)
 
-    def _accessed(self, region: Region, *, written: bool = False) -> None:
-        super()._accessed(region, written=written)
+    def _accessed(self, region: Region, *, written: bool = False, due: bool = True) -> None:
+        super()._accessed(region, written=written, due=due)
         if written and region.index == CONFIG and self._model is not None:
             # It may have switched memory decoding off, or sent the device to sleep.
             self._model.regions.decodes = self._decodes(self._model)

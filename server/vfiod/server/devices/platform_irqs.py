@@ -371,6 +371,11 @@ class PlatformInterrupts:
 
     # --- what others do that concerns interrupts ----------------------------------------------------------
 
+    @property
+    def awaits_access(self) -> bool:
+        """Whether one is active: the next access completes it, where that is how."""
+        return self._relay.lines.active is not None
+
     def accessed(self) -> None:
         """A region was accessed through vfiod: the completion of what is active. Never raises."""
         if self._relay.lines.active is not None:
