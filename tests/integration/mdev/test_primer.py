@@ -61,6 +61,7 @@ def test_what_can_be_made_is_listed(manager: Manager) -> None:
         "msix-resizable",
         "granted-vectors",
         "hot-unplug",
+        "doorbell",
     }
     primer = Primer(manager)
     told = primers(manager, oob=True)

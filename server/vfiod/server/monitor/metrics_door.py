@@ -70,6 +70,8 @@ class MetricsDoor:
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        # Refusals too wait for the request: who is hung up on while it asks may never read the answer.
+        head = await reader.readuntil(b"\r\n\r\n")
         connection = writer.get_extra_info("socket")
         if connection.family == socket.AF_UNIX:
             refusal = self._access.refusal(peer_of(connection))
@@ -77,7 +79,6 @@ class MetricsDoor:
                 return _response("403 Forbidden", refusal)
         if self._busy > MAX_SCRAPERS:
             return _response("503 Service Unavailable", f"{MAX_SCRAPERS} scrapers at once are enough")
-        head = await reader.readuntil(b"\r\n\r\n")
         words = head.split(b"\r\n", 1)[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             return _response("400 Bad Request", "Ask in HTTP/1.1: GET /metrics")
