@@ -1,6 +1,7 @@
 """A machine, a monitor session's names, and a parent whose devices are as slow or as contrary as a test wants."""
 
 import asyncio
+import errno
 import gc
 import os
 import threading
@@ -74,7 +75,7 @@ class Temper:
 
     def meet(self, what: str) -> None:
         if what in self.refuse:
-            raise OSError(22, f"{what} was refused")
+            raise OSError(errno.EIO, f"{what} was refused")
 
     def open_all(self) -> None:
         for gate in (self.open, self.reset, self.close, self.map):
