@@ -24,6 +24,7 @@ registers make it misbehave.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import mmap
 import os
@@ -69,7 +70,8 @@ class Program:
                 return
             client = Client(self, sock)
             try:
-                client.run()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # gone before its last answer
+                    client.run()
             finally:
                 client.close()
             if self.options.once:
