@@ -34,7 +34,7 @@ from tests.lab.topologies import EDU, Topology
 #: are taken by other guests needs many times that.
 BOOT_SECONDS = float(os.environ.get("VFIOD_LAB_BOOT_SECONDS", "180"))
 #: Seconds the whole guest may live, from QEMU's start.
-TOTAL_SECONDS = float(os.environ.get("VFIOD_LAB_SECONDS", "900"))
+TOTAL_SECONDS = float(os.environ.get("VFIOD_LAB_SECONDS", "1800"))
 #: Seconds between the end of the command and the end of QEMU: a kernel powering off.
 POWEROFF_SECONDS = 30.0
 
