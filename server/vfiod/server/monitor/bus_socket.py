@@ -71,7 +71,7 @@ class BusSocket:
         self.socket.setsockopt(zmq.RCVHWM, BUS_QUEUE)
         self.socket.setsockopt(zmq.LINGER, 0)
         self._authenticator: AsyncioAuthenticator | None = None
-        self._identity: tuple[int, int] | None = None
+        self._file: listener.SocketFile | None = None
 
     def bind(self) -> None:
         """Listen. Raises ListenError, and then everything is closed."""
@@ -92,8 +92,7 @@ class BusSocket:
         _check_private(path)
         listening = listener.open_path(path)
         try:
-            found = os.lstat(path)
-            self._identity = (found.st_dev, found.st_ino)
+            self._file = listener.SocketFile(path)
             self.socket.setsockopt(zmq.USE_FD, listening.fileno())
             for uid in {0, os.geteuid(), *self.address.uids}:
                 self.socket.setsockopt(zmq.IPC_FILTER_UID, uid)
@@ -137,14 +136,8 @@ class BusSocket:
             self._authenticator = None
         self.socket.close(linger_ms)
         self._context.term()
-        path = self.address.path
-        if path is not None and self._identity is not None:
-            try:
-                found = os.lstat(path)
-                if (found.st_dev, found.st_ino) == self._identity:
-                    os.unlink(path)
-            except FileNotFoundError:
-                pass
+        if self._file is not None:
+            self._file.remove()
 
 
 def _check_private(path: str) -> None:

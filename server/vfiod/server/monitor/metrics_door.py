@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -40,7 +39,7 @@ class MetricsDoor:
         self._access: Final = access
         self._text: Final = text
         self._server: asyncio.Server | None = None
-        self._path: str | None = None
+        self._file: listener.SocketFile | None = None
         self._busy = 0
 
     async def listen_path(self, path: str, gid: int | None) -> None:
@@ -48,7 +47,7 @@ class MetricsDoor:
         self._server = await asyncio.start_unix_server(
             self._serve, sock=listener.open_path(path, gid), limit=MAX_SCRAPE_REQUEST
         )
-        self._path = path
+        self._file = listener.SocketFile(path)
 
     async def listen_tcp(self, host: str, port: int) -> None:
         """Listen on the loopback interface. Raises ListenError."""
@@ -93,9 +92,8 @@ class MetricsDoor:
         """Answer nobody any more; the socket file goes."""
         if self._server is not None:
             self._server.close()
-            if self._path is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path)
+            if self._file is not None:
+                self._file.remove()
             self._server = None
 
 

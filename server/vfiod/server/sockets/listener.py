@@ -23,7 +23,7 @@ from vfiod.server.kernel import confinement
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["ListenError", "Listener", "inherit", "open_path"]
+__all__ = ["ListenError", "Listener", "SocketFile", "inherit", "open_path"]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -155,6 +155,32 @@ def _remove_dead(path: str) -> None:
         raise ListenError(f"Cannot listen on '{path}': another program listens there")
 
 
+class SocketFile:
+    """The file of a socket that is ours, as it is now; removed only while it still is that one.
+
+    Attributes:
+        path: where it is.
+
+    """
+
+    __slots__ = ("_identity", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path: Final = path
+        self._identity = _identity(path)
+
+    def remove(self) -> None:
+        """Remove it. What is not there, is not ours any more or may not be removed stays as it is."""
+        with suppress(OSError):
+            if _identity(self.path) == self._identity:
+                os.unlink(self.path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
 class Listener:
     """Accepts connections on one listening socket, which it owns.
 
@@ -171,8 +197,7 @@ class Listener:
         self._loop = loop
         self._listening = listening
         self._admit = admit
-        self._path: str | None = None
-        self._identity: tuple[int, int] | None = None
+        self._file: SocketFile | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._paused = False
         listening.setblocking(False)
@@ -180,14 +205,12 @@ class Listener:
 
     def remove_at_close(self, path: str) -> None:
         """Remove the socket file when this closes, if it is still the one that is there now."""
-        found = os.lstat(path)
-        self._path = path
-        self._identity = (found.st_dev, found.st_ino)
+        self._file = SocketFile(path)
 
     @property
     def name(self) -> str:
         """What it listens on, for a person."""
-        return self._path or "inherited socket"
+        return self._file.path if self._file is not None else "inherited socket"
 
     def fileno(self) -> int:
         """The listening fd, lent."""
@@ -234,8 +257,5 @@ class Listener:
             self._retry.cancel()
         self._loop.remove_reader(self._listening.fileno())
         self._listening.close()
-        if self._path is not None:
-            with suppress(OSError):
-                found = os.lstat(self._path)
-                if (found.st_dev, found.st_ino) == self._identity:
-                    os.unlink(self._path)
+        if self._file is not None:
+            self._file.remove()

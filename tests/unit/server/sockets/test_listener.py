@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vfiod.server.sockets.listener import PATH_BYTES, ListenError, inherit, open_path
+from vfiod.server.sockets.listener import PATH_BYTES, ListenError, SocketFile, inherit, open_path
 
 
 def _mode(path: Path) -> int:
@@ -102,3 +102,18 @@ def test_what_is_none_is_refused_and_left_alone(tmp_path: Path) -> None:
         inherit(file.fileno())
     with pytest.raises(ListenError, match="is no inherited socket: Bad file descriptor"):
         inherit(999_999)
+
+
+def test_a_socket_file_is_removed_only_while_it_is_ours(tmp_path: Path) -> None:
+    """Somebody else's file in its place stays; so does nothing at all."""
+    path = tmp_path / "door"
+    path.touch()
+    ours = SocketFile(str(path))
+    other = tmp_path / "other"
+    other.touch()
+    other.replace(path)
+    ours.remove()
+    assert path.exists()
+    SocketFile(str(path)).remove()
+    assert not path.exists()
+    ours.remove()
