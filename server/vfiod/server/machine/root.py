@@ -78,6 +78,7 @@ class Machine:
         sources: where devices come from.
         allow_uid: as given.
         doors: exports; None until the first is made.
+        started: when it began, in the loop's (monotonic) time.
 
     """
 
@@ -106,7 +107,7 @@ class Machine:
         self.objects = Objects(self.memory, self.sources.container_users, self._devices_on)
         self.fdsets = FdSets()
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
-        self._started = self.loop.time()
+        self.started = self.loop.time()
         self._sweeper: asyncio.TimerHandle | None = None
         self._ended: asyncio.Task[list[str]] | None = None
         self._stuck = False
@@ -335,7 +336,7 @@ class Machine:
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
         now: dict[str, int | float] = {
-            "uptime-seconds": round(self.loop.time() - self._started, 3),
+            "uptime-seconds": round(self.loop.time() - self.started, 3),
             "devices": len(self.devices),
             "objects": len(self.objects),
             "mappings": len(self.memory),
