@@ -12,6 +12,7 @@ import asyncio
 import gc
 import json
 import logging
+import re
 import signal
 import socket
 import sys
@@ -25,7 +26,9 @@ from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
+from vfiod.server.options import allowed_path
 from vfiod.server.program import ENDING_SIGNALS, Notifier, raise_open_files, refuse_overflow_uid
+from vfiod.server.sandbox.entry import MODES, Wanted, confine, restrict
 
 __all__ = ["main"]
 
@@ -57,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
         help="let this user in, too; may be repeated",
     )
     add("--share-fd", choices=("on", "off"), default="on", help="whether clients may map regions (on)")
+    add("--sandbox", metavar="|".join(MODES), choices=MODES, default="on", help="as of vfiod serve (on)")
+    add(
+        "--allow-path",
+        metavar="[ro:]PATH",
+        action="append",
+        default=[],
+        help="keep this reachable in the sandbox, besides what a --parameter names; may be repeated",
+    )
     add("--log-level", metavar="L", choices=LEVELS, default="warning", help=f"{', '.join(LEVELS)} (warning)")
     return parser
 
@@ -93,11 +104,14 @@ async def _serve(options: argparse.Namespace) -> bool:
     notifier = Notifier()
     try:
         door = _door(options)
+        wanted = _sandbox(options)
+        confine(wanted)  # before the parent is imported: it gets what the options name, and no more
         device = await _device(machine, options)
         exports = exports_of(machine)
         exports.on_gone = ending.set  # of a socket that came connected: its one client is gone
         taken, door = door, None
         exports.add(taken, device)
+        restrict(wanted)
         gc.freeze()
         gc.enable()
         notifier.tell(f"READY=1\nSTATUS=Serving {options.type}")
@@ -115,6 +129,19 @@ async def _serve(options: argparse.Namespace) -> bool:
     for problem in problems:
         _log.error("%s", problem)
     return not problems
+
+
+def _sandbox(options: argparse.Namespace) -> Wanted:
+    """What the program keeps: its socket's directory, and the paths that its command line names."""
+    named = [value for _, value in map(_parameter, options.parameter) if isinstance(value, str)]
+    made = [value.partition(":")[2] for value in named if re.match(r"[a-z]+:/", value)]  # "socket:PATH", "pty:LINK"
+    own = [] if options.socket_path is None else [options.socket_path]
+    return Wanted(
+        mode=options.sandbox,
+        sockets=(*own, *made),
+        sockets_to_come=bool(made),
+        paths=(*map(allowed_path, options.allow_path), *(value for value in named if value.startswith("/"))),
+    )
 
 
 def _door(options: argparse.Namespace) -> NewExport:

@@ -15,13 +15,11 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import VfiodError
+from vfiod.server.sandbox.entry import MODES
 
-__all__ = ["BusOption", "OptionError", "Options", "SocketOption", "parse"]
+__all__ = ["BusOption", "OptionError", "Options", "SocketOption", "allowed_path", "parse"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
-SANDBOX: Final = ("on", "off", "required")
-"""``--sandbox``: ``on`` goes on with what the kernel has, ``required`` does not."""
-
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_NAME: Final = 255
 """Characters of ``--name``."""
@@ -89,7 +87,7 @@ class Options(Struct, frozen=True):
     events: BusOption | None = None
     bus_key: str | None = None
     bus_clients: str | None = None
-    sandbox: str = "off"
+    sandbox: str = "on"
     allow_paths: tuple[str, ...] = ()
     allow_connect: bool = False
 
@@ -153,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
     add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
     add("--bus-clients", metavar="DIR", help="the public CURVE keys of the clients that may come in, for tcp:")
-    add("--sandbox", metavar="on|off|required", help="give up privileges, files and system calls (off)")
+    add("--sandbox", metavar="on|off|required", help="give up privileges, files and system calls (on)")
     add(
         "--allow-path", metavar="[ro:]PATH", action="append", help="keep this reachable in the sandbox; may be repeated"
     )
@@ -240,8 +238,8 @@ def _checked(values: dict[str, Any]) -> Options:
         events=events,
         bus_key=values.get("bus-key"),
         bus_clients=values.get("bus-clients"),
-        sandbox=_sandbox(values.get("sandbox", "off")),
-        allow_paths=tuple(_path(one) for one in _list(values.get("allow-path"), "allow-path")),
+        sandbox=_sandbox(values.get("sandbox", "on")),
+        allow_paths=tuple(allowed_path(one) for one in _list(values.get("allow-path"), "allow-path")),
         allow_connect=bool(values.get("allow-connect", False)),
     )
 
@@ -326,12 +324,13 @@ def _gid(text: Any) -> int | None:
 
 
 def _sandbox(text: str) -> str:
-    if text not in SANDBOX:
-        raise OptionError(f"--sandbox expects one of {', '.join(SANDBOX)}, got '{text}'")
+    if text not in MODES:
+        raise OptionError(f"--sandbox expects one of {', '.join(MODES)}, got '{text}'")
     return text
 
 
-def _path(text: Any) -> str:
+def allowed_path(text: Any) -> str:
+    """A value of ``--allow-path``. Raises OptionError."""
     if not str(text).removeprefix("ro:").startswith("/"):
         raise OptionError(f"--allow-path expects an absolute path, after ro: when it shall only be read, got '{text}'")
     return str(text)

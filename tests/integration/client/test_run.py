@@ -30,7 +30,12 @@ from vfiod.client.sync import Client
 what, *sockets = sys.argv[1:]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
 signal.signal(signal.SIGUSR1, lambda *_: print("usr1", flush=True))
-with tempfile.TemporaryDirectory() as place, own_server(Path(place)) as server, Client.connect(server.path) as client:
+options = ["--allow-connect"]
+with (
+    tempfile.TemporaryDirectory() as place,
+    own_server(Path(place), options) as server,
+    Client.connect(server.path) as client,
+):
     for number, path in enumerate(sockets):
         client.device_add(driver="vfio-pci", id=f"d{number}", socket=path)
         value = client.region_read(device=f"d{number}", region="bar0", offset=0, size=4).value

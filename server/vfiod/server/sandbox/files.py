@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Final
 
 import vfiod
-from vfiod.server.sandbox.landlock import MAKE, READ, READ_WRITE, USE_DEVICE, Rule
+from vfiod.server.sandbox.landlock import KEEP, MAKE, READ, USE_DEVICE, Rule
 
 __all__ = ["OPTION", "for_devices", "for_names", "for_paths", "for_python", "for_sockets", "is_shared"]
 
@@ -69,11 +69,8 @@ def for_names() -> list[Rule]:
 
 
 def for_paths(paths: Iterable[str]) -> list[Rule]:
-    """What ``--allow-path`` names: to be read and written; sockets and links may be made there. ``ro:PATH``: read."""
-    return [
-        Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, READ_WRITE | MAKE)
-        for path in paths
-    ]
+    """What ``--allow-path`` names: files, sockets and links may be read, written, made and removed. ``ro:PATH``: read."""
+    return [Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, KEEP) for path in paths]
 
 
 def is_shared(directory: str) -> bool:
