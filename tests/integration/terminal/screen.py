@@ -15,7 +15,7 @@ import pexpect  # type: ignore[import-untyped]
 import pyte
 
 PROGRAM: Final = [sys.executable, "-m", "vfiod.client.program"]
-PATIENCE: Final = 30.0
+PATIENCE: Final = 120.0
 """Seconds until what is awaited must be there: a busy machine is no failure."""
 
 COLOURS: Final = {
