@@ -15,12 +15,9 @@ from msgspec import Struct
 from vfiod.protocol.errors import VfiodError
 from vfiod.server.sandbox import limits
 
-__all__ = ["MODES", "SandboxError", "Wanted", "confine", "restrict"]
+__all__ = ["SandboxError", "Wanted", "confine", "restrict"]
 
 _log: Final = logging.getLogger("vfiod")
-
-MODES: Final = ("on", "off", "required")
-"""``--sandbox``: ``on`` goes on with what the kernel has, ``required`` does not."""
 
 
 class SandboxError(VfiodError):
@@ -31,7 +28,7 @@ class Wanted(Struct, frozen=True):
     """What a program keeps.
 
     Attributes:
-        mode: of :data:`MODES`.
+        mode: ``--sandbox``: ``on`` goes on with what the kernel has, ``required`` does not, ``off`` keeps all.
         sockets: paths of files it makes and removes itself: sockets, the pidfile. Others may be made beside them.
         sockets_to_come: they are not there yet, so their directories stay writable even when others use them, too.
         paths: of ``--allow-path``, with or without ``ro:``.

@@ -69,7 +69,7 @@ def for_names() -> list[Rule]:
 
 
 def for_paths(paths: Iterable[str]) -> list[Rule]:
-    """What ``--allow-path`` names: files, sockets and links may be read, written, made and removed. ``ro:PATH``: read."""
+    """What ``--allow-path`` names: files, sockets, links may be read, written, made, removed. ``ro:PATH``: read."""
     return [Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, KEEP) for path in paths]
 
 
