@@ -39,6 +39,7 @@ docs: $(READY)   ## Write the command reference again from the catalogue, and th
 
 fuzz: $(READY)   ## A long run of the fuzz tests (about ten minutes)
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz
+	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
 	if $(BIN)/python -c "import atheris" 2>/dev/null; then \
 	$(BIN)/python -m tests.fuzz.vfio_user_atheris -max_total_time=300; fi
 
