@@ -182,7 +182,9 @@ def _read_config(path: str) -> dict[str, Any]:
             values = tomllib.load(file)
     except OSError as error:
         raise OptionError(f"Cannot read the configuration '{path}': {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise OptionError(f"The configuration '{path}' is nested too deeply: an option is a value or a list") from None
+    except ValueError as error:  # also what is no UTF-8, and a number too long for Python
         raise OptionError(f"The configuration '{path}' is not TOML: {error}") from error
     for key, value in values.items():
         expected = _KEYS.get(key)
