@@ -39,6 +39,7 @@ docs: $(READY)   ## Write the command reference again from the catalogue, and th
 
 fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twenty minutes); by atheris if it is there
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py
+	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
 	$(BIN)/python -m tests.fuzz --seconds 60
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows

@@ -221,3 +221,7 @@ VFIO_USER_PARTING_MS: Final = 1_000
 
 MAX_EXPORTS: Final = 4096
 """Exports of one machine: as many as devices."""
+
+# --- the program ----------------------------------------------------------------------------------
+MAX_CONFIG_SIZE: Final = 1024 * 1024
+"""Bytes of a configuration file: every key with thousands of values. A log given by mistake has more."""
