@@ -252,9 +252,7 @@ def decode_notice(payload: bytes) -> Notice:
     stamp = stamp if isinstance(stamp, dict) else {}
     if not isinstance(seq, int):
         raise InvalidRequest("The server published an event without a number")
-    return Notice(
-        message["method"], data, seq, _whole(stamp.get("seconds", -1)), _whole(stamp.get("microseconds", -1))
-    )
+    return Notice(message["method"], data, seq, _whole(stamp.get("seconds", -1)), _whole(stamp.get("microseconds", -1)))
 
 
 def _whole(value: Any) -> int:
