@@ -140,11 +140,11 @@ class Served:
         return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
     def close(self) -> None:
-        """End it. Raises RuntimeError with its log unless it ended well and said nothing."""
+        """End it. Raises RuntimeError with its log unless it ended well and had nothing to complain of."""
         if self._process.poll() is None:
             self._process.terminate()
         status = self._process.wait()
         self._reports.close()
         log = self._log.read_text()
-        if status or log:
+        if status or " E " in log or "Traceback" in log or "ResourceWarning" in log:
             raise RuntimeError(f"The server ended with status {status} and said:\n{log}")

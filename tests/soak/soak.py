@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import median, quantiles
 from time import monotonic, perf_counter_ns
 from typing import Final
 
@@ -15,7 +16,7 @@ from tests.soak.served import Census, Served
 
 from vfiod.client.sync import Client
 
-__all__ = ["FLAT", "Sample", "run", "slope", "steep"]
+__all__ = ["FLAT", "Sample", "run", "slope", "steep", "usual_rise"]
 
 FLAT: Final = {"fds": 0.0, "threads": 0.0, "entries": 0.02, "objects": 0.02, "blocks": 0.05, "pss_kib": 0.02}
 """What a line may rise with each operation. What one hotplug leaves behind would be about a third of itself: fds and
@@ -91,26 +92,28 @@ def _looks(served: Served, mix: Mix, operations: int, samples: int, faster: floa
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Of the straight line that is nearest to all points (least squares)."""
-    middle_x, middle_y = fmean(x for x, _ in points), fmean(y for _, y in points)
-    across = sum((x - middle_x) ** 2 for x, _ in points)
-    return sum((x - middle_x) * (y - middle_y) for x, y in points) / across
+    """The median of the slopes between any two points (Theil and Sen): a single step does not matter."""
+    return median((b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2))
 
 
-def steep(samples: list[Sample], warm: int, *names: str) -> list[str]:
+def usual_rise(samples: list[Sample], name: str) -> float:
+    """How much a number rises from one look to the next, as a rule: what leaks does so between any two."""
+    return float(median(getattr(b.held, name) - getattr(a.held, name) for a, b in pairwise(samples)))
+
+
+def steep(samples: list[Sample], warm: int) -> list[str]:
     """What rises more than :data:`FLAT` allows, in words.
 
     Args:
         samples: of a run.
         warm: operations that do not count: everything is imported and cached for the first time then.
-        names: of :data:`FLAT`; none: all.
 
     """
     counted = [one for one in samples if one.operations >= warm]
     faults = []
-    for name in names or tuple(FLAT):
+    for name, allowed in FLAT.items():
         rise = slope([(one.operations, getattr(one.held, name)) for one in counted])
-        if rise > FLAT[name]:
+        if rise > allowed:
             values = [getattr(one.held, name) for one in counted]
-            faults.append(f"{name} rises by {rise:.4f} with each operation, allowed are {FLAT[name]}: {values}")
+            faults.append(f"{name} rises by {rise:.5f} with each operation, allowed are {allowed}: {values}")
     return faults

@@ -72,13 +72,14 @@ async def _serve(options: argparse.Namespace) -> bool:
     try:
         door = _door(options)
         wanted = _sandbox(options)
-        confine(wanted)  # before the parent is imported: it gets what the options name, and no more
+        # Before the parent is imported: it gets what the options name, and no more.
+        confine(wanted)
+        restrict(wanted)
         device = await _device(machine, options)
         exports = exports_of(machine)
         exports.on_gone = ending.set  # of a socket that came connected: its one client is gone
         taken, door = door, None
         exports.add(taken, device)
-        restrict(wanted)
         gc.freeze()
         gc.enable()
         notifier.tell(f"READY=1\nSTATUS=Serving {options.type}")
