@@ -143,7 +143,7 @@ def _in_the_journal(place: Path) -> tuple[str, ...]:
 
 def _entries(journald: socket.socket) -> list[dict[str, str]]:
     """All that came; the values of these have no newlines."""
-    found = []
+    found: list[dict[str, str]] = []
     journald.setblocking(False)
     while True:
         try:
