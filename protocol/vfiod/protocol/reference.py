@@ -34,7 +34,7 @@ Over QMP a command is `{"execute": NAME, "arguments": {...}, "id": ANY}`, over J
 - A member that may be left out is marked *optional*, or with what it is when it is left out.
 - A member of a result whose name ends in `-fd` is the index of that fd among the fds attached to the reply.
 - The data of every event have one more member: `seq`, the event's place among all events of the machine.
-- Examples are run by the tests: `->` is sent, `<-` comes, events too; `"..."` is another each time, or more of the same.
+- Examples are run by the tests: `->` is sent, `<-` comes, events too; `"..."` is another each time, or goes on.
 """
 
 
