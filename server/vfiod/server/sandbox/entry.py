@@ -32,6 +32,7 @@ class Wanted(Struct, frozen=True):
         sockets: paths of files it makes and removes itself: sockets, the pidfile. Others may be made beside them.
         sockets_to_come: they are not there yet, so their directories stay writable even when others use them, too.
         paths: of ``--allow-path``, with or without ``ro:``.
+        configuration: the file that is read again by SIGHUP.
         ports: TCP ports that may still be bound.
         host_devices: device nodes of VFIO are opened here.
         connect: Unix sockets may be connected.
@@ -44,6 +45,7 @@ class Wanted(Struct, frozen=True):
     sockets: tuple[str, ...] = ()
     sockets_to_come: bool = False
     paths: tuple[str, ...] = ()
+    configuration: str | None = None
     ports: tuple[int, ...] = ()
     host_devices: bool = False
     connect: bool = False
@@ -73,6 +75,7 @@ def _close(wanted: Wanted) -> None:
         *files.for_devices(allow_open=wanted.host_devices),
         *files.for_sockets(wanted.sockets, shared=wanted.sockets_to_come),
         *files.for_paths(wanted.paths),
+        *([] if wanted.configuration is None else files.for_configuration(wanted.configuration)),
         *(files.for_names() if wanted.ports else []),
     ]
     _judge(wanted.mode, process.confine(rules, ports=wanted.ports, gid=wanted.gid))
