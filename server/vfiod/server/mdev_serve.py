@@ -21,44 +21,20 @@ from typing import Any, Final
 from vfiod.protocol.catalogue.devices import Driver
 from vfiod.protocol.errors import InvalidArgument, VfiodError
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.protocol.settings import mdev_serve_parser
 from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
-from vfiod.server.program import ENDING_SIGNALS, Notifier, raise_open_files, refuse_overflow_uid
+from vfiod.server.notify import Notifier
+from vfiod.server.program import ENDING_SIGNALS, raise_open_files, refuse_overflow_uid
 
 __all__ = ["main"]
 
 _log: Final = logging.getLogger("vfiod")
 
-LEVELS: Final = ("debug", "info", "warning", "error")
 NAME: Final = "device"
 """What the device and its export are called in the log."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vfiod mdev serve",
-        description="Serve one mediated device by vfio-user; QEMU attaches with -device vfio-user-pci.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--type", metavar="T", required=True, help="what to make: a type of a built-in or installed parent, primer-pci")
-    door = parser.add_mutually_exclusive_group(required=True)
-    door.add_argument("--socket-path", metavar="PATH", help="make a socket here (0600), serve one client after another")
-    door.add_argument("--fd", metavar="FDNUM", type=int, help="serve on this inherited socket: listening, or connected")
-    add("--parameter", metavar="KEY=VALUE", action="append", default=[], help="of the type; a value is JSON, or text")
-    add(
-        "--allow-uid",
-        metavar="UID",
-        type=int,
-        action="append",
-        default=[],
-        help="let this user in, too; may be repeated",
-    )
-    add("--share-fd", choices=("on", "off"), default="on", help="whether clients may map regions (on)")
-    add("--log-level", metavar="L", choices=LEVELS, default="warning", help=f"{', '.join(LEVELS)} (warning)")
-    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns 0: it ended as asked; 1: it could not begin, or something could not be closed. SystemExit 2: wrong options.
     """
-    options = _parser().parse_args(arguments)
+    options = mdev_serve_parser().parse_args(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr
     )

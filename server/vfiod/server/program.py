@@ -14,14 +14,13 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
-from vfiod.server import trace
+from vfiod.server import logs, trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
@@ -31,8 +30,10 @@ from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, overflow_uid
+from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
+    from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
 
@@ -53,21 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except OptionError as error:
-        print(f"vfiod: {error}", file=sys.stderr)
+        logs.complain(str(error))
         return 2
-    logging.basicConfig(level=options.log_level, format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr)
     try:
+        journal = _begin_log(options)
         refuse_overflow_uid()
         raise_open_files()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            clean = runner.run(serve(options))
+            clean = runner.run(serve(options, journal))
     except VfiodError as error:
-        print(f"vfiod: {error}", file=sys.stderr)
+        logs.complain(str(error))
         return 1
     return 0 if clean else 1
+
+
+def _begin_log(options: Options) -> Journal | None:
+    try:
+        return logs.begin(options.log_level, options.log_format, vm=options.name)
+    except OSError as error:
+        raise StartError(f"--log-format journal: the journal does not answer: {error.strerror}") from error
 
 
 def refuse_overflow_uid(own: int | None = None) -> None:
@@ -96,18 +104,18 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """What asks the server to close its devices and end."""
 
 
-async def serve(options: Options) -> bool:
+async def serve(options: Options, journal: Journal | None = None) -> bool:
     """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
-        audit = _audit(options, stack)
+        audit = _audit(options, stack, journal)
         access = Access(options.allow_uid)
         server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
-        notifier = Notifier()
-        stack.callback(notifier.close)
+        supervised = Supervised(loop, hub, options, lambda: len(machine.devices.all()), journal)
+        stack.callback(supervised.close)
         metrics: MetricsDoor | None = None
         try:
             # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
@@ -129,13 +137,13 @@ async def serve(options: Options) -> bool:
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
             gc.enable()
-            notifier.tell(f"READY=1\nSTATUS=Serving {options.name}")
+            supervised.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
-            notifier.tell("STOPPING=1")
+            supervised.stopping()
             # Sessions are served until all is closed: who asks then is told that we are ending.
             problems = await machine.close()
             hub.flush()
@@ -232,12 +240,12 @@ def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> Non
     made.remove_at_close(option.path)
 
 
-def _audit(options: Options, stack: contextlib.ExitStack) -> Audit | None:
+def _audit(options: Options, stack: contextlib.ExitStack, journal: Journal | None) -> Audit | None:
     if options.audit is None:
         return None
     from vfiod.server.monitor.audit import Audit
 
-    audit = Audit(options.audit)
+    audit = Audit(options.audit, journal)
     stack.callback(audit.close)
     return audit
 
@@ -321,42 +329,3 @@ class Pidfile:
         with contextlib.suppress(OSError):
             os.unlink(self._path)
         os.close(self._fd)
-
-
-class Notifier:
-    """Tells systemd, when it started us (``sd_notify(3)``). What goes wrong here must not stop the server.
-
-    Connected at once: the sandbox makes no datagram sockets later.
-    """
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-
-        address = os.environ.get("NOTIFY_SOCKET")
-        if address:
-            if address[0] == "@":
-                address = "\0" + address[1:]
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            try:
-                made.connect(address)
-            except OSError as error:
-                made.close()
-                self._warn(error)
-            else:
-                self._socket = made
-
-    def tell(self, state: str) -> None:
-        """Send a state."""
-        if self._socket is not None:
-            try:
-                self._socket.send(state.encode())
-            except OSError as error:
-                self._warn(error)
-
-    def _warn(self, error: OSError) -> None:
-        _log.warning("Cannot notify the service manager at %s: %s", os.environ["NOTIFY_SOCKET"], error)
-
-    def close(self) -> None:
-        """End it."""
-        if self._socket is not None:
-            self._socket.close()

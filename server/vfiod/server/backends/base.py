@@ -287,6 +287,14 @@ class Backend(Protocol):
         """
         ...
 
+    def watch_return(self, back: Callable[[Sequence[int]], None]) -> None:
+        """Call ``back``, on the loop, each time the device is there again, with all that was armed and mapped.
+
+        With the indexes of the regions whose memory is another file than before: who has mapped that sees nothing of
+        the device any more. Only devices of other programs come back.
+        """
+        ...
+
     def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
         """Registers of a region that are doorbells: offset, and what is written there. Few; never blocks."""
         ...

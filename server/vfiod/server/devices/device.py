@@ -28,6 +28,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
     DeviceInfo,
+    DeviceReconnected,
     DeviceRequested,
     Driver,
     Holder,
@@ -172,6 +173,7 @@ class Device(ABC):
         """Open the device and read what it has. Blocks; in a worker. On failure closes everything, and raises."""
         backend = open_backend()
         self._waits = backend.may_block
+        backend.watch_return(self._came_back)
         try:
             model = self.populate(backend, self._environment)
         except BaseException:
@@ -191,7 +193,9 @@ class Device(ABC):
 
     def start(self) -> None:
         """Begin to listen; state ``running``. On the loop, once, after :meth:`realize`."""
-        self._active().notices.start(self._environment, self._noticed)
+        model = self._active()
+        model.notices.start(self._environment, self._noticed)
+        model.regions.look_again()
         self.state = DeviceState.RUNNING
 
     def stop(self) -> None:
@@ -318,6 +322,19 @@ class Device(ABC):
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
         self._mapped_by.pop(session, None)
+
+    def _came_back(self, changed: Sequence[int]) -> None:
+        """The program that serves it was restarted, and has all that vfiod keeps for it. On the loop."""
+        model = self._model
+        if self._going:
+            return
+        remapped: list[str] = []
+        if model is not None:
+            model.regions.look_again()
+            remapped = [model.regions.all[index].name for index in changed if index < len(model.regions.all)]
+            if self.claim is not None:
+                self.claim.memory_replaced(changed)
+        self._environment.emit(DeviceReconnected(device=self.name, remapped=remapped))
 
     # --- regions: on the loop, in the device's order ------------------------------------------------------
 
