@@ -1,4 +1,4 @@
-"""The examples, run as their readers run them. With a real device they run in the kernel lab."""
+"""The examples, as docs/ccw.md and examples/README.md have them. With a real device they run in the kernel lab."""
 
 from __future__ import annotations
 
@@ -183,9 +183,3 @@ class TestMdevParent:
         throws = [int(word) for word in said[2].removeprefix("thrown: ").split()]
         assert len(throws) == 10 and all(1 <= one <= 20 for one in throws)
         assert said[3] == "guessed right: 1 interrupt"
-
-    def test_the_manual_shows_what_is_run(self) -> None:
-        """docs/mediated.md has the parent as it is here, letter by letter."""
-        manual = (EXAMPLES.parent / "docs/mediated.md").read_text()
-        [shown] = [part.partition("```")[0] for part in manual.split("```python\n")[1:]]
-        assert shown in (EXAMPLES / "mdev_parent.py").read_text()

@@ -267,7 +267,9 @@ def script(path: Path, line: str) -> None:
 def test_the_guide_is_true(directory: Path, initrd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``docs/vfio-user.md``, as somebody new would type it; only places, the memory's size and the guest are ours."""
     text = (REPO / "docs" / "vfio-user.md").read_text()
-    typed = [one.replace("/run/", f"{directory}/") for one in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)]
+    typed = [
+        one.replace("/run/", f"{directory}/") for one in re.findall(r"^```sh [^\n]*\n(.*?)^```", text, re.M | re.S)
+    ]
     serve, make, start, look, end, mdev_serve = typed
     programs = directory / "bin"
     programs.mkdir()

@@ -7,6 +7,9 @@ while it happens, and here each becomes the report of its host item, with the gu
 and captured output. (JUnit XML, which pytest can write by itself, comes only at the end: a
 guest that dies would take all results with it.)
 
+As many guests as ``GUESTS`` run at once, one of them beside the host's own tests. Their reports are told
+in the order of the items all the same.
+
 In the guest this file is not loaded (``--confcutdir``).
 """
 
@@ -17,7 +20,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +36,18 @@ from tests.lab.topologies import find_topology  # noqa: E402
 GUEST_TESTS = Path(__file__).parent / "guest"
 #: Set where the lab must run (``make lab``): what cannot run fails instead of being skipped.
 REQUIRED = os.environ.get("VFIOD_LAB_REQUIRED", "") not in ("", "0")
+#: Machines at once. A guest's tests are mostly one process waiting for another, so one seldom needs two processors;
+#: more than two only take each other's time.
+GUESTS = int(os.environ.get("VFIOD_LAB_GUESTS") or min(2, os.cpu_count() or 1))
 
 
 class Batch:
-    """The selected tests of one machine: boots it at the first question, answers each as its report comes."""
+    """The selected tests of one machine: boots it when told, and keeps the reports that come from there."""
 
     def __init__(self, machine: str, items: list[pytest.Item]) -> None:
         self.machine = machine
         self.items = items
+        self.begun = False
         self.guest: launch.Guest | None = None
         self.failure: str | None = None
         self.skip: str | None = None
@@ -53,9 +59,8 @@ class Batch:
         self._partial = b""
 
     def start(self) -> None:
-        """Boot the machine, once; a failure to do so is kept for every item."""
-        if self.guest is not None or self.failure is not None or self.skip is not None:
-            return
+        """Boot the machine; a failure to do so is kept for every item."""
+        self.begun = True
         reason = launch.unavailable_reason(find_topology(self.machine))
         if reason is not None:
             if REQUIRED:
@@ -87,31 +92,33 @@ class Batch:
             self.guest.start()
         except LabUnavailableError as error:
             self.failure = str(error)
+            self.close()
 
-    def results(self, item: pytest.Item) -> Iterator[dict[str, Any]]:
-        """Wait for the guest to be done with ``item`` and give its reports; none if it never came to that."""
-        name = guest_id(item)
-        while self.failure is None and name not in self.finished:
-            assert self.guest is not None
-            try:
-                going = self.guest.check()
-            except GuestDiedError as error:
-                self._read_reports()  # what it said before it died counts
-                self.failure = str(error)
-                break
-            self._read_reports()
-            if name in self.finished:
-                break
-            if not going:
-                self.failure = (
-                    f"the guest's pytest ended with {self.guest.status} and without a result for this test\n"
-                    + "\n".join(self.collect_errors)
-                    + self.guest.tails()
-                )
-                break
-            time.sleep(0.05)
-        if name in self.finished:
-            yield from self.reports[name]
+    def step(self) -> None:
+        """Take in what the guest reported meanwhile; when it is over, end it: nothing more comes."""
+        if self.guest is None:
+            return
+        going = False
+        try:
+            going = self.guest.check()
+        except GuestDiedError as error:
+            self.failure = str(error)
+        self._read_reports()  # what it said before it died counts
+        if going:
+            return
+        if self.failure is None:
+            # Only those see it that have no result.
+            self.failure = (
+                f"the guest's pytest ended with {self.guest.status} and without a result for this test\n"
+                + "\n".join(self.collect_errors)
+                + self.guest.tails()
+            )
+        self.close()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come from the guest."""
+        return self.begun and self.guest is None
 
     def _read_reports(self) -> None:
         assert self.guest is not None
@@ -150,11 +157,45 @@ class Batch:
 
     def close(self) -> None:
         """End the guest."""
-        if self.guest is not None:
-            self.guest.close()
+        guest, self.guest = self.guest, None
+        if guest is not None:
+            guest.close()
 
 
-_BATCHES = pytest.StashKey[dict[str, Batch]]()
+class Lab:
+    """All batches of this run, and the one thing they share: how many machines the processors can carry."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def step(self, room: int) -> None:
+        """Look at every machine that runs, and start the next ones while fewer than ``room`` do."""
+        for batch in self.batches:
+            batch.step()
+        running = sum(batch.guest is not None for batch in self.batches)
+        for batch in self.batches:
+            if running >= room:
+                return
+            if not batch.begun:
+                batch.start()
+                running += batch.guest is not None
+
+    def results(self, item: pytest.Item) -> list[dict[str, Any]]:
+        """Wait until the guest is done with ``item`` and give its reports; none if it never came to that."""
+        batch, name = item.stash[_BATCH], guest_id(item)
+        while name not in batch.finished and not batch.over:
+            self.step(GUESTS)
+            if name not in batch.finished and not batch.over:
+                time.sleep(0.05)
+        return batch.reports[name] if name in batch.finished else []
+
+    def close(self) -> None:
+        """End every guest."""
+        for batch in self.batches:
+            batch.close()
+
+
+_LAB = pytest.StashKey[Lab]()
 _BATCH = pytest.StashKey[Batch]()
 
 
@@ -177,7 +218,7 @@ def machine_of(item: pytest.Item) -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lab: runs inside an emulated machine with a real kernel (make lab)")
-    config.stash[_BATCHES] = {}
+    config.stash[_LAB] = Lab()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -195,46 +236,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if machine is not None:
             find_topology(machine)
             machines.setdefault(machine, []).append(item)
-    batches = config.stash[_BATCHES]
-    for machine, members in machines.items():
-        batches[machine] = Batch(machine, members)
+    # The machine with most tests first: what runs beside it then ends at about the same time.
+    for machine, members in sorted(machines.items(), key=lambda one: -len(one[1])):
+        batch = Batch(machine, members)
+        config.stash[_LAB].batches.append(batch)
         for item in members:
-            item.stash[_BATCH] = batches[machine]
-    # One machine after another: two emulators at once would only take each other's time.
-    grouped = [item for members in machines.values() for item in members]
+            item.stash[_BATCH] = batch
+    grouped = [item for batch in config.stash[_LAB].batches for item in batch.items]
     items[:] = [item for item in items if _BATCH not in item.stash] + grouped
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    batch = item.stash.get(_BATCH, None)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    lab, batch = item.config.stash[_LAB], item.stash.get(_BATCH, None)
     if batch is None:
+        # A machine beside the host's own tests, which may boot one themselves.
+        lab.step(GUESTS - 1)
         return None
     hook = item.ihook
     hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     try:
-        batch.start()
+        reports = lab.results(item)
+        for data in reports:
+            hook.pytest_runtest_logreport(report=revive(item, data))
         if batch.skip is not None:
             location = (str(item.path), (item.location[1] or 0) + 1, f"Skipped: {batch.skip}")
             hook.pytest_runtest_logreport(report=made_up(item, "skipped", location))
-        else:
-            came = False
-            for data in batch.results(item):
-                hook.pytest_runtest_logreport(report=revive(item, data))
-                came = True
-            if not came:
-                hook.pytest_runtest_logreport(report=made_up(item, "failed", batch.explain(item)))
+        elif not reports:
+            hook.pytest_runtest_logreport(report=made_up(item, "failed", batch.explain(item)))
     finally:
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        if nextitem is None or nextitem.stash.get(_BATCH, None) is not batch:
-            batch.close()
     return True
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     # Reached on -x and on an interrupt too, when the protocol above was cut short.
-    for batch in config.stash.get(_BATCHES, {}).values():
-        batch.close()
+    if _LAB in config.stash:
+        config.stash[_LAB].close()
 
 
 def made_up(item: pytest.Item, outcome: Any, longrepr: Any) -> pytest.TestReport:

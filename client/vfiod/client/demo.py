@@ -10,9 +10,7 @@ import argparse
 import mmap
 import os
 import select
-import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from vfiod.client.errors import ClientError
 from vfiod.client.events import Event
 from vfiod.client.methods.values import VectorFds
 from vfiod.client.render import describe_fd, json_text
-from vfiod.client.spawn import OwnServer, own_server
+from vfiod.client.spawn import OwnServer, own_directory, own_server
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue import Arguments, command_of
 from vfiod.protocol.catalogue.devices import DeviceDeleted
@@ -410,22 +408,20 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="only what was done and checked")
     options = parser.parse_args(argv)
-    directory = Path(tempfile.mkdtemp(prefix="vfiod-demo-"))
     narrator = Narrator(quiet=options.quiet)
     server: OwnServer | None = None
-    try:
-        print(f"vfiod demo: starting 'vfiod serve --name demo --qmp unix:{directory}/qmp.sock'")
-        with own_server(directory, name="demo") as server:
-            Demo(server.path, narrator).run()
-            expect("the server's exit status", server.wait(), 0)
-            narrator.ok("the server closed everything and ended with status 0")
-    except VfiodError as error:
-        print(f"\nvfiod demo FAILED: {type(error).__name__}: {error}", file=sys.stderr)
-        if server is not None and (said := server.messages()):
-            print(f"The server said:\n{textwrap.indent(said, '  ')}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with own_directory("vfiod-demo-") as directory:
+        try:
+            print(f"vfiod demo: starting 'vfiod serve --name demo --qmp unix:{directory}/qmp.sock'")
+            with own_server(directory, name="demo") as server:
+                Demo(server.path, narrator).run()
+                expect("the server's exit status", server.wait(), 0)
+                narrator.ok("the server closed everything and ended with status 0")
+        except VfiodError as error:
+            print(f"\nvfiod demo FAILED: {type(error).__name__}: {error}", file=sys.stderr)
+            if server is not None and (said := server.messages()):
+                print(f"The server said:\n{textwrap.indent(said, '  ')}", file=sys.stderr)
+            return 1
     print(
         "\nEverything worked. Next: 'vfiod serve', then 'vfiod monitor'; examples/manager.py does this with hardware."
     )

@@ -34,10 +34,11 @@ from vfiod.client.host.journal import Journal
 from vfiod.client.host.sysfs import HostDevice, HostError, Sysfs
 from vfiod.client.progress import Progress
 from vfiod.client.serve import server_command
+from vfiod.client.signals import held, let_in
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.devices import DeviceDeleted, DeviceInfo, DeviceUnplugError
 from vfiod.protocol.catalogue.reset import HotResetReport
-from vfiod.protocol.errors import VfiodError, errno_name
+from vfiod.protocol.errors import RemoteError, VfiodError, errno_name
 from vfiod.protocol.fd import FileDescriptor
 
 __all__ = ["Manager"]
@@ -119,27 +120,31 @@ class Manager:
             ClientError: it did not start. OSError: this user may not do that.
 
         """
-        directory = Path(tempfile.mkdtemp(prefix="vfiod-"))
+        directory: Path | None = None
+        process: subprocess.Popen[bytes] | None = None
         try:
-            sockets = directory / "devices"
-            sockets.mkdir(mode=0o700)
-            if uid is not None:
-                os.chown(sockets, uid, uid if gid is None else gid)
-                directory.chmod(0o711)
-            process = _spawn(name, directory / "qmp.sock", uid, uid if gid is None else gid, arguments)
-            try:
+            with held():
+                directory = Path(tempfile.mkdtemp(prefix="vfiod-"))
+                sockets = directory / "devices"
+                sockets.mkdir(mode=0o700)
+                if uid is not None:
+                    os.chown(sockets, uid, uid if gid is None else gid)
+                    directory.chmod(0o711)
+                # Its sandbox lets it make sockets there; the monitor's it has inherited.
+                options = ["--allow-path", os.fspath(sockets), *arguments]
+                process = _spawn(name, directory / "qmp.sock", uid, uid if gid is None else gid, options)
+            with let_in():
                 # Connecting works already: the kernel queues us until vfiod accepts, or refuses us when it has died.
                 client = Client.connect(directory / "qmp.sock", timeout=PATIENCE)
-            except BaseException as error:
-                process.terminate()
-                status = process.wait()
-                if isinstance(error, ConnectionLost):
-                    raise ClientError(f"vfiod ended with status {status} before it was ready") from error
-                raise
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            return cls(process, client, directory, memory=memory, sysfs=sysfs, journal=journal, progress=progress)
+        except BaseException as error:
+            with held():
+                status = None if process is None else _terminated(process)
+                if directory is not None:
+                    shutil.rmtree(directory, ignore_errors=True)
+            if isinstance(error, ConnectionLost):
+                raise ClientError(f"vfiod ended with status {status} before it was ready") from error
             raise
-        return cls(process, client, directory, memory=memory, sysfs=sysfs, journal=journal, progress=progress)
 
     def add_device(
         self,
@@ -167,7 +172,7 @@ class Manager:
 
         """
         device = self._sysfs.device(address)
-        with contextlib.ExitStack() as undo:
+        with held(), contextlib.ExitStack() as undo:
             if bind:
                 with self._progress.step(f"{device.address}: binding to vfio-pci"):
                     bound = binding.bind(self._sysfs, address, force=force, journal=self._journal)
@@ -179,9 +184,17 @@ class Manager:
                 self._progress.step(f"{device.address}: opening and passing it"),
                 self._opened(device, interface) as fds,
             ):
-                self.client.device_add(driver="vfio-pci", id=id, **fds, **options)
+                try:
+                    with let_in():
+                        self.client.device_add(driver="vfio-pci", id=id, **fds, **options)
+                except RemoteError:
+                    raise
+                except BaseException:
+                    # vfiod may have it, now or in a moment: only when vfiod has ended it can be given back.
+                    undo.pop_all()
+                    raise
             undo.pop_all()
-        self._devices.append(id)
+            self._devices.append(id)
         return self.device(id)
 
     def add_mediated(
@@ -268,13 +281,18 @@ class Manager:
     def close(self) -> None:
         """Remove every device, end vfiod, restore every driver. Doing it again does nothing.
 
+        A Ctrl-C meanwhile is held until all of it is done.
+
         Raises:
             VfiodError: the first thing that failed; all the others were done nevertheless.
 
         """
-        if self._closed:
-            return
-        self._closed = True
+        with held():
+            if not self._closed:
+                self._closed = True
+                self._close()
+
+    def _close(self) -> None:
         problems: list[VfiodError] = []
 
         @contextlib.contextmanager
@@ -378,6 +396,16 @@ class Manager:
             self._progress.say(
                 f"vfiod may pin {hard >> 20} MiB only, and {need >> 20} MiB are needed: raise 'ulimit -l', or be root"
             )
+
+
+def _terminated(process: subprocess.Popen[bytes]) -> int:
+    """End one that is of no use. Its status."""
+    process.terminate()
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _spawn(

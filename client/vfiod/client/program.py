@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in SUBCOMMANDS:
         print(f"vfiod: there is no command '{argv[0]}'\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(SUBCOMMANDS[argv[0]][0])
     try:
+        module = importlib.import_module(SUBCOMMANDS[argv[0]][0])
         status: int = module.main(argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:

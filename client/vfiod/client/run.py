@@ -24,6 +24,7 @@ from vfiod.client.errors import ClientError
 from vfiod.client.host.journal import DEFAULT_PLACE, Journal
 from vfiod.client.manager import Manager
 from vfiod.client.progress import Progress
+from vfiod.client.signals import held, let_in
 from vfiod.protocol.errors import VfiodError
 
 __all__ = ["attach_arguments", "main", "memory_of", "substituted"]
@@ -105,11 +106,9 @@ def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """While devices are prepared and given back, a signal that ends programs unwinds this one, and leaves nothing."""
+    """While devices are prepared and given back, a signal that ends programs unwinds this one, as Ctrl-C does."""
 
     def end(number: int, _: FrameType | None) -> NoReturn:
-        for one in ENDING:
-            signal.signal(one, signal.SIG_IGN)  # giving everything back is not cut short by a second one
         sys.exit(128 + number)
 
     former = {number: signal.signal(number, end) for number in ENDING}
@@ -130,27 +129,31 @@ def _run(options: argparse.Namespace, command: list[str], progress: Progress) ->
     substituted(command, dict.fromkeys(ids, Path()), Path())  # what is wrong with it, before anything is started
     uid, gid = _user(options.user)
     memory = memory_of(command) if options.memory is None else _size(options.memory, "--memory")
-    with progress.step("starting vfiod"):
-        vm = Manager.start(
-            options.name, uid=uid, gid=gid, memory=memory, journal=Journal(options.state), progress=progress
-        )
     status: int | None = None
     try:
-        with vm:
-            for address, id, extra in hosts:
-                vm.add_device(
-                    address, id=id, bind=options.bind, force=options.force, interface=options.interface, **extra
+        with held():  # signals come in while we wait for vfiod; not between what is made and who will take it back
+            with progress.step("starting vfiod"):
+                vm = Manager.start(
+                    options.name, uid=uid, gid=gid, memory=memory, journal=Journal(options.state), progress=progress
                 )
-            for kind, id, extra in mdevs:
-                vm.add_mediated(kind, id=id, parameters=extra)
-            exports = {id: vm.export(id) for id in ids}
-            words = substituted(command, exports, vm.path)
-            if options.attach == "qemu":
-                words += attach_arguments(exports)
-                if not any("share=on" in one for one in words):
-                    progress.say("the guest's memory is not shared (share=on): devices of the kernel cannot reach it")
-            progress.say(f"starting {words[0]} with {', '.join(ids) or 'no device'}")
-            status = _supervise(vm, words)
+            with vm:
+                with let_in():
+                    for address, id, extra in hosts:
+                        vm.add_device(
+                            address, id=id, bind=options.bind, force=options.force, interface=options.interface, **extra
+                        )
+                    for kind, id, extra in mdevs:
+                        vm.add_mediated(kind, id=id, parameters=extra)
+                    exports = {id: vm.export(id) for id in ids}
+                words = substituted(command, exports, vm.path)
+                if options.attach == "qemu":
+                    words += attach_arguments(exports)
+                    if not any("share=on" in one for one in words):
+                        progress.say(
+                            "the guest's memory is not shared (share=on): devices of the kernel cannot reach it"
+                        )
+                progress.say(f"starting {words[0]} with {', '.join(ids) or 'no device'}")
+                status = _supervise(vm, words)
     except VfiodError as error:
         if status is None:
             raise
@@ -245,18 +248,28 @@ def _supervise(vm: Manager, words: list[str]) -> int:
     """Start the hypervisor, forward signals, and wait for the end of either. The hypervisor's exit status."""
     watched = FORWARDED | {signal.SIGCHLD}
     former = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+
+    def begin() -> None:
+        """In the new process: the signals it would have had. One that came since the fork takes effect here."""
+        for number in FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
     try:
+        with let_in():
+            pass  # one that came until they were blocked
         try:
             hypervisor = subprocess.Popen(
                 words,
                 close_fds=False,  # what this program inherited is meant for it; our own fds are not inheritable
-                # It starts with the signals it would have had; nobody else runs in this process.
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, former),  # noqa: PLW1509
+                preexec_fn=begin,  # noqa: PLW1509 - nobody else runs in this process
             )
         except OSError as error:
             raise ClientError(f"Cannot run {words[0]}: {error.strerror}") from error
+        early = signal.sigpending()  # perhaps from before the fork: better twice than never
         try:
-            lost = _watch(vm, hypervisor, watched)
+            lost = _watch(vm, hypervisor, watched, early)
         except BaseException:
             hypervisor.kill()
             hypervisor.wait()
@@ -269,7 +282,9 @@ def _supervise(vm: Manager, words: list[str]) -> int:
     return status or int(lost)
 
 
-def _watch(vm: Manager, hypervisor: subprocess.Popen[bytes], watched: frozenset[signal.Signals]) -> bool:
+def _watch(
+    vm: Manager, hypervisor: subprocess.Popen[bytes], watched: frozenset[signal.Signals], early: set[signal.Signals]
+) -> bool:
     """Until the hypervisor has ended. Whether vfiod had died before."""
     lost, deadline = False, None
     while hypervisor.poll() is None:
@@ -288,6 +303,8 @@ def _watch(vm: Manager, hypervisor: subprocess.Popen[bytes], watched: frozenset[
             print(f"vfiod run: it did not end within {GRACE_SECONDS:g} s: killing it", file=sys.stderr)
             hypervisor.kill()
             deadline = None
-        elif told.si_signo in FORWARDED and not (told.si_signo in KEYS and told.si_code == FROM_KERNEL):
-            hypervisor.send_signal(told.si_signo)
+        elif told.si_signo in FORWARDED:
+            if told.si_code != FROM_KERNEL or told.si_signo not in KEYS or told.si_signo in early:
+                hypervisor.send_signal(told.si_signo)
+            early.discard(signal.Signals(told.si_signo))
     return lost

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Final
 
 from vfiod.client.errors import ClientError
 from vfiod.client.serve import server_command
+from vfiod.client.signals import held
 from vfiod.client.sockets import new_socket
 
-__all__ = ["OwnServer", "accepts", "own_server"]
+__all__ = ["OwnServer", "accepts", "own_directory", "own_server"]
 
 START_SECONDS: Final = 60.0
 """How long a server may take to accept: it takes a tenth of a second, and a busy machine is no failure."""
@@ -100,14 +103,31 @@ def own_server(directory: Path, arguments: Sequence[str] = (), *, name: str = "o
 
     """
     path, log = directory / "qmp.sock", directory / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            server_command(["--name", name, "--qmp", f"unix:{path}", *arguments]),
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-        )  # fmt: skip
-    server = OwnServer(process, path, log)
+    server: OwnServer | None = None
     try:
+        with held(), log.open("wb") as output:
+            process = subprocess.Popen(
+                server_command(["--name", name, "--qmp", f"unix:{path}", *arguments]),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            )  # fmt: skip
+            server = OwnServer(process, path, log)
         server.wait_ready()
         yield server
     finally:
-        server.stop()
+        with held():
+            if server is not None:
+                server.stop()
+
+
+@contextlib.contextmanager
+def own_directory(prefix: str) -> Iterator[Path]:
+    """A private directory among the temporary ones, removed with all that is in it, whatever happens."""
+    made: Path | None = None
+    try:
+        with held():
+            made = Path(tempfile.mkdtemp(prefix=prefix))
+        yield made
+    finally:
+        with held():
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)

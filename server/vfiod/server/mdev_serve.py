@@ -12,6 +12,7 @@ import asyncio
 import gc
 import json
 import logging
+import re
 import signal
 import socket
 import sys
@@ -21,44 +22,22 @@ from typing import Any, Final
 from vfiod.protocol.catalogue.devices import Driver
 from vfiod.protocol.errors import InvalidArgument, VfiodError
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.protocol.settings import ALLOW_PATH, mdev_serve_parser
 from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
-from vfiod.server.program import ENDING_SIGNALS, Notifier, raise_open_files, refuse_overflow_uid
+from vfiod.server.notify import Notifier
+from vfiod.server.options import OptionError
+from vfiod.server.program import ENDING_SIGNALS, raise_open_files, refuse_overflow_uid
+from vfiod.server.sandbox.entry import Wanted, confine, restrict
 
 __all__ = ["main"]
 
 _log: Final = logging.getLogger("vfiod")
 
-LEVELS: Final = ("debug", "info", "warning", "error")
 NAME: Final = "device"
 """What the device and its export are called in the log."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vfiod mdev serve",
-        description="Serve one mediated device by vfio-user; QEMU attaches with -device vfio-user-pci.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--type", metavar="T", required=True, help="what to make: a type of a built-in or installed parent, primer-pci")
-    door = parser.add_mutually_exclusive_group(required=True)
-    door.add_argument("--socket-path", metavar="PATH", help="make a socket here (0600), serve one client after another")
-    door.add_argument("--fd", metavar="FDNUM", type=int, help="serve on this inherited socket: listening, or connected")
-    add("--parameter", metavar="KEY=VALUE", action="append", default=[], help="of the type; a value is JSON, or text")
-    add(
-        "--allow-uid",
-        metavar="UID",
-        type=int,
-        action="append",
-        default=[],
-        help="let this user in, too; may be repeated",
-    )
-    add("--share-fd", choices=("on", "off"), default="on", help="whether clients may map regions (on)")
-    add("--log-level", metavar="L", choices=LEVELS, default="warning", help=f"{', '.join(LEVELS)} (warning)")
-    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns 0: it ended as asked; 1: it could not begin, or something could not be closed. SystemExit 2: wrong options.
     """
-    options = _parser().parse_args(arguments)
+    options = mdev_serve_parser().parse_args(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr
     )
@@ -93,6 +72,10 @@ async def _serve(options: argparse.Namespace) -> bool:
     notifier = Notifier()
     try:
         door = _door(options)
+        wanted = _sandbox(options)
+        # Before the parent is imported: it gets what the options name, and no more.
+        confine(wanted)
+        restrict(wanted)
         device = await _device(machine, options)
         exports = exports_of(machine)
         exports.on_gone = ending.set  # of a socket that came connected: its one client is gone
@@ -115,6 +98,22 @@ async def _serve(options: argparse.Namespace) -> bool:
     for problem in problems:
         _log.error("%s", problem)
     return not problems
+
+
+def _sandbox(options: argparse.Namespace) -> Wanted:
+    """What the program keeps: its socket's directory, and the paths that its command line names."""
+    for path in options.allow_path:
+        if wrong := ALLOW_PATH.wrong(path):
+            raise OptionError(f"--allow-path {wrong}")
+    named = [value for _, value in map(_parameter, options.parameter) if isinstance(value, str)]
+    made = [value.partition(":")[2] for value in named if re.match(r"[a-z]+:/", value)]  # "socket:PATH", "pty:LINK"
+    own = [] if options.socket_path is None else [options.socket_path]
+    return Wanted(
+        mode=options.sandbox,
+        sockets=(*own, *made),
+        sockets_to_come=bool(made),
+        paths=(*options.allow_path, *(value for value in named if value.startswith("/"))),
+    )
 
 
 def _door(options: argparse.Namespace) -> NewExport:

@@ -1,30 +1,29 @@
 """The program's options: from the command line, and from a TOML file with the same names.
 
-The command line wins over the file; an option that may be repeated replaces the file's list.
+The command line wins over the file; an option that may be repeated replaces the file's list. What there is, and what
+each expects, is declared in :mod:`vfiod.protocol.settings`.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from msgspec import Struct
 
-from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import VfiodError
+from vfiod.protocol.settings import MAX_NAME, SERVE, serve_parser
+
+if TYPE_CHECKING:
+    from vfiod.server.configuration import Lines
 
 __all__ = ["BusOption", "OptionError", "Options", "SocketOption", "parse"]
 
-LEVELS: Final = ("debug", "info", "warning", "error")
-SANDBOX: Final = ("on", "off", "required")
-"""``--sandbox``: ``on`` goes on with what the kernel has, ``required`` does not."""
-
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
-MAX_NAME: Final = 255
-"""Characters of ``--name``."""
+MAX_PORT: Final = (1 << 16) - 1
 
 
 class OptionError(VfiodError):
@@ -70,7 +69,14 @@ class BusOption(Struct, frozen=True):
 
 
 class Options(Struct, frozen=True):
-    """The options, checked."""
+    """The options, checked.
+
+    Attributes:
+        config: the file.
+        said: the options that the command line had; the file's keys of these names do not count.
+        file_values: what the file says, by key.
+
+    """
 
     name: str
     sockets: tuple[SocketOption, ...]
@@ -89,77 +95,13 @@ class Options(Struct, frozen=True):
     events: BusOption | None = None
     bus_key: str | None = None
     bus_clients: str | None = None
-    sandbox: str = "off"
+    sandbox: str = "on"
     allow_paths: tuple[str, ...] = ()
     allow_connect: bool = False
-
-
-# What a TOML file may say: the options without their dashes, and the type of each.
-_KEYS: Final[dict[str, type | tuple[type, ...]]] = {
-    "name": str,
-    "uuid": str,
-    "qmp": (str, list),
-    "jsonrpc": (str, list),
-    "allow-open": bool,
-    "allow-uid": (int, list),
-    "socket-group": (str, int),
-    "pidfile": str,
-    "log-level": str,
-    "trace": (str, list),
-    "role": (str, list),
-    "audit": str,
-    "metrics": str,
-    "bus": str,
-    "events": str,
-    "bus-key": str,
-    "bus-clients": str,
-    "sandbox": str,
-    "allow-path": (str, list),
-    "allow-connect": bool,
-}
-_TYPE_NAMES: Final = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vfiod serve",
-        description="Hold the VFIO devices of one VM, and serve them.",
-        epilog="SOCKET is unix:PATH, a Unix socket to make, or fd=N, an inherited one that listens already; either may "
-        "end in ,role=NAME: operator (all commands, the default), observer (those that change nothing), or one of "
-        "--role.",
-        allow_abbrev=False,
-        argument_default=None,
-    )
-    add = parser.add_argument
-    add("--name", metavar="VM", help="the name of the VM")
-    add("--uuid", metavar="U", help="the UUID of the VM")
-    add("--qmp", metavar="SOCKET", action="append", help="serve QMP here; may be repeated")
-    add("--jsonrpc", metavar="SOCKET", action="append", help="serve JSON-RPC 2.0 here; may be repeated")
-    add("--allow-open", action="store_true", default=None, help="let device_add open host devices by itself")
-    add(
-        "--allow-uid",
-        metavar="UID",
-        action="append",
-        help="let this user in, besides root and our own; may be repeated",
-    )
-    add("--socket-group", metavar="G", help="give sockets to this group, mode 0660 instead of 0600")
-    add("--pidfile", metavar="P", help="lock this file, and write the process id into it once ready")
-    add("--log-level", metavar="L", help=f"what to log to stderr: {', '.join(LEVELS)} (warning)")
-    add("--trace", metavar="PATTERN", action="append", help="switch trace points on; may be repeated")
-    add("--role", metavar="NAME=PATTERN,...", action="append", help="make a role of the commands that match")
-    add("--audit", metavar="FILE", help="note every command that may change something here; - is stderr")
-    add("--metrics", metavar="ADDRESS", help="serve OpenMetrics over HTTP: unix:PATH, or HOST:PORT of this host itself")
-    add("--bus", metavar="ADDRESS", help="serve JSON-RPC in msgpack on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
-    add("--events", metavar="ADDRESS", help="publish events on ZeroMQ: ipc:PATH, or tcp:HOST:PORT with keys")
-    add("--bus-key", metavar="FILE", help="the CURVE key pair of the server (*.key_secret), for tcp:")
-    add("--bus-clients", metavar="DIR", help="the public CURVE keys of the clients that may come in, for tcp:")
-    add("--sandbox", metavar="on|off|required", help="give up privileges, files and system calls (off)")
-    add(
-        "--allow-path", metavar="[ro:]PATH", action="append", help="keep this reachable in the sandbox; may be repeated"
-    )
-    add("--allow-connect", action="store_true", default=None, help="let device_add connect to Unix sockets by itself")
-    add("--config", metavar="FILE.toml", help="take options from a file; those given here win")
-    return parser
+    config: str | None = None
+    said: frozenset[str] = frozenset()
+    file_values: Mapping[str, Any] = {}
+    log_format: str = "auto"
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -167,177 +109,179 @@ def parse(arguments: Sequence[str]) -> Options:
 
     Raises OptionError; SystemExit for ``--help`` and for what argparse itself refuses.
     """
-    given = {key.replace("_", "-"): value for key, value in vars(_parser().parse_args(arguments)).items()}
+    given = {key.replace("_", "-"): value for key, value in vars(serve_parser().parse_args(arguments)).items()}
     config = given.pop("config")
-    values = _read_config(config) if config is not None else {}
-    values.update({key: value for key, value in given.items() if value is not None})
-    return _checked(values)
+    in_file: dict[str, Any] = {}
+    lines = None
+    if config is not None:
+        from vfiod.server import configuration  # most servers are started without a file
+
+        try:
+            in_file, lines = configuration.read(config)
+        except configuration.ConfigurationError as error:
+            raise OptionError(str(error)) from error
+    said = {key: value for key, value in given.items() if value is not None}
+    _check(said)
+    return _Reader(in_file, said, lines).options(config)
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    import tomllib  # here, because most servers are started without a file, and it costs a tenth of the start
-
-    try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise OptionError(f"Cannot read the configuration '{path}': {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"The configuration '{path}' is not TOML: {error}") from error
-    for key, value in values.items():
-        expected = _KEYS.get(key)
-        if expected is None:
-            import difflib
-
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_KEYS)}"
-            raise OptionError(f"The configuration '{path}' has an unknown key '{key}': {advice}")
-        types = expected if isinstance(expected, tuple) else (expected,)
-        if type(value) not in types:  # a bool is an int to isinstance, and not here
-            wanted = " or ".join(_TYPE_NAMES[one] for one in types)
-            raise OptionError(f"The configuration '{path}': '{key}' is {value!r}, expected {wanted}")
-    return values
+def _check(said: dict[str, Any]) -> None:
+    """Hold what the command line says against the declarations; numbers come in digits."""
+    for setting in SERVE:
+        value = said.get(setting.name)
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            number = int in setting.types and isinstance(one, str) and re.fullmatch("-?[0-9]{1,20}", one)
+            if int in setting.types and str not in setting.types and not number:
+                raise OptionError(f"--{setting.name} expects {setting.expects}, got '{one}'")
+            wrong = setting.wrong(int(one) if number else one)
+            if wrong:
+                raise OptionError(f"--{setting.name} {wrong}")
 
 
-def _checked(values: dict[str, Any]) -> Options:
-    name = values.get("name")
-    if not name:
-        raise OptionError("--name is missing: give the VM's name")
-    if len(name) > MAX_NAME or not name.isprintable():
-        raise OptionError(f"--name expects at most {MAX_NAME} printable characters")
-    uuid = values.get("uuid")
-    if uuid is not None and not re.match(UUID_PATTERN, uuid):
-        raise OptionError(f"--uuid expects a UUID in its 8-4-4-4-12 form, got '{uuid}'")
-    sockets = tuple(
-        _socket(dialect, text) for dialect in ("qmp", "jsonrpc") for text in _list(values.get(dialect), dialect)
-    )
-    bus, events = (_bus(key, values.get(key), values) for key in ("bus", "events"))
-    if not sockets and bus is None:
-        raise OptionError("No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N, or --bus with ipc:PATH")
-    if bus is not None and events is not None and bus == events and bus.port + (bus.path is not None):
-        raise OptionError(f"{bus} is given twice: --bus and --events need sockets of their own")
-    doubled = [
-        one for index, one in enumerate(sockets) if (one.path, one.fd) in [(s.path, s.fd) for s in sockets[:index]]
-    ]
-    if doubled:
-        raise OptionError(f"{doubled[0]} is given twice: each socket serves one dialect")
-    metrics_path, metrics_port = _metrics(values.get("metrics"))
-    return Options(
-        name=name,
-        uuid=None if uuid is None else uuid.lower(),
-        sockets=sockets,
-        allow_open=bool(values.get("allow-open", False)),
-        allow_uid=frozenset(_uid(one) for one in _list(values.get("allow-uid"), "allow-uid")),
-        socket_gid=_gid(values.get("socket-group")),
-        pidfile=values.get("pidfile"),
-        log_level=_level(values.get("log-level", "warning")),
-        trace=tuple(str(one) for one in _list(values.get("trace"), "trace")),
-        roles=_roles(_list(values.get("role"), "role")),
-        audit=values.get("audit"),
-        metrics_path=metrics_path,
-        metrics_port=metrics_port,
-        bus=bus,
-        events=events,
-        bus_key=values.get("bus-key"),
-        bus_clients=values.get("bus-clients"),
-        sandbox=_sandbox(values.get("sandbox", "off")),
-        allow_paths=tuple(_path(one) for one in _list(values.get("allow-path"), "allow-path")),
-        allow_connect=bool(values.get("allow-connect", False)),
-    )
+class _Reader:
+    """Makes :class:`Options` of values that are right one by one.
 
+    Args:
+        in_file: by key, those of the file.
+        said: those of the command line.
+        lines: of the file.
 
-def _list(value: Any, key: str) -> list[Any]:
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    wrong = [one for one in values if type(one) not in (str, int)]
-    if wrong:
-        raise OptionError(f"'{key}' holds {wrong[0]!r}, expected strings")
-    return values
+    """
 
+    def __init__(self, in_file: dict[str, Any], said: dict[str, Any], lines: Lines | None) -> None:
+        self._values = {**in_file, **said}
+        self._file_values = in_file
+        self._said = said
+        self._lines = lines
 
-def _socket(dialect: str, text: Any) -> SocketOption:
-    found = re.fullmatch(r"([a-z]*)([:=]?)(.*?)(?:,role=([^,=/]*))?", str(text), re.DOTALL)
-    kind, separator, rest, role = found.groups("operator")  # type: ignore[union-attr]
-    if kind == "unix" and separator == ":" and rest:
-        return SocketOption(dialect, path=rest, role=role)
-    if kind == "fd" and separator == "=" and rest.isascii() and rest.isdigit() and len(rest) <= 9:
-        return SocketOption(dialect, fd=int(rest), role=role)
-    raise OptionError(f"--{dialect} expects unix:PATH or fd=N, got '{text}'")
+    def options(self, config: str | None) -> Options:
+        """Raises OptionError when they do not fit together."""
+        name = self._values.get("name")
+        if not name:
+            raise OptionError("--name is missing: give the VM's name")
+        if not name.isprintable():
+            self._refuse("name", f"expects 1 to {MAX_NAME} printable characters, got {name!r}")
+        uuid = self._values.get("uuid")
+        sockets = tuple(_socket(dialect, one) for dialect in ("qmp", "jsonrpc") for one in self._list(dialect))
+        for option in sockets:
+            if option.fd is None and not option.path:
+                self._refuse(option.dialect, "expects unix:PATH or fd=N, got 'unix:'")
+        bus, events = (self._bus(key) for key in ("bus", "events"))
+        if not sockets and bus is None:
+            raise OptionError(
+                "No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N, or --bus with ipc:PATH"
+            )
+        if bus is not None and events is not None and bus == events and bus.port + (bus.path is not None):
+            raise OptionError(f"{bus} is given twice: --bus and --events need sockets of their own")
+        doubled = [
+            one for index, one in enumerate(sockets) if (one.path, one.fd) in [(s.path, s.fd) for s in sockets[:index]]
+        ]
+        if doubled:
+            raise OptionError(f"{doubled[0]} is given twice: each socket serves one dialect")
+        metrics_path, metrics_port = self._metrics()
+        return Options(
+            name=name,
+            uuid=None if uuid is None else uuid.lower(),
+            sockets=sockets,
+            allow_open=self._flag("allow-open"),
+            allow_uid=frozenset(map(int, self._list("allow-uid"))),
+            socket_gid=self._gid(),
+            pidfile=self._values.get("pidfile"),
+            log_level=getattr(logging, self._said_or_standard("log-level").upper()),
+            trace=tuple(self._list("trace")),
+            roles=self._roles(),
+            audit=self._values.get("audit"),
+            metrics_path=metrics_path,
+            metrics_port=metrics_port,
+            bus=bus,
+            events=events,
+            bus_key=self._values.get("bus-key"),
+            bus_clients=self._values.get("bus-clients"),
+            sandbox=self._said_or_standard("sandbox").lower(),
+            allow_paths=(*self._list("allow-path"), *self._files_kept(config)),
+            allow_connect=self._flag("allow-connect"),
+            config=config,
+            said=frozenset(self._said),
+            file_values=self._file_values,
+            log_format=self._said_or_standard("log-format").lower(),
+        )
 
+    @staticmethod
+    def _files_kept(config: str | None) -> list[str]:
+        """What stays readable to be read again: the one file, and not what is put in its place."""
+        return [] if config is None else [f"ro:{os.path.abspath(config)}"]
 
-def _metrics(text: str | None) -> tuple[str | None, tuple[str, int] | None]:
-    if text is None:
-        return None, None
-    if text.startswith("unix:") and len(text) > len("unix:"):
-        return text.removeprefix("unix:"), None
-    host, separator, port = text.rpartition(":")
-    if separator and port.isascii() and port.isdigit() and int(port) < 1 << 16:
+    def _refuse(self, key: str, sentence: str) -> NoReturn:
+        """Say it with the option, or the file and the line."""
+        if key in self._said or self._lines is None:
+            raise OptionError(f"--{key} {sentence}")
+        raise OptionError(f"{self._lines.of(key)}: '{key}' {sentence}")
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._values.get(key)
+        return [] if value is None else value if isinstance(value, list) else [value]
+
+    def _said_or_standard(self, key: str) -> str:
+        return str(self._values.get(key) or next(one.standard for one in SERVE if one.name == key))
+
+    def _flag(self, key: str) -> bool:
+        return bool(self._values.get(key, False))
+
+    def _gid(self) -> int | None:
+        group = self._values.get("socket-group")
+        if group is None or isinstance(group, int):
+            return group
+        if group.isascii() and group.isdigit():
+            return int(group)
+        import grp
+
+        try:
+            return grp.getgrnam(group).gr_gid
+        except KeyError:
+            self._refuse("socket-group", f"names no group of this system: '{group}'")
+
+    def _metrics(self) -> tuple[str | None, tuple[str, int] | None]:
+        text = self._values.get("metrics")
+        if text is None:
+            return None, None
+        if text.startswith("unix:"):
+            return text.removeprefix("unix:"), None
+        host, _, port = text.rpartition(":")
+        if int(port) > MAX_PORT:
+            self._refuse("metrics", f"expects a port up to {MAX_PORT}, got '{text}'")
         if host.strip("[]") not in LOOPBACK:
-            raise OptionError(f"--metrics serves this host only: give {' or '.join(LOOPBACK)}, not '{host}'")
+            self._refuse("metrics", f"serves this host only: give {' or '.join(LOOPBACK)}, not '{host}'")
         return None, (host.strip("[]"), int(port))
-    raise OptionError(f"--metrics expects unix:PATH or HOST:PORT, got '{text}'")
 
+    def _roles(self) -> dict[str, tuple[str, ...]]:
+        roles: dict[str, tuple[str, ...]] = {}
+        for text in self._list("role"):
+            name, _, patterns = text.partition("=")
+            if name in roles:
+                self._refuse("role", f"'{name}' is given twice: put all its patterns in one")
+            roles[name] = tuple(patterns.split(","))
+        return roles
 
-def _roles(texts: list[Any]) -> dict[str, tuple[str, ...]]:
-    roles: dict[str, tuple[str, ...]] = {}
-    for text in texts:
-        name, _, patterns = str(text).partition("=")
-        if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name) or not all(patterns.split(",")):
-            raise OptionError(f"--role expects NAME=PATTERN,..., a name of lower-case letters, got '{text}'")
-        if name in roles:
-            raise OptionError(f"--role '{name}' is given twice: put all its patterns in one")
-        roles[name] = tuple(patterns.split(","))
-    return roles
-
-
-def _bus(key: str, text: str | None, values: dict[str, Any]) -> BusOption | None:
-    if text is None:
-        return None
-    kind, _, rest = text.partition(":")
-    if kind == "ipc" and rest:
-        return BusOption(path=rest)
-    host, separator, port = rest.rpartition(":")
-    if kind == "tcp" and separator and host and port.isascii() and port.isdigit() and int(port) < 1 << 16:
-        missing = [name for name in ("bus-key", "bus-clients") if not values.get(name)]
+    def _bus(self, key: str) -> BusOption | None:
+        text = self._values.get(key)
+        if text is None:
+            return None
+        if text.startswith("ipc:"):
+            return BusOption(path=text.removeprefix("ipc:"))
+        host, _, port = text.removeprefix("tcp:").rpartition(":")
+        if int(port) > MAX_PORT:
+            self._refuse(key, f"expects a port up to {MAX_PORT}, got '{text}'")
+        missing = [name for name in ("bus-key", "bus-clients") if not self._values.get(name)]
         if missing:
-            raise OptionError(f"--{key} {text} needs --{' and --'.join(missing)}: anything but ipc: is encrypted")
+            self._refuse(key, f"{text} needs --{' and --'.join(missing)}: anything but ipc: is encrypted")
         return BusOption(host=host, port=int(port))
-    raise OptionError(f"--{key} expects ipc:PATH or tcp:HOST:PORT, got '{text}'")
 
 
-def _uid(text: Any) -> int:
-    if isinstance(text, int) and text >= 0:
-        return text
-    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 10:
-        return int(text)
-    raise OptionError(f"--allow-uid expects a user's number, got '{text}'")
-
-
-def _gid(text: Any) -> int | None:
-    if text is None:
-        return None
-    if isinstance(text, int) or (text.isascii() and text.isdigit()):
-        return int(text)
-    import grp
-
-    try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError as error:
-        raise OptionError(f"--socket-group: there is no group '{text}'") from error
-
-
-def _sandbox(text: str) -> str:
-    if text not in SANDBOX:
-        raise OptionError(f"--sandbox expects one of {', '.join(SANDBOX)}, got '{text}'")
-    return text
-
-
-def _path(text: Any) -> str:
-    if not str(text).removeprefix("ro:").startswith("/"):
-        raise OptionError(f"--allow-path expects an absolute path, after ro: when it shall only be read, got '{text}'")
-    return str(text)
-
-
-def _level(text: str) -> int:
-    if text.lower() not in LEVELS:
-        raise OptionError(f"--log-level expects one of {', '.join(LEVELS)}, got '{text}'")
-    return int(getattr(logging, text.upper()))
+def _socket(dialect: str, text: str) -> SocketOption:
+    """A text that its declaration has let through."""
+    place, separator, role = text.rpartition(",role=")
+    if not separator or re.search("[,=/]", role):
+        place, role = text, "operator"
+    if place.startswith("fd="):
+        return SocketOption(dialect, fd=int(place.removeprefix("fd=")), role=role)
+    return SocketOption(dialect, path=place.removeprefix("unix:"), role=role)

@@ -161,7 +161,7 @@ class Terminal:
         environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
         words = [*PROGRAM[1:], *map(str, arguments)]
         self.child: Any = pexpect.spawn(
-            PROGRAM[0], words, env=environment, encoding="utf-8", timeout=30, dimensions=(50, 200)
+            PROGRAM[0], words, env=environment, encoding="utf-8", timeout=120, dimensions=(50, 200)
         )
 
     def see(self, pattern: str) -> str:

@@ -22,23 +22,29 @@ from vfiod.client.run import attach_arguments, main, memory_of, substituted
 
 PATIENCE = 120.0
 HYPERVISOR = """
-import signal, sys, tempfile
-from pathlib import Path
-from vfiod.client.spawn import own_server
+import os, signal, sys
+from vfiod.client.spawn import own_directory, own_server
 from vfiod.client.sync import Client
 
 what, *sockets = sys.argv[1:]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-signal.signal(signal.SIGUSR1, lambda *_: print("usr1", flush=True))
-with tempfile.TemporaryDirectory() as place, own_server(Path(place)) as server, Client.connect(server.path) as client:
+reading, writing = os.pipe()
+# A signal is noted, and taken out below: this program is to be right whenever one comes.
+signal.signal(signal.SIGTERM, lambda *_: os.write(writing, b"t"))
+signal.signal(signal.SIGUSR1, lambda *_: os.write(writing, b"u"))
+options = ["--allow-connect"]
+with (
+    own_directory("hypervisor-") as place,
+    own_server(place, options) as server,
+    Client.connect(server.path) as client,
+):
     for number, path in enumerate(sockets):
         client.device_add(driver="vfio-pci", id=f"d{number}", socket=path)
         value = client.region_read(device=f"d{number}", region="bar0", offset=0, size=4).value
         print(f"d{number} {value:#x}", flush=True)
     print("ready", server.pid, flush=True)
-    while what == "wait":
-        signal.pause()
-sys.exit(7)
+    while what == "wait" and os.read(reading, 1) == b"u":
+        print("usr1", flush=True)
+sys.exit(5 if what == "wait" else 7)
 """
 
 
@@ -184,8 +190,8 @@ class TestTrouble:
         process = start(place, "--mdev", "primer-pci", *hypervisor("wait", "{export}"))
         assert process.stderr is not None and "starting vfiod" in process.stderr.readline()
         process.terminate()
-        process.communicate(timeout=PATIENCE)
-        assert process.returncode in (5, 128 + signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode in (5, 128 + signal.SIGTERM), err
 
 
 class TestWords:

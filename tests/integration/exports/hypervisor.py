@@ -14,7 +14,7 @@ from vfiod.protocol import vfio, vfio_user
 from vfiod.protocol.fd import FileDescriptor, close_all, rights_of
 from vfiod.protocol.vfio_user import Capabilities, Channel, Command, Failure, Outgoing, Reply, Request, Version
 
-PATIENCE = 20.0
+PATIENCE = 120.0
 QEMU = Capabilities(
     max_msg_fds=16,
     max_data_xfer_size=1 << 20,

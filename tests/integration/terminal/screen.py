@@ -15,7 +15,7 @@ import pexpect  # type: ignore[import-untyped]
 import pyte
 
 PROGRAM: Final = [sys.executable, "-m", "vfiod.client.program"]
-PATIENCE: Final = 30.0
+PATIENCE: Final = 120.0
 """Seconds until what is awaited must be there: a busy machine is no failure."""
 
 COLOURS: Final = {
@@ -32,6 +32,7 @@ class Screen:
         home: where it keeps its state.
         columns, lines: of the terminal.
         environment: more of it.
+        directory: where it is started.
 
     """
 
@@ -42,6 +43,7 @@ class Screen:
         columns: int = 100,
         lines: int = 30,
         environment: dict[str, str] | None = None,
+        directory: Path | None = None,
     ) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
         told = {
@@ -52,7 +54,7 @@ class Screen:
         }
         self.child: Any = pexpect.spawn(
             PROGRAM[0], [*PROGRAM[1:], *map(str, arguments)], env=kept | told | (environment or {}),
-            dimensions=(lines, columns), timeout=PATIENCE,
+            dimensions=(lines, columns), timeout=PATIENCE, cwd=directory,
         )  # fmt: skip
         self.screen = pyte.Screen(columns, lines)
         self.raw = b""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -18,7 +18,7 @@ from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
 from vfiod.protocol.fd import FileDescriptor, close_all
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds before a test gives up; no test measures time."""
 
 PROGRAM = Path(__file__).with_name("program.py")
@@ -91,6 +91,16 @@ class Bench:
         """Blocking: the tests wait for what it says, however long it takes."""
         self.fds.append(FileDescriptor(os.eventfd(0)))
         return self.fds[-1]
+
+    def config(self, offset: int, value: int, size: Literal[1, 2, 4]) -> None:
+        """Write to configuration space, as a guest."""
+        self.client.region_write(device="dev0", region="config", offset=offset, size=size, value=value)
+
+    def own_config(self, offset: int, length: int) -> bytes:
+        """Configuration space as the device itself has it, without what vfiod shows the guest instead."""
+        data = self.client.region_read(device="dev0", region="bar0", offset=0x100 + offset, length=length).data
+        assert isinstance(data, bytes)
+        return data
 
     def wait(self, name: str) -> Any:
         """The data of the next event of this name."""

@@ -1,6 +1,6 @@
 """A vfio-user server, as another program would be one: a PCI device in a hundred lines, on a real socket.
 
-``python program.py --socket-path=PATH | --fd=N [--twin] [--no-fds] [--id=N] [--once]``
+``python program.py --socket-path=PATH | --fd=N [--twin] [--no-fds] [--id=N] [--once] [--memory=PATH]``
 
 It has registers in BAR 0, memory that can be mapped in BAR 2, an INTx, forty MSI-X vectors, and does DMA. Some
 registers make it misbehave.
@@ -18,6 +18,7 @@ registers make it misbehave.
 0x28   how many mappings it has
 0x2c   how many eventfds it has
 0x30   how many messages of SET_IRQS came
+0x100  configuration space, 256 bytes, as the device has it
 ====== =====================================================================================
 """
 
@@ -55,7 +56,10 @@ class Program:
         struct.pack_into("<HHHHI", self.config, 0, 0x1B36, options.id, 0, 0, 0xFF00_0001)
         self.config[0x3D] = 1  # interrupt pin A
         struct.pack_into("<HH", self.config, 0x2C, 0x1AF4, 0x1100)
-        self.memory = FileDescriptor(os.memfd_create("bar2"))
+        # In a file, it outlives the program, and so does what is mapped of it.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        memory = os.open(options.memory, flags) if options.memory else os.memfd_create("bar2")
+        self.memory = FileDescriptor(memory)
         os.ftruncate(self.memory.number, BAR2_SIZE)
         self.view = mmap.mmap(self.memory.number, BAR2_SIZE)
         self.client: Client | None = None
@@ -206,6 +210,7 @@ class Client:
             raise OSError(errno.ENOTTY, "no features")
         if request.command is vu.Command.DEVICE_RESET:
             self.program.registers[4:] = bytes(BAR0_SIZE - 4)
+            self.program.config[0x50:] = bytes(CONFIG_SIZE - 0x50)
             return None
         raise OSError(errno.ENOSYS, request.command.name)
 
@@ -274,6 +279,7 @@ class Client:
             raise OSError(errno.EINVAL, "out of range")
         if region == BAR0:
             struct.pack_into("<III", self.program.registers, 0x28, len(self.maps), len(self.eventfds), self.sets)
+            self.program.registers[0x100 : 0x100 + CONFIG_SIZE] = self.program.config
         return bytes(source[offset : offset + count])
 
     def write(self, region: int, offset: int, data: bytes) -> None:
@@ -283,6 +289,8 @@ class Client:
         if region == BAR0 and not offset:
             return
         target[offset : offset + len(data)] = data
+        if region == CONFIG:
+            self.program.config[0x50] &= 0x7F  # the top bit of a control register of its own clears itself
         value = int.from_bytes(data[:4], "little")
         if region == BAR0 and offset == 0x14:
             self.dma(value)
@@ -334,6 +342,7 @@ def main() -> None:
     parser.add_argument("--twin", action="store_true")
     parser.add_argument("--no-fds", action="store_true")
     parser.add_argument("--once", action="store_true")
+    parser.add_argument("--memory")
     parser.add_argument("--id", type=lambda text: int(text, 0), default=0x0042)
     options = parser.parse_args()
     program = Program(options)

@@ -7,6 +7,7 @@ import socket
 import threading
 
 import pytest
+from tests.integration.exports.hypervisor import Hypervisor, eventfd, memfd
 
 from vfiod.client.methods.values import VectorFds
 from vfiod.client.sync import Client
@@ -84,6 +85,89 @@ def test_a_server_that_comes_back_gets_everything_again(bench: Bench) -> None:
         bench.set(SIGNAL, 3)
         assert rung(trigger) == 1
         assert bench.get(SCRATCH) == 0  # that was the server's own
+
+
+def test_a_server_that_comes_back_gets_configuration_space_again(bench: Bench) -> None:
+    """BARs, command register, interrupt line, a capability's own register: as the device last showed them."""
+    program = bench.start()
+    bench.add(reconnect_ms=20)
+    bench.config(0x10, 0xFFFF_FFFF, 4)  # a guest sizes a BAR, and then places it
+    bench.config(0x10, 0xFEB0_0000, 4)
+    bench.config(0x18, 0xFEB1_0000, 4)
+    bench.config(0x3C, 11, 1)
+    bench.config(0x50, 0x87, 1)
+    bench.config(0x04, 0x0506, 2)
+    for _ in range(2):
+        before = bench.own_config(0, 0x100)
+        assert before[0x10:0x1C] == bytes.fromhex("0000b0fe 00000000 0000b1fe")
+        assert (before[0x3C], before[0x50], before[0x04:0x06]) == (11, 0x07, b"\x06\x05")
+        program.kill()
+        program.wait()
+        bench.wait("DEVICE_ERROR")
+        program = bench.start()
+        assert bench.wait("DEVICE_RECONNECTED").remapped == ["bar2"]
+        assert bench.own_config(0, 0x100) == before
+    bench.client.device_reset(id="dev0")  # what a reset has undone is not brought back
+    program.kill()
+    program.wait()
+    bench.wait("DEVICE_ERROR")
+    program = bench.start()
+    bench.wait("DEVICE_RECONNECTED")
+    after = bench.own_config(0, 0x100)
+    assert (after[0x50], after[0x10:0x14], after[0x04:0x06]) == (0, before[0x10:0x14], before[0x04:0x06])
+
+
+def test_what_was_mapped_of_a_former_server_is_told(bench: Bench) -> None:
+    """Another file: who mapped it is told, a hypervisor hung up on. The same file: nobody notices."""
+    path = bench.place / "bar2"
+    program = bench.start(f"--memory={path}")
+    bench.add(reconnect_ms=20)
+    door = bench.place / "door.sock"
+    bench.client.device_export_add(id="e0", type="vfio-user", device="dev0", path=str(door))
+    with Hypervisor(door) as hypervisor, eventfd() as error:
+        _, fd = hypervisor.region(2)
+        assert fd is not None
+        fd.close()
+        hypervisor.trigger(3, error.number)
+        program.kill()
+        program.wait()
+        bench.wait("DEVICE_ERROR")
+        program = bench.start(f"--memory={path}")
+        assert bench.wait("DEVICE_RECONNECTED").remapped == []
+        assert hypervisor.read(0, 0) == 0x564D_0001, "it goes on"
+        program.kill()
+        program.wait()
+        bench.wait("DEVICE_ERROR")
+        bench.start()
+        assert "attach again" in bench.wait("DEVICE_EXPORT_DETACHED").reason
+        assert rung(error) == 1
+        assert hypervisor.gone()
+    with Hypervisor(door) as following:
+        assert following.read(0, 0) == 0x564D_0001
+
+
+def test_a_hypervisor_that_maps_nothing_keeps_its_device(bench: Bench) -> None:
+    program = bench.start()
+    bench.add(reconnect_ms=20, share_fd=False)
+    door = bench.place / "door.sock"
+    bench.client.device_export_add(id="e0", type="vfio-user", device="dev0", path=str(door))
+    with Hypervisor(door) as hypervisor, eventfd() as vector, memfd(1 << 16) as memory:
+        hypervisor.map(RAM, 1 << 16, memory.number)
+        hypervisor.trigger(2, vector.number)
+        hypervisor.master()
+        program.kill()
+        program.wait()
+        bench.wait("DEVICE_ERROR")
+        assert hypervisor.read(0, 0) == 0xFFFF_FFFF, "as of a device that was pulled out"
+        bench.start()
+        bench.wait("DEVICE_RECONNECTED")
+        assert hypervisor.read(0, 0x104, 2) & 4, "it masters its bus again"
+        hypervisor.write(0, 0x08, RAM, 8)
+        hypervisor.write(0, 0x10, 8)
+        hypervisor.write(0, 0x14, 3)
+        assert os.pread(memory.number, 8, 0) == bytes(range(8))
+        hypervisor.write(0, SIGNAL, 0)
+        assert rung(vector) == 1
 
 
 def test_another_device_at_the_same_place_is_refused(bench: Bench) -> None:

@@ -372,9 +372,16 @@ class DeviceError(EventData):
 
 @event("DEVICE_RECONNECTED", Family.DEVICES)
 class DeviceReconnected(EventData):
-    """A device's vfio-user server is there again, and has guest memory and interrupts as before.
+    """A device's vfio-user server is there again, and has guest memory, configuration space and interrupts as before.
 
-    What else it knew (registers, BARs, what a guest had set up) is as the server made it: reset the device.
+    What else it knew (registers, what it was at) is as the server made it: reset the device, or have its driver do so.
     """
 
     device: str
+    remapped: Annotated[
+        list[str],
+        Meta(
+            description="The regions whose memory is another file now. Who had mapped one of them by `region-map` maps "
+            "it again; a client of an export is told by ERR, and disconnected."
+        ),
+    ]

@@ -62,6 +62,15 @@ class GuestFile(Protocol):
         """Where the whole of it is mapped in this process."""
         ...
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it is mapped in this process."""
+        ...
+
+    def unmap(self) -> None:
+        """Take that mapping back: no IOMMU has it."""
+        ...
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes."""
         ...
@@ -275,6 +284,14 @@ class Backend(Protocol):
         """Call ``gone`` with the reason, on the loop, each time the device goes away by itself, until it is closed.
 
         The kernel never tells: REQ asks for the device, and calls fail with ENODEV once it is gone.
+        """
+        ...
+
+    def watch_return(self, back: Callable[[Sequence[int]], None]) -> None:
+        """Call ``back``, on the loop, each time the device is there again, with all that was armed and mapped.
+
+        With the indexes of the regions whose memory is another file than before: who has mapped that sees nothing of
+        the device any more. Only devices of other programs come back.
         """
         ...
 

@@ -269,6 +269,9 @@ class KernelDevice:
     def watch_end(self, gone: Callable[[str], None]) -> None:
         """See :class:`Backend`: the kernel never tells."""
 
+    def watch_return(self, back: Callable[[Sequence[int]], None]) -> None:
+        """See :class:`Backend`: what is gone stays gone."""
+
     def close(self) -> bool:
         """Close the device, then let its group go if it was the last. The second call says what the first said."""
         if self._released is None:

@@ -349,6 +349,9 @@ class MediatedBackend:
         """See :class:`Backend`. It goes with its parent."""
         self._instance.on_gone = gone
 
+    def watch_return(self, back: Callable[[Sequence[int]], None]) -> None:
+        """See :class:`Backend`: what is gone stays gone."""
+
     def close(self) -> bool:
         """See :class:`Backend`. True: nothing but vfiod itself holds a mediated device."""
         if not self._closed:

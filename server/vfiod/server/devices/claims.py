@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from vfiod.protocol.catalogue.devices import Holder
@@ -24,6 +25,9 @@ class Claim(Protocol):
 
     def failed(self) -> None:
         """The device has reported an error."""
+
+    def memory_replaced(self, regions: Collection[int]) -> None:
+        """What these regions were mapped from is the device's no more: its program was restarted."""
 
     def device_stops(self) -> None:
         """The device goes now: ask nothing of it any more."""

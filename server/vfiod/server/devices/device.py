@@ -28,6 +28,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
     DeviceError,
     DeviceInfo,
+    DeviceReconnected,
     DeviceRequested,
     Driver,
     Holder,
@@ -177,6 +178,7 @@ class Device(ABC):
         """Open the device and read what it has. Blocks; in a worker. On failure closes everything, and raises."""
         backend = open_backend()
         self._waits = backend.may_block
+        backend.watch_return(self._came_back)
         try:
             model = self.populate(backend, self._environment)
             self.set_up(model)
@@ -201,7 +203,9 @@ class Device(ABC):
 
     def start(self) -> None:
         """Begin to listen; state ``running``. On the loop, once, after :meth:`realize`."""
-        self._active().notices.start(self._environment, self._noticed)
+        model = self._active()
+        model.notices.start(self._environment, self._noticed)
+        model.regions.look_again()
         self.state = DeviceState.RUNNING
 
     # --- over a change of the process: on the loop, which does nothing else meanwhile ---------------------
@@ -373,16 +377,44 @@ class Device(ABC):
 
     def stop_dma(self) -> None:
         """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
-        self._save(self._active())
+        self._stop_dma(self._active())
 
-    async def stop_interrupts(self, *, reason: str) -> None:
-        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were."""
+    async def stop_interrupts(self, *, reason: str, whatever: bool = False) -> None:
+        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were.
+
+        Args:
+            reason: for the events.
+            whatever: they go for good, even where the kernel refuses: whose eventfds they have is gone.
+
+        """
         async with self.lane.turn("stopping interrupts") as turn:
-            await self._step(turn, lambda: self._active().interrupts.stop(reason=reason))
+            await self._step(turn, lambda: self._stop_interrupts(reason, whatever))
+
+    def _stop_interrupts(self, reason: str, whatever: bool) -> None:
+        interrupts = self._active().interrupts
+        try:
+            interrupts.stop(reason=reason)
+        except OperationFailed as error:
+            if not whatever:
+                raise
+            interrupts.abandon(reason=f"{reason}; {error}")
 
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
         self._mapped_by.pop(session, None)
+
+    def _came_back(self, changed: Sequence[int]) -> None:
+        """The program that serves it was restarted, and has all that vfiod keeps for it. On the loop."""
+        model = self._model
+        if self._going:
+            return
+        remapped: list[str] = []
+        if model is not None:
+            model.regions.look_again()
+            remapped = [model.regions.all[index].name for index in changed if index < len(model.regions.all)]
+            if self.claim is not None:
+                self.claim.memory_replaced(changed)
+        self._environment.emit(DeviceReconnected(device=self.name, remapped=remapped))
 
     # --- regions: on the loop, in the device's order ------------------------------------------------------
 
@@ -671,6 +703,10 @@ class Device(ABC):
         return OperationFailed(operation, f"device '{self.name}'", errno="EIO", advice=reason)
 
     # What a model does around a reset. Each blocks; in a worker. The model is passed: it may be forced away meanwhile.
+
+    def _stop_dma(self, model: Model) -> None:
+        """DMA off for good, as far as the model can."""
+        self._save(model)
 
     def _save(self, model: Model) -> Any:
         """DMA off, as far as the model can; returns what a reset may lose, for :meth:`_restore`."""

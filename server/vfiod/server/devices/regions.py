@@ -15,6 +15,7 @@ import logging
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.regions import Area, RegionInfo
@@ -233,6 +234,13 @@ class Regions:
         if self.trapped:
             return "an INTx is pending: accesses are by read and write until it is completed"
         return None
+
+    def look_again(self) -> None:
+        """A program that serves the device may have been restarted: its regions begin elsewhere in their files."""
+        for region in self.all if self._foreign else ():
+            if region.info.present:
+                offset = self._backend.region_info(region.index).offset
+                region.info = replace(region.info, offset=offset)
 
     # --- access ---------------------------------------------------------------------------------------
 

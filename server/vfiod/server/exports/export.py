@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import Holder
@@ -183,7 +183,7 @@ class Export:
                 await self.device.lane.run(f"detaching the client of {self.name}", self.device.stop_dma)
             except CommandError as error:
                 _log.warning("Bus mastering of device '%s' could not be switched off: %s", self.device.name, error)
-            await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}")
+            await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}", whatever=True)
         except CommandError as error:
             _log.info("Device '%s' is not disarmed after its client: %s", self.device.name, error)
 
@@ -216,6 +216,17 @@ class Export:
         """Tell the client by ERR."""
         if self._session is not None:
             self._session.interrupts.notice(request=False)
+
+    def memory_replaced(self, regions: Collection[int]) -> None:
+        """Tell the client by ERR, and hang up, when it may have mapped one of them: it would write into nothing."""
+        session = self._session
+        if session is None or session.mapped.isdisjoint(regions):
+            return
+        session.interrupts.notice(request=False)
+        session.end(
+            f"The program that serves device '{self.device.name}' was restarted: the memory that the client had mapped "
+            "is the former one's; attach again"
+        )
 
     def device_stops(self) -> None:
         """The device goes: so does its client."""

@@ -98,6 +98,7 @@ class ClientSession:
         self.memory: Client | None = None
         self.interrupts: Final = ClientInterrupts(device, f"the client of {name}")
         self.failed_reads = 0
+        self.mapped: Final[set[int]] = set()
         self._doorbells: Final = Doorbells(
             machine.loop, device, lambda region, at, data: self._write(region, at, data, DONE)
         )
@@ -315,7 +316,9 @@ class ClientSession:
         reply = vfio_user.RegionInfoReply.answering(asked, info)
         if not info.mappable or not reply.complete:
             return Answer(reply)
-        return Answer(reply, (self._device.share_region(region),))
+        answer = Answer(reply, (self._device.share_region(region),))
+        self.mapped.add(region.index)
+        return answer
 
     def _shown(self, region: Region) -> vfio.RegionInfo:
         """A region as its client may use it: what may be mapped is what the device model lets be mapped."""

@@ -31,6 +31,7 @@ class SmallKernel:
         self.root = root
         self.busy: set[str] = set()
         self._threads: list[threading.Thread] = []
+        self._creating: list[Path] = []
         (root / "bus/mdev/devices").mkdir(parents=True)
         for parent, types in TYPES.items():
             (root / "devices/virtual" / parent).mkdir(parents=True)
@@ -42,6 +43,7 @@ class SmallKernel:
                 (path / "available_instances").write_text(f"{room}\n")
                 (path / "device_api").write_text("vfio-pci\n")
                 (path / "name").write_text(f"The {name}\n")
+                self._creating.append(path / "create")
                 self._serve(path / "create", lambda uuid, path=path: self.make(path, uuid))
 
     def _serve(self, fifo: Path, act: Any) -> None:
@@ -53,6 +55,11 @@ class SmallKernel:
 
         self._threads.append(threading.Thread(target=work, daemon=True))
         self._threads[-1].start()
+
+    def end(self) -> None:
+        """No more devices are made. A thread that removes one may still be at it: nothing here walks the tree."""
+        for fifo in self._creating:
+            fifo.write_text("end")
 
     def make(self, kind: Path, uuid: str) -> None:
         path = kind.parents[1] / uuid
@@ -73,18 +80,16 @@ class SmallKernel:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    SmallKernel(tmp_path / "sys")
-    return tmp_path / "sys"
+def root(tmp_path: Path) -> Iterator[Path]:
+    kernel = SmallKernel(tmp_path / "sys")
+    yield tmp_path / "sys"
+    kernel.end()
 
 
 @pytest.fixture
-def mdevs(root: Path, tmp_path: Path) -> Iterator[KernelMdevs]:
+def mdevs(root: Path, tmp_path: Path) -> KernelMdevs:
     (tmp_path / "etc").mkdir()
-    yield KernelMdevs(root, definitions=tmp_path / "etc")
-    for fifo in root.rglob("create"):
-        if fifo.is_fifo():
-            fifo.write_text("end")
+    return KernelMdevs(root, definitions=tmp_path / "etc")
 
 
 def until_there(mdevs: KernelMdevs, uuid: str) -> None:

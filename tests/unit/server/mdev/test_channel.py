@@ -451,7 +451,7 @@ def test_records() -> None:
 
 def test_the_manual_shows_a_unit_that_works(machine: Machine) -> None:
     manual = (Path(__file__).parents[4] / "docs/ccw.md").read_text()
-    shown = manual.partition("```python\nclass Echo")[2].partition("```")[0]
+    shown = manual.partition("\nclass Echo")[2].partition("```")[0]
     names: dict[str, object] = {
         "Unit": Unit, "SenseId": SenseId, "Transfer": Transfer, "Dstat": Dstat, "UnitCheck": UnitCheck,
         "SenseByte0": SenseByte0,

@@ -9,9 +9,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import GroupInfo
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.vfio_user import (
-    Command,
     DeviceFeature,
-    Nothing,
     RegionData,
     RegionRead,
     RegionWrite,
@@ -24,6 +22,8 @@ from vfiod.server.mdev.space import Piece
 __all__ = ["VfioUserBackend", "VfioUserSpace"]
 
 T = TypeVar("T")
+
+_CONFIG: Final = int(vfio.PciRegion.CONFIG)
 
 ALL_ADDRESSES: Final = (0, (1 << 64) - 1)
 
@@ -156,7 +156,16 @@ class VfioUserBackend:
         return reply.data
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
-        """See :class:`Backend`."""
+        """See :class:`Backend`. What is written to configuration space is given to its server again."""
+        if index == _CONFIG:
+            self._peer.write_config(offset, lambda: self._write(index, offset, data), data, self._config)
+        else:
+            self._write(index, offset, data)
+
+    def _config(self, offset: int, length: int) -> bytes:
+        return self.region_read(_CONFIG, offset, length)
+
+    def _write(self, index: int, offset: int, data: bytes) -> None:
         limit = self._peer.agreement.wire.max_transfer
         for done in range(0, len(data), limit):
             part = data[done : done + limit]
@@ -181,7 +190,7 @@ class VfioUserBackend:
 
     def reset(self) -> None:
         """See :class:`Backend`."""
-        self._peer.ask(Nothing(), command=Command.DEVICE_RESET).close()
+        self._peer.reset(self._config)
 
     def doorbells(self, index: int) -> Sequence[tuple[int, bytes]]:
         """None that we know of."""
@@ -207,6 +216,10 @@ class VfioUserBackend:
     def watch_end(self, gone: Callable[[str], None]) -> None:
         """See :class:`Backend`. It goes with its server, and comes back with it if that is wanted."""
         self._peer.when_lost = gone
+
+    def watch_return(self, back: Callable[[Sequence[int]], None]) -> None:
+        """See :class:`Backend`."""
+        self._peer.when_back = back
 
     def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
         """See :class:`Backend`."""

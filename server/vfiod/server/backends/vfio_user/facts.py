@@ -25,6 +25,7 @@ from vfiod.protocol.vfio_user import (
     RegionRead,
 )
 from vfiod.server.backends.vfio_user.link import Link
+from vfiod.server.kernel.syscalls import PAGE_SIZE
 
 __all__ = ["Facts", "look"]
 
@@ -69,6 +70,15 @@ class Facts(Struct, frozen=True, eq=False):
                 return f"it has {its}, it had {mine}"
         return None
 
+    def other_files(self, other: Facts) -> list[int]:
+        """The regions whose memory the other one has somewhere else: another file, or another place in it."""
+        return [
+            index
+            for index, fd in self.files.items()
+            if (theirs := other.files.get(index)) is None
+            or _place(fd, self.regions[index]) != _place(theirs, other.regions[index])
+        ]
+
     def close(self) -> None:
         """Close the regions' fds."""
         for fd in self.files.values():
@@ -76,8 +86,14 @@ class Facts(Struct, frozen=True, eq=False):
 
 
 def _shape(region: vfio.RegionInfo | OperationFailed) -> object:
-    """Of a region, what a guest can tell: where it is in its file is the server's affair."""
-    return None if isinstance(region, OperationFailed) else replace(region, offset=0)
+    """Of a region, what a guest can tell: which page of its file it begins on is the server's affair."""
+    return None if isinstance(region, OperationFailed) else replace(region, offset=region.offset % PAGE_SIZE)
+
+
+def _place(fd: FileDescriptor, region: vfio.RegionInfo | OperationFailed) -> tuple[int, int, int]:
+    """Where a region's memory is: device, inode, offset in bytes."""
+    status = os.fstat(fd.number)
+    return status.st_dev, status.st_ino, -1 if isinstance(region, OperationFailed) else region.offset
 
 
 def _plain(irq: vfio.IrqInfo | OperationFailed) -> object:

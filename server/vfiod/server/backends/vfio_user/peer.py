@@ -8,8 +8,9 @@
         │                  │                                 └ another device: ──► ANOTHER   DEVICE_ERROR
         └── close ─────────┴──► CLOSED
 
-What a server is told that must outlive it is kept here: mappings of guest memory and armed interrupts. Everything
-else (BARs, registers, what a guest did to the device) was the server's, and is lost with it unless it keeps it.
+What a server is told that must outlive it is kept here: mappings of guest memory, what was written to configuration
+space (BARs, command register, capabilities), and armed interrupts; given again in this order. Everything else
+(registers, memory, what the device was at) was the server's, and is lost with it unless it keeps it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from vfiod.protocol.vfio_user import (
     DmaWrite,
     DmaWritten,
     Payload,
+    RegionWrite,
     Reply,
     Request,
     TwinSocket,
@@ -50,6 +52,7 @@ from vfiod.protocol.vfio_user import (
 from vfiod.server.backends.base import Mapping
 from vfiod.server.backends.vfio_user.armed import Armed
 from vfiod.server.backends.vfio_user.facts import Facts, look
+from vfiod.server.backends.vfio_user.kept_config import KeptConfig, Read
 from vfiod.server.backends.vfio_user.link import Link
 from vfiod.server.mdev.parent import DmaFault
 from vfiod.server.mdev.space import Translation
@@ -83,6 +86,8 @@ class Peer:
 
     Attributes:
         when_lost: called on the loop with the reason each time the server is lost.
+        when_back: called on the loop each time it is found again, with the indexes of the regions whose memory is
+            another file now: who has mapped the former one sees nothing of the device any more.
 
     """
 
@@ -103,6 +108,7 @@ class Peer:
         self.translation: Final = Translation()
         self.on_loop = on_loop
         self.when_lost: Callable[[str], None] | None = None
+        self.when_back: Callable[[Sequence[int]], None] | None = None
         self._connect = connect
         self._executor = executor
         self._emit = emit
@@ -110,6 +116,8 @@ class Peer:
         self._reconnect_ms = reconnect_ms
         self._armed = Armed()
         self._mappings: dict[int, Mapping] = {}  # by address
+        self._config = KeptConfig()
+        self._told = ""  # why it was not found again, the last time that was said
         # Held while the connection is made again, and while what is kept changes: neither sees the other half done.
         self._keeping = threading.RLock()
         self._state = _State.LOST
@@ -181,6 +189,26 @@ class Peer:
         except OperationFailed as error:
             if error.errno != "ENOTCONN":  # it went away, and its mappings with it
                 raise
+
+    def write_config(self, offset: int, write: Callable[[], None], data: bytes, read: Read) -> None:
+        """Write to configuration space, and keep what it shows then. Blocks. Raises OperationFailed; then not kept.
+
+        Args:
+            offset: in bytes.
+            write: does it.
+            data: what is written.
+            read: reads configuration space.
+
+        """
+        with self._keeping:
+            write()
+            self._config.written(offset, data, read)
+
+    def reset(self, read: Read) -> None:
+        """Reset the device; what that undoes in configuration space is not kept. Blocks. Raises OperationFailed."""
+        with self._keeping:
+            self.ask(vfio_user.Nothing(), command=Command.DEVICE_RESET).close()
+            self._config.look(read)
 
     def set_irqs(self, request: vfio.SetIrqs) -> None:
         """Interrupts. Taking away, while the server is away, is only noted. Raises OperationFailed.
@@ -299,22 +327,37 @@ class Peer:
             with self._keeping:
                 if self._state is not _State.LOST:
                     return
-                problem = self._revive()
-        except OperationFailed:
+                outcome = self._revive()
+        except OperationFailed as error:
+            # That nobody is there is what DEVICE_ERROR has said; somebody who does not take it all is news, once.
+            if error.operation != "connect" and str(error) != self._told:
+                self._told = str(error)
+                self._tell(f"Its vfio-user server is there again, and cannot be used: {error}")
             self.on_loop.soon(self._later)
             return
-        if problem is None:
-            self.on_loop.soon(lambda: self._emit(DeviceReconnected(device=self.user)))
+        if isinstance(outcome, str):
+            self._tell(outcome)
         else:
-            self._tell(problem)
+            self._told = ""
+            self.on_loop.soon(lambda: self._back(outcome))
 
-    def _revive(self) -> str | None:
+    def _back(self, changed: Sequence[int]) -> None:
+        """On the loop: found again. Whoever listens may tell more than that."""
+        if self.when_back is not None:
+            self.when_back(changed)
+        else:
+            self._emit(DeviceReconnected(device=self.user, remapped=[]))
+
+    def _revive(self) -> str | Sequence[int]:
+        """Find it again. The indexes of regions with other memory than before; or why it is of no use for ever."""
         link, agreement, facts = self._opened()
         try:
             difference = self.facts.differs(facts)
             if difference is None:
                 for mapping in self._mappings.values():
                     self._send_mapping(link, agreement, mapping)
+                for offset, data in self._config.writes():
+                    link.ask(RegionWrite(int(vfio.PciRegion.CONFIG), offset, data)).close()
                 for request in self._armed.requests():
                     self._send_irqs(link, agreement, request)
         except BaseException:
@@ -330,10 +373,11 @@ class Peer:
         former, self._link, self._agreement = self._link, link, agreement
         former.close()
         old, self.facts = self.facts, facts
+        changed = old.other_files(facts)
         old.close()
         self._state = _State.CONNECTED
         self._watch(link)
-        return None
+        return changed
 
     def close(self) -> None:
         """Hang up; the server lets go of memory and interrupts. Never waits for it. Once; in a worker."""

@@ -1,49 +1,19 @@
-"""docs/manager.md, run as its reader runs it; and the manager library where the page does not go."""
+"""The manager library where docs/manager.md does not go."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration import test_platform_page as page_of
 
 from vfiod.client.errors import ClientError
 from vfiod.client.host.journal import Journal
 from vfiod.client.host.sysfs import HostError, Sysfs
 from vfiod.client.manager import Manager
 from vfiod.protocol.errors import RemoteError
-
-PAGE = (Path(__file__).parents[2] / "docs/manager.md").read_text()
-environment = page_of.environment
-
-
-def test_every_command_of_the_page(
-    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page_of, "PAGE", PAGE)
-    commands = page_of.commands()
-    assert len(commands) == 2
-    for command, expected in commands:
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=environment, check=False, timeout=100,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (0, expected), command
-
-
-def test_the_program_of_the_page(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_of, "PAGE", PAGE)
-    (program,), (printed,) = page_of.blocks("python"), page_of.blocks("text")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], cwd=tmp_path, env=environment, check=False, timeout=100,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.stdout, done.stderr) == (printed, "")
 
 
 class TestManager:

@@ -1,0 +1,53 @@
+"""Every page of the documentation: each block says how it is run, and is run; each link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests.integration.pages.blocks import NAMES, REPO, broken_links, faults, read_page
+from tests.integration.pages.session import Session
+
+from vfiod.server.mdev.parent import ENTRY_POINTS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_block_says_how_it_is_run(name: str) -> None:
+    assert list(faults(read_page(name))) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    assert list(broken_links(read_page(name))) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if Path(name).name != "commands.md"])
+def test_the_page_is_true(name: str, tmp_path: Path) -> None:
+    Session(read_page(name), tmp_path).run()
+
+
+def test_the_entry_point_of_mediated_md() -> None:
+    """What mediated.md tells a package to say: the group is the one that is looked for, and the object is there."""
+    page = read_page("docs/mediated.md")
+    (text,) = [block.text for block in page.blocks if block.language == "toml"]
+    ((group, points),) = tomllib.loads(text)["project"]["entry-points"].items()
+    assert group == ENTRY_POINTS
+    module, _, name = points["casino"].partition(":")
+    spec = importlib.util.spec_from_file_location(module, REPO / f"examples/{module}.py")
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert getattr(loaded, name)().name == "casino"
+
+
+def test_trouble_quotes_what_is_said() -> None:
+    """The first column of a table "it says" is in the sources, as somebody who searches for it would type it."""
+    files = [path for root in ("protocol", "server", "client") for path in (REPO / root).rglob("*.py")]
+    sources = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)
+    tables = re.findall(r"^\| it says \|.*?(?=^[^|])", (REPO / "docs/trouble.md").read_text(), re.MULTILINE | re.DOTALL)
+    quoted = [text for table in tables for text in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)]
+    assert len(quoted) > 8
+    assert [text for text in quoted if text not in sources] == []
