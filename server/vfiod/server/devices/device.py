@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from msgspec import Struct
@@ -59,8 +59,7 @@ from vfiod.server.lanes import Lane, Turn
 
 if TYPE_CHECKING:
     from vfiod.server.state.fds import Given, Taken
-    from vfiod.server.state.machine import BackendState, ModelState
-    from vfiod.server.state.machine import DeviceState as DeviceState_
+    from vfiod.server.state.machine import ModelState
 
 __all__ = ["Device", "Quiesced"]
 
@@ -218,60 +217,18 @@ class Device(ABC):
         pending = self.lane.pending()
         return f"{pending[0]} of device '{self.name}'" if pending else None
 
-    def keep(self, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState_:
-        """Describe it, while nothing is under way.
-
-        Args:
-            given: takes the fds.
-            new: what only the machine knows of it.
-            backend: where it comes from, described.
-
-        """
-        from vfiod.server.devices.keeping import keep_options
-        from vfiod.server.state.machine import DeviceState as State
-
-        model = self._active()
-        return State(
-            id=self.id,
-            path=self.path,
-            driver=self.driver.value,
-            backend_kind=self._backend_kind,
-            host=self._host,
-            options=keep_options(self.options),
-            backend=backend,
-            notices=model.notices.keep(given),
-            requested=self._requested,
-            fast_path_told=self._fast_path_told,
-            shared=model.regions.shared,
-            mapped_by=[(session, sorted(names)) for session, names in self._mapped_by.items()],
-            model=self.keep_model(model, given),
-            **new,
-        )
-
     def keep_model(self, model: Model, given: Given) -> ModelState:
         """Describe what only devices of this class have. CannotKeep."""
         from vfiod.server.state.format import CannotKeep
 
         raise CannotKeep(f"Device '{self.name}': devices of driver {self.driver} cannot be handed over")
 
-    def adopt(self, backend: Backend, state: DeviceState_, taken: Taken) -> None:
-        """Instead of :meth:`realize`: read what is constant, and have the rest as it was. Arms and changes nothing."""
-        self._waits = backend.may_block
-        model = self.populate(backend, self._environment)
-        self._model = model
-        model.notices.adopt(state.notices, taken)
-        model.regions.shared = state.shared
-        self._requested = state.requested
-        self._fast_path_told = state.fast_path_told
-        self._mapped_by = {session: set(names) for session, names in state.mapped_by}
-        self.adopt_model(model, state.model, taken)
-
     def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
         """Have what :meth:`keep_model` described."""
         raise NotImplementedError(f"Devices of driver {self.driver}")
 
     def start_again(self) -> None:
-        """Instead of :meth:`start`, after :meth:`adopt`: listen. What was signalled meanwhile is still to be heard."""
+        """Instead of :meth:`start`, when it was open in another process (:mod:`.keeping`): listen. What was signalled meanwhile is still to be heard."""
         self.start()
         self.go_on(self._active())
 

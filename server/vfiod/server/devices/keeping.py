@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from vfiod.protocol.catalogue.devices import Driver, OnRequest
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.backends.base import Backend
 from vfiod.server.devices.arming import Bound
+from vfiod.server.devices.device import Device
 from vfiod.server.devices.irq_index import INTX, IrqIndex
 from vfiod.server.devices.model import Options
 from vfiod.server.devices.vectors import Counts, Vector
 from vfiod.server.interrupts.intx import FastState, IntxLine, LineState
 from vfiod.server.state.fds import Given, Taken
 from vfiod.server.state.machine import (
+    BackendState,
     BoundState,
     CountsState,
+    DeviceState,
     OptionsState,
     RomFileState,
     VectorState,
@@ -27,9 +32,11 @@ from vfiod.server.state.machine import (
 from vfiod.server.state.machine import LineState as KeptLine
 
 __all__ = [
+    "adopt_device",
     "counts_from",
     "keep_bound",
     "keep_counts",
+    "keep_device",
     "keep_fds",
     "keep_options",
     "keep_vector",
@@ -37,6 +44,51 @@ __all__ = [
     "take_bound",
     "take_vector",
 ]
+
+
+# --- a device -------------------------------------------------------------------------------------------------
+
+
+def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState:
+    """Describe a device, while nothing is under way.
+
+    Args:
+        device: which.
+        given: takes the fds.
+        new: what only the machine knows of it.
+        backend: where it comes from, described.
+
+    """
+    model = device._active()
+    return DeviceState(
+        id=device.id,
+        path=device.path,
+        driver=device.driver.value,
+        backend_kind=device._backend_kind,
+        host=device._host,
+        options=keep_options(device.options),
+        backend=backend,
+        notices=model.notices.keep(given),
+        requested=device._requested,
+        fast_path_told=device._fast_path_told,
+        shared=model.regions.shared,
+        mapped_by=[(session, sorted(names)) for session, names in device._mapped_by.items()],
+        model=device.keep_model(model, given),
+        **new,
+    )
+
+
+def adopt_device(device: Device, backend: Backend, state: DeviceState, taken: Taken) -> None:
+    """Instead of :meth:`Device.realize`: read what is constant, have the rest as it was. Arms and changes nothing."""
+    device._waits = backend.may_block
+    model = device.populate(backend, device._environment)
+    device._model = model
+    model.notices.adopt(state.notices, taken)
+    model.regions.shared = state.shared
+    device._requested = state.requested
+    device._fast_path_told = state.fast_path_told
+    device._mapped_by = {session: set(names) for session, names in state.mapped_by}
+    device.adopt_model(model, state.model, taken)
 
 
 # --- options --------------------------------------------------------------------------------------------------

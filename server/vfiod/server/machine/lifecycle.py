@@ -290,12 +290,16 @@ class Devices:
                 insist=unplug.insist,
             ),
         }
-        return added.device.keep(given, new=new, backend=keep_backend(added.device.backend, given))
+        from vfiod.server.devices.keeping import keep_device
+
+        return keep_device(added.device, given, new=new, backend=keep_backend(added.device.backend, given))
 
     def adopt(self, new: NewDevice, backend: Backend, state: DeviceState_, taken: Taken) -> None:
         """Have a device again that was open in another process, and listen. CommandError."""
         added = self._reserve(new, state.path)
-        added.device.adopt(backend, state, taken)
+        from vfiod.server.devices.keeping import adopt_device
+
+        adopt_device(added.device, backend, state, taken)
         added.device.start_again()
         if state.unplug is not None:
             kept = state.unplug
