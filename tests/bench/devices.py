@@ -172,7 +172,7 @@ def _relay(source: FileDescriptor, out: FileDescriptor) -> Callable[[], float]:
     def once() -> None:
         os.eventfd_write(source.number, 1)
         poll.poll()
-        os.eventfdread_lines(out.number)
+        os.eventfd_read(out.number)
 
     return lambda: per_call(once, 200)
 
