@@ -147,10 +147,11 @@ def test_more_connections_than_open_files(fortress: Fortress, door: str) -> None
     few = 2 * (MAX_BUS_CLIENTS + BUS_SURGE)
     with fortress.open_files(few):
         peers = []
-        for number in range(few + 100):
+        for number in range(few + 300):
             peers.append(fortress.connect(door))
             if number % 100 == 0:
                 fortress.serves()
+        fortress.eventually(lambda: fortress.fds() <= before + MAX_BUS_CLIENTS + 1)
         for peer in peers:
             peer.close()
         fortress.eventually(lambda: fortress.fds() <= before)
