@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check bench bench-lab docs minimum fuzz clean
+.PHONY: help demo test lab check bench bench-lab docs minimum fuzz soak clean
 
 help:            ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,11 +37,13 @@ docs: $(READY)   ## Write the command reference again from the catalogue, and th
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
 	$(BIN)/python -m vfiod.server.interrupts.tables > docs/platform-interrupts.md
 
-fuzz: $(READY)   ## A long run of the fuzz tests (about ten minutes)
-	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz
+fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twenty minutes); by atheris if it is there
+	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py
 	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
-	if $(BIN)/python -c "import atheris" 2>/dev/null; then \
-	$(BIN)/python -m tests.fuzz.vfio_user_atheris -max_total_time=300; fi
+	$(BIN)/python -m tests.fuzz --seconds 60
+
+soak: $(READY)   ## 100,000 hotplugs, interrupts and mappings on one server (ten minutes to half an hour); draws docs/soak.svg
+	$(BIN)/python -m tests.soak --svg docs/soak.svg
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum

@@ -23,7 +23,7 @@ from vfiod.protocol.errors import (
     VfiodError,
     WireError,
 )
-from vfiod.protocol.limits import MAX_MESSAGE_BYTES
+from vfiod.protocol.limits import MAX_COLLECTIONS, MAX_MESSAGE_BYTES
 
 __all__ = [
     "Answer",
@@ -115,14 +115,30 @@ def _no_extension(code: int, _data: bytes) -> Any:
     raise InvalidRequest(f"The extension type {code} is none of JSON's types")
 
 
-def _read(payload: bytes) -> Any:
+class _Counting:
+    """Reads a call's lists and maps, as long as they are not too many."""
+
+    def __init__(self) -> None:
+        self._left = MAX_COLLECTIONS
+
+    def pairs(self, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        self.items(pairs)
+        return _pairs(pairs)
+
+    def items(self, items: list[Any]) -> list[Any]:
+        self._left -= 1
+        if self._left < 0:
+            raise LimitExceeded(f"A call holds at most {MAX_COLLECTIONS} lists and maps")
+        return items
+
+
+def _read(payload: bytes, **hooks: Any) -> Any:
     """Raises WireError: it is no msgpack, or holds what JSON has no type for."""
     if len(payload) > MAX_MESSAGE_BYTES:
         raise LimitExceeded(f"A message has at most {MAX_MESSAGE_BYTES} bytes, not {len(payload)}")
+    hooks = hooks or {"object_pairs_hook": _pairs}
     try:
-        return msgpack.unpackb(
-            payload, strict_map_key=False, object_pairs_hook=_pairs, ext_hook=_no_extension, timestamp=0
-        )
+        return msgpack.unpackb(payload, strict_map_key=False, ext_hook=_no_extension, timestamp=0, **hooks)
     except msgpack.exceptions.StackError:
         raise LimitExceeded("Nesting depth limit exceeded") from None
     except RecursionError:
@@ -134,8 +150,9 @@ def _read(payload: bytes) -> Any:
 # --- the server's side ------------------------------------------------------------------------------------
 def decode_call(payload: bytes) -> Call | Refused:
     """Turn one message into a call. Never raises."""
+    counting = _Counting()
     try:
-        message = _read(payload)
+        message = _read(payload, object_pairs_hook=counting.pairs, list_hook=counting.items)
     except WireError as error:
         return Refused(error)
     if not isinstance(message, dict):
@@ -235,7 +252,7 @@ def decode_answer(payload: bytes) -> Answer | Failure:
             data = data if isinstance(data, dict) else {}
             errno = data.get("errno")
             return Failure(
-                code=int(error.get("code", 0)),
+                code=_whole(error.get("code", 0)),
                 desc=str(error.get("message", "")),
                 error_class=str(data.get("class", ErrorClass.GENERIC)),
                 errno=None if errno is None else str(errno),
@@ -269,4 +286,11 @@ def decode_notice(payload: bytes) -> Notice:
     stamp = stamp if isinstance(stamp, dict) else {}
     if not isinstance(seq, int):
         raise InvalidRequest("The server published an event without a number")
-    return Notice(message["method"], data, seq, int(stamp.get("seconds", -1)), int(stamp.get("microseconds", -1)))
+    return Notice(message["method"], data, seq, _whole(stamp.get("seconds", -1)), _whole(stamp.get("microseconds", -1)))
+
+
+def _whole(value: Any) -> int:
+    """A number as the server sent it. Raises InvalidRequest: it is none, or no whole one."""
+    if isinstance(value, int):
+        return value
+    raise InvalidRequest(f"The server sent {str(value)[:_SHOWN]!r} where a whole number belongs")

@@ -137,6 +137,7 @@ class Bus:
             "bus-errors": self.errors,
             "bus-in-flight": self._in_flight,
             "bus-replies-dropped": self.replies_dropped,
+            **self._place.stats(),
         }
 
     # --- messages in ----------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class EventBus:
 
     def stats(self) -> dict[str, int]:
         """For ``query-stats``."""
-        return {"bus-events": self.published}
+        return {"bus-events": self.published, **self._place.stats()}
 
     def _publish(self, event: Event) -> None:
         payload = event.encoded.get(DIALECT)
