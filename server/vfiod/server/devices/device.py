@@ -228,7 +228,7 @@ class Device(ABC):
         raise NotImplementedError(f"Devices of driver {self.driver}")
 
     def start_again(self) -> None:
-        """Instead of :meth:`start`, when it was open in another process: what was signalled meanwhile is still heard."""
+        """Instead of :meth:`start`, when it was open in another process: what was signalled meanwhile is heard."""
         self.start()
         self.go_on(self._active())
 
