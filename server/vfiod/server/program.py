@@ -14,14 +14,13 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
-from vfiod.server import trace
+from vfiod.server import logs, trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
@@ -29,10 +28,13 @@ from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
+from vfiod.server.sandbox.entry import Wanted, confine, restrict
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, overflow_uid
+from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
+    from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
 
@@ -53,21 +55,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except OptionError as error:
-        print(f"vfiod: {error}", file=sys.stderr)
+        logs.complain(str(error))
         return 2
-    logging.basicConfig(level=options.log_level, format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr)
     try:
+        journal = _begin_log(options)
         refuse_overflow_uid()
         raise_open_files()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            clean = runner.run(serve(options))
+            clean = runner.run(serve(options, journal))
     except VfiodError as error:
-        print(f"vfiod: {error}", file=sys.stderr)
+        logs.complain(str(error))
         return 1
     return 0 if clean else 1
+
+
+def _begin_log(options: Options) -> Journal | None:
+    try:
+        return logs.begin(options.log_level, options.log_format, vm=options.name)
+    except OSError as error:
+        raise StartError(f"--log-format journal: the journal does not answer: {error.strerror}") from error
 
 
 def refuse_overflow_uid(own: int | None = None) -> None:
@@ -96,46 +105,47 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """What asks the server to close its devices and end."""
 
 
-async def serve(options: Options) -> bool:
+async def serve(options: Options, journal: Journal | None = None) -> bool:
     """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
-        audit = _audit(options, stack)
+        audit = _audit(options, stack, journal)
         access = Access(options.allow_uid)
         server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
-        notifier = Notifier()
-        stack.callback(notifier.close)
+        supervised = Supervised(loop, hub, options, lambda: len(machine.devices.all()), journal)
+        stack.callback(supervised.close)
         metrics: MetricsDoor | None = None
         try:
-            # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
+            # The bus and the metrics have threads, and come after what is a thread's own (confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
             threads = bool(options.bus or options.events or options.metrics_path or options.metrics_port)
+            wanted = _sandbox(options, to_be_made=threads)
             if threads:
-                _confine(options, to_be_made=True)
+                confine(wanted)
             _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
             for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
                 _listen(server, option, options.socket_gid)
             if not threads:
-                _confine(options, to_be_made=False)
+                confine(wanted)
             for number in ENDING_SIGNALS:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
-            _restrict(options)
+            restrict(wanted)
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
             gc.enable()
-            notifier.tell(f"READY=1\nSTATUS=Serving {options.name}")
+            supervised.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
-            notifier.tell("STOPPING=1")
+            supervised.stopping()
             # Sessions are served until all is closed: who asks then is told that we are ending.
             problems = await machine.close()
             hub.flush()
@@ -156,65 +166,32 @@ async def serve(options: Options) -> bool:
     return not problems
 
 
-def _confine(options: Options, *, to_be_made: bool) -> None:
-    """Close the sandbox but for its last door. Imported only by those who want it.
+def _sandbox(options: Options, *, to_be_made: bool) -> Wanted:
+    """What the program keeps of its rights.
 
     Args:
         options: of the program.
         to_be_made: the sockets are not there yet, so their directories stay writable even when others use them, too.
 
     """
-    from vfiod.server.sandbox import limits
-
-    if options.sandbox == "off":
-        limits.check(host_devices=options.allow_open)
-        return
-    from vfiod.server.sandbox import files, process
-
     buses = [one for one in (options.bus, options.events) if one is not None]
-    doors = [one.path for one in options.sockets] + [one.path for one in buses] + [options.metrics_path]
-    paths = [path for path in doors if path is not None]
-    if options.pidfile is not None:
-        paths.append(options.pidfile)
-    for directory in dict.fromkeys(os.path.dirname(path) or "." for path in paths):
-        if not to_be_made and files.is_shared(directory):
-            _log.warning(
-                "What this server makes in '%s' stays there when it ends: others keep files there too, and the sandbox "
-                "removes none of them. Give the sockets a directory of their own",
-                directory,
-            )
-    rules = [
-        *files.for_python(),
-        *files.for_devices(allow_open=options.allow_open),
-        *files.for_sockets(paths, shared=to_be_made),
-        *files.for_paths(options.allow_paths),
-        *files.for_paths(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
-    ]
+    doors = [*(one.path for one in options.sockets), *(one.path for one in buses), options.metrics_path]
     ports = [one.port for one in buses if one.path is None]
     if options.metrics_port is not None:
         ports.append(options.metrics_port[1])
-    if ports:
-        rules += files.for_names()
-    problems = process.confine(rules, ports=ports, gid=options.socket_gid)
-    limits.check(host_devices=options.allow_open)
-    _judge(options, problems)
-
-
-def _restrict(options: Options) -> None:
-    if options.sandbox == "off":
-        return
-    from vfiod.server.sandbox import process
-
-    gids = [os.getegid()] if options.socket_gid is None else [os.getegid(), options.socket_gid]
-    _judge(options, process.restrict(connect=options.allow_connect, gids=gids))
-
-
-def _judge(options: Options, problems: list[str]) -> None:
-    """Say what the sandbox lacks; refuse to go on when it was required."""
-    if problems and options.sandbox == "required":
-        raise StartError(f"--sandbox required: {'; '.join(problems)}")
-    for problem in problems:
-        _log.warning("The sandbox is incomplete: %s", problem)
+    return Wanted(
+        mode=options.sandbox,
+        sockets=tuple(path for path in (*doors, options.pidfile) if path is not None),
+        sockets_to_come=to_be_made,
+        paths=options.allow_paths
+        + tuple(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
+        configuration=options.config,
+        ports=tuple(ports),
+        host_devices=options.allow_open,
+        connect=options.allow_connect,
+        gid=options.socket_gid,
+        bus=bool(buses),
+    )
 
 
 def _machine(options: Options, hub: EventHub) -> Machine:
@@ -232,12 +209,12 @@ def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> Non
     made.remove_at_close(option.path)
 
 
-def _audit(options: Options, stack: contextlib.ExitStack) -> Audit | None:
+def _audit(options: Options, stack: contextlib.ExitStack, journal: Journal | None) -> Audit | None:
     if options.audit is None:
         return None
     from vfiod.server.monitor.audit import Audit
 
-    audit = Audit(options.audit)
+    audit = Audit(options.audit, journal)
     stack.callback(audit.close)
     return audit
 
@@ -321,42 +298,3 @@ class Pidfile:
         with contextlib.suppress(OSError):
             os.unlink(self._path)
         os.close(self._fd)
-
-
-class Notifier:
-    """Tells systemd, when it started us (``sd_notify(3)``). What goes wrong here must not stop the server.
-
-    Connected at once: the sandbox makes no datagram sockets later.
-    """
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-
-        address = os.environ.get("NOTIFY_SOCKET")
-        if address:
-            if address[0] == "@":
-                address = "\0" + address[1:]
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            try:
-                made.connect(address)
-            except OSError as error:
-                made.close()
-                self._warn(error)
-            else:
-                self._socket = made
-
-    def tell(self, state: str) -> None:
-        """Send a state."""
-        if self._socket is not None:
-            try:
-                self._socket.send(state.encode())
-            except OSError as error:
-                self._warn(error)
-
-    def _warn(self, error: OSError) -> None:
-        _log.warning("Cannot notify the service manager at %s: %s", os.environ["NOTIFY_SOCKET"], error)
-
-    def close(self) -> None:
-        """End it."""
-        if self._socket is not None:
-            self._socket.close()
