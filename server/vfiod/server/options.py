@@ -90,6 +90,7 @@ class Options(Struct, frozen=True):
     sandbox: str = "off"
     allow_paths: tuple[str, ...] = ()
     allow_connect: bool = False
+    fd_store: str = "auto"
     config: str | None = None
 
 
@@ -189,6 +190,7 @@ class _Reader:
             sandbox=self._said_or_standard("sandbox").lower(),
             allow_paths=tuple(self._list("allow-path")),
             allow_connect=self._flag("allow-connect"),
+            fd_store=self._said_or_standard("fd-store").lower(),
             config=config,
         )
 

@@ -35,6 +35,7 @@ from vfiod.server.sockets.access import Access, overflow_uid
 if TYPE_CHECKING:
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
+    from vfiod.server.store.current import Current
 
 __all__ = ["main", "serve"]
 
@@ -109,7 +110,10 @@ async def serve(options: Options) -> bool:
         notifier = Notifier()
         stack.callback(notifier.close)
         metrics: MetricsDoor | None = None
+        store: Current | None = None
         try:
+            store = await _store(options, machine, notifier)
+            server.on_change = None if store is None else store.ended
             # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
             threads = bool(options.bus or options.events or options.metrics_path or options.metrics_port)
@@ -136,6 +140,8 @@ async def serve(options: Options) -> bool:
             _log.info("Ending: %s", cause)
         finally:
             notifier.tell("STOPPING=1")
+            if store is not None:
+                await store.end()
             # Sessions are served until all is closed: who asks then is told that we are ending.
             problems = await machine.close()
             hub.flush()
@@ -154,6 +160,21 @@ async def serve(options: Options) -> bool:
         logging.shutdown()
         os._exit(1)
     return not problems
+
+
+async def _store(options: Options, machine: Machine, notifier: Notifier) -> Current | None:
+    """What a dead server has left, and the store for whoever follows us; None: nobody keeps fds for us."""
+    told = os.environ.pop("FDSTORE", "")
+    kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
+    if notifier.socket is None or not kept:
+        if options.fd_store == "on":
+            raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
+        return None
+    from vfiod.server.commands.monitor import VERSION
+    from vfiod.server.store.restore import begin
+
+    triple = VERSION.qemu
+    return await begin(machine, notifier.socket, f"{triple.major}.{triple.minor}.{triple.micro}")
 
 
 def _confine(options: Options, *, to_be_made: bool) -> None:
@@ -344,6 +365,11 @@ class Notifier:
                 self._warn(error)
             else:
                 self._socket = made
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """Lent; None: nobody wants to know."""
+        return self._socket
 
     def tell(self, state: str) -> None:
         """Send a state."""

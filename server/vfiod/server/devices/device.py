@@ -17,10 +17,11 @@ sections 1, 3 and 6 of the reference)::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar, Final, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from msgspec import Struct
 
@@ -37,7 +38,7 @@ from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
 from vfiod.protocol.catalogue.reset import DeviceResetDone
-from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
+from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind, IrqMode
 from vfiod.protocol.errors import (
     Busy,
     CommandError,
@@ -56,6 +57,11 @@ from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.model import Interrupts, Model, Options
 from vfiod.server.devices.regions import Region, Regions
 from vfiod.server.lanes import Lane, Turn
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import BackendState, ModelState
+    from vfiod.server.state.machine import DeviceState as DeviceState_
 
 __all__ = ["Device", "Quiesced"]
 
@@ -176,6 +182,7 @@ class Device(ABC):
         backend.watch_return(self._came_back)
         try:
             model = self.populate(backend, self._environment)
+            self.set_up(model)
         except BaseException:
             self.state = DeviceState.FAILED
             backend.close()
@@ -185,11 +192,15 @@ class Device(ABC):
 
     @abstractmethod
     def populate(self, backend: Backend, environment: Environment) -> Model:
-        """Read what the device has, and arm its notices. Blocks; in a worker.
+        """Read what the device has; change nothing. Blocks; in a worker.
 
-        On failure nothing is armed, and the backend stays open. CommandError: it is no device of this class, or has
-        less than one must have; OperationFailed.
+        On failure the backend stays open. CommandError: it is no device of this class, or has less than one must have;
+        OperationFailed.
         """
+
+    def set_up(self, model: Model) -> None:
+        """Arm what a device has from the beginning: its notices. Blocks; in a worker. On failure nothing is armed."""
+        model.notices.arm()
 
     def start(self) -> None:
         """Begin to listen; state ``running``. On the loop, once, after :meth:`realize`."""
@@ -197,6 +208,105 @@ class Device(ABC):
         model.notices.start(self._environment, self._noticed)
         model.regions.look_again()
         self.state = DeviceState.RUNNING
+
+    # --- over a change of the process: on the loop, which does nothing else meanwhile ---------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """What is being done to it, for a person; None: nothing, it could be described."""
+        if self._model is None or self.state is DeviceState.REALIZING:
+            return f"device '{self.name}' is {self.state}"
+        pending = self.lane.pending()
+        return f"{pending[0]} of device '{self.name}'" if pending else None
+
+    def keep(self, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState_:
+        """Describe it, while nothing is under way.
+
+        Args:
+            given: takes the fds.
+            new: what only the machine knows of it.
+            backend: where it comes from, described.
+
+        """
+        from vfiod.server.devices.keeping import keep_options
+        from vfiod.server.state.machine import DeviceState as State
+
+        model = self._active()
+        return State(
+            id=self.id,
+            path=self.path,
+            driver=self.driver.value,
+            backend_kind=self._backend_kind,
+            host=self._host,
+            options=keep_options(self.options),
+            backend=backend,
+            notices=model.notices.keep(given),
+            requested=self._requested,
+            fast_path_told=self._fast_path_told,
+            shared=model.regions.shared,
+            mapped_by=[(session, sorted(names)) for session, names in self._mapped_by.items()],
+            model=self.keep_model(model, given),
+            **new,
+        )
+
+    def keep_model(self, model: Model, given: Given) -> ModelState:
+        """Describe what only devices of this class have. CannotKeep."""
+        from vfiod.server.state.format import CannotKeep
+
+        raise CannotKeep(f"Device '{self.name}': devices of driver {self.driver} cannot be handed over")
+
+    def adopt(self, backend: Backend, state: DeviceState_, taken: Taken) -> None:
+        """Instead of :meth:`realize`: read what is constant, and have the rest as it was. Arms and changes nothing."""
+        self._waits = backend.may_block
+        model = self.populate(backend, self._environment)
+        self._model = model
+        model.notices.adopt(state.notices, taken)
+        model.regions.shared = state.shared
+        self._requested = state.requested
+        self._fast_path_told = state.fast_path_told
+        self._mapped_by = {session: set(names) for session, names in state.mapped_by}
+        self.adopt_model(model, state.model, taken)
+
+    def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
+        """Have what :meth:`keep_model` described."""
+        raise NotImplementedError(f"Devices of driver {self.driver}")
+
+    def settle(self, *, all_off: bool) -> None:
+        """Bring its interrupts to where nothing is waited for. On the loop. CommandError.
+
+        Whoever served it died, and where it was with them is not known. Level interrupts are completed and unmasked,
+        and one that is still up fires again; what its user masked stays masked. What is not known to be armed is
+        disarmed.
+
+        Args:
+            all_off: it belonged to somebody who is gone, and armed what nobody knows.
+
+        """
+        model = self._active()
+        interrupts = model.interrupts
+        if all_off:
+            interrupts.stop(reason="the server that served its client has died")
+        if not any(info.active for info in interrupts.infos()):
+            for one in interrupts.indexes:
+                if not one.reserved and one.info.count:
+                    with contextlib.suppress(OperationFailed):  # EINVAL: another index of the device is armed, or none
+                        model.backend.set_irqs(vfio.SetIrqs.disable(one.index))
+        for one, info in zip(interrupts.indexes, interrupts.infos(), strict=True):
+            if one.reserved or not one.info.automasked or not info.active:
+                continue
+            for vector in info.vectors:
+                if vector.mode == IrqMode.RELAYED:
+                    interrupts.eoi(one, vector.vector)
+                    if "masked" not in vector.state:
+                        interrupts.unmask(one, vector.vector)
+
+    def start_again(self) -> None:
+        """Instead of :meth:`start`, after :meth:`adopt`: listen. What was signalled meanwhile is still to be heard."""
+        self.start()
+        self.go_on(self._active())
+
+    def go_on(self, model: Model) -> None:  # noqa: B027 - most have no more than notices
+        """Listen to what only devices of this class have."""
 
     def stop(self) -> None:
         """Listen to nothing any more, cancel timers. On the loop."""

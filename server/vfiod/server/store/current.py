@@ -1,4 +1,4 @@
-"""Keeps the store and the state beside it as the machine is, so that a server killed at any instruction can be followed.
+"""Keeps the store, and the state beside it, as the machine is: a server may be killed at any instruction.
 
 What a command has changed is written before its answer leaves; what changes in small steps (registers of devices that
 live in this process, masks, counts) soon after. In this order, so that whoever dies in between leaves a whole picture::
@@ -7,30 +7,30 @@ live in this process, masks, counts) soon after. In this order, so that whoever 
 
 Before a device of the kernel is closed, the store lets go of it: an fd there would keep the kernel's device open.
 
-While the machine's topology changes nothing is written; it is, as soon as that has ended. A device that is being worked on
-is written as it was before.
+While the machine's topology changes nothing is written; it is, as soon as that has ended. A device that is being
+worked on is written as it was before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
+from vfiod.protocol.catalogue.exports import ExportState as ExportState_
 from vfiod.protocol.errors import CommandError
 from vfiod.server.state.doors import DoorsState, ExportState
 from vfiod.server.state.format import CannotKeep, State, encode
 from vfiod.server.state.machine import DeviceState, KernelState, MachineState
 from vfiod.server.store.fdstore import FdStore, StoreError
 from vfiod.server.store.places import Places, name_of
-from vfiod.server.store.slots import Slots, SlotError
+from vfiod.server.store.slots import SlotError, Slots
 
 if TYPE_CHECKING:
-    from vfiod.server.backends.base import Backend
     from vfiod.server.devices.device import Device
+    from vfiod.server.events import Event
     from vfiod.server.machine import Machine
     from vfiod.server.state.fds import Place
 
@@ -48,6 +48,12 @@ SMALL: Final = frozenset(
     }
 )  # fmt: skip
 """Commands whose answers do not wait for the state: what they change is a step of what a guest does."""
+
+AT_ONCE: Final = frozenset({"DEVICE_EXPORT_ATTACHED"})
+"""Events before which the state is written: the device is its client's from here on."""
+
+SOON_AFTER: Final = frozenset({"IRQ_MODE_CHANGED", "DEVICE_EXPORT_DETACHED", "DEVICE_EXPORT_DELETED", "DEVICE_DELETED"})
+"""Events after which the state is written in the same turn of the loop: what they tell is half done when they come."""
 
 SOON_SECONDS: Final = 0.02
 """How much later small changes are written: what a crash may take back of them."""
@@ -76,11 +82,12 @@ class Current:
         self._program = program
         self._last: State | None = None
         self._former: dict[str, tuple[DeviceState, frozenset[Place]]] = {}  # by path
+        self._left_out: list[str] = []
         self._told: dict[str, str] = {}  # what cannot be restored, by path, as it was said
         self._dirty = False
         self._timer: asyncio.TimerHandle | None = None
         self._over = False
-        self._unsubscribe = machine.hub.subscribe(lambda _: self.touched())
+        self._unsubscribe = machine.hub.subscribe(self._heard)
 
     # --- something has changed ------------------------------------------------------------------------------
 
@@ -95,6 +102,16 @@ class Current:
         """Write it now; if the topology is changing, as soon as that has ended."""
         self._dirty = True
         self._try()
+
+    def _heard(self, event: Event) -> None:
+        """What changes without a command has an event. A client of an export comes in before it is told so."""
+        if event.spec.name in AT_ONCE:
+            self.changed()
+        elif event.spec.name in SOON_AFTER:
+            self._dirty = True
+            self._machine.loop.call_soon(self._try)
+        else:
+            self.touched()
 
     def touched(self) -> None:
         """Write it soon."""
@@ -153,11 +170,13 @@ class Current:
             needs=needs_of(machine),
             names=[],
             doors=DoorsState(exports=exports),
+            left_out=list(self._left_out),
         )
 
     def _devices(self) -> list[DeviceState]:
         devices, states = self._machine.devices, []
         former, self._former = self._former, {}
+        self._left_out.clear()
         for device in devices.all():
             path = device.path
             if device.under_way is not None:
@@ -171,7 +190,8 @@ class Current:
             try:
                 state = devices.keep_one(device.name, self._places, self._machine.sources.keep_backend)
             except CannotKeep as error:
-                self._tell(path, f"device '{device.name}' is not there: {error}")
+                self._left_out.append(f"device '{device.name}': {error}")
+                self._tell(path, f"there is no {self._left_out[-1]}")
                 continue
             self._former[path] = state, frozenset(self._places.order[first:])
             states.append(state)
@@ -191,6 +211,7 @@ class Current:
                 fd=self._places.give(sockets[f"export:{one.id}"], f"export:{one.id}"),
                 path=one.path or None,
                 client=None,
+                occupied=one.state is not ExportState_.LISTENING,
             )
             for one in doors.infos()
             if f"export:{one.id}" in sockets

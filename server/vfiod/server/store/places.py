@@ -118,9 +118,11 @@ class Places(Given):
 
     def adopt(self, found: Found) -> list[Place]:
         """Know what a dead server had in the store, and was taken over. Returns what the store has for nobody."""
-        for place, fd in found.taken():
-            kept = self._kept[place] = _Kept(place, _identity(fd.number))
-            self._by_file.setdefault(kept.identity, []).append(kept)
+        for place, fd in found.given():
+            kept = self._kept.get(place)
+            if kept is None:
+                kept = self._kept[place] = _Kept(place, _identity(fd.number))
+                self._by_file.setdefault(kept.identity, []).append(kept)
             kept.owners[id(fd)] = fd
             self._by_owner[id(fd)] = kept
             mode = os.fstat(fd.number).st_mode
@@ -174,31 +176,26 @@ class Found(Taken):
         super().__init__([])
         self.places: Final = frozenset(fds)
         self._there = fds
-        self._taken: dict[Place, FileDescriptor] = {}
+        self._given: list[tuple[Place, FileDescriptor]] = []
 
     def __len__(self) -> int:
         return len(self._there)
 
-    def __contains__(self, place: object) -> bool:
-        return place in self.places
-
-    def taken(self) -> list[tuple[Place, FileDescriptor]]:
-        """What was taken and is still open under this owner."""
-        return [(place, fd) for place, fd in self._taken.items() if not fd.closed]
-
     def take(self, place: Place) -> FileDescriptor:
-        """See :class:`Taken`. IndexError: nothing came for it."""
-        first = self._taken.get(place)
-        if first is not None:
-            return first.duplicate()
+        """See :class:`Taken`: always a duplicate. LookupError: nothing came for it; OSError: EMFILE."""
         if place not in self._there:
-            raise IndexError(f"fd {place} is named, and has not come back")
-        self._taken[place] = fd = self._there[place]
+            raise LookupError(f"fd {place} is named, and has not come back")
+        fd = self._there[place].duplicate()
+        self._given.append((place, fd))
         return fd
 
+    def given(self) -> list[tuple[Place, FileDescriptor]]:
+        """What was taken and is still open under this owner."""
+        return [(place, fd) for place, fd in self._given if not fd.closed]
+
     def close(self) -> None:
-        """Close what nobody took."""
-        close_all(fd for place, fd in self._there.items() if place not in self._taken)
+        """Close them; what was taken stays."""
+        close_all(self._there.values())
         self._there = {}
 
 

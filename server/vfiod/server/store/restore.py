@@ -1,9 +1,9 @@
 """A server begins: with what a dead one has left in the store, or with nothing.
 
-What a crash leaves is not what a hand-over gives: the last steps before it may be missing in the state, and nobody was told
-to stop. So what cannot be known is brought to where it does no harm:
+What a crash leaves is not what a hand-over gives: the last steps before it may be missing in the state, and nobody was
+told to stop. So what cannot be known is brought to where it does no harm:
 
-* guest memory: what the state does not have is unmapped in every address space, what only the state has is mapped again;
+* guest memory: what the state has not is unmapped in every address space, what only the state has is mapped again;
 * level interrupts: completed and unmasked once, whatever they were; a line that is still up fires again;
 * clients of exports: their connections died with the server; their devices stop (bus master off, interrupts off);
 * what is new in the store and not in the state is closed.
@@ -117,6 +117,7 @@ async def _machine(machine: Machine, state: State, found: Found, lost: list[str]
     if state.machine.mdevs:
         await machine.mdevs.discover()
     adopt_machine(machine, state.machine, found, devices=False)
+    lost += state.left_out
     machine.hub.seq += SEQ_GAP
     for one in state.machine.devices:
         try:
@@ -126,9 +127,10 @@ async def _machine(machine: Machine, state: State, found: Found, lost: list[str]
     lost += machine.sources.settle()
     for sentence in rehome(machine):
         _log.info("%s", sentence)
+    occupied = {one.device for one in state.doors.exports if one.occupied}
     for device in machine.devices.all():
         try:
-            device.settle()
+            device.settle(all_off=device.name in occupied)
         except CommandError as error:
             lost.append(f"interrupts of device '{device.name}': {error}")
     for export in state.doors.exports:
@@ -152,8 +154,6 @@ async def _export(machine: Machine, state: ExportState, found: Found, lost: list
             await device.lane.run("a crash of the server", device.stop_dma)
         except CommandError as error:
             _log.warning("Bus mastering of device '%s' could not be switched off: %s", device.name, error)
-        await device.stop_interrupts(reason="the server that served its client has died")
-    listening = socket.socket(fileno=os.dup(found.take(state.fd).number))
+    with found.take(state.fd) as fd:
+        listening = socket.socket(fileno=os.dup(fd.number))
     exports_of(machine).add(NewExport(state.id, listening, state.path, True), device)
-
-
