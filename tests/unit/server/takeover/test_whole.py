@@ -345,6 +345,6 @@ def test_what_the_kernel_cannot_count_is_said(two: Two) -> None:
         await first.command("device_add", driver="vfio-pci", id="n0", host="0000:01:00.0", group_fd="g")
         problems = own_memory(first.machine)
         assert problems == ["container:0: the kernel cannot update addresses (VFIO_UPDATE_VADDR)"]
-        assert vfio.Extension.UPDATE_VADDR == 10
+        assert int(vfio.Extension.UPDATE_VADDR) == 10
 
     two(scenario)
