@@ -37,11 +37,10 @@ docs: $(READY)   ## Write the command reference again from the catalogue, and th
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
 	$(BIN)/python -m vfiod.server.interrupts.tables > docs/platform-interrupts.md
 
-fuzz: $(READY)   ## A long run of the fuzz tests (about ten minutes)
-	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz
+fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twenty minutes); by atheris if it is there
+	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py
 	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
-	if $(BIN)/python -c "import atheris" 2>/dev/null; then \
-	$(BIN)/python -m tests.fuzz.vfio_user_atheris -max_total_time=300; fi
+	$(BIN)/python -m tests.fuzz --seconds 60
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum

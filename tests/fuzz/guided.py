@@ -1,7 +1,8 @@
-"""A small coverage-guided fuzzer: keeps every input that reaches a line no input reached before, and mutates those.
+"""A small coverage-guided fuzzer: keeps every input that reaches what no input reached before, and mutates those.
 
-For machines without atheris. It sees the lines of the modules it is told to look at, nothing else, and is repeatable:
-the same seed makes the same run.
+For machines without atheris. It sees the modules it is told to look at, nothing else, and is repeatable: the same seed
+makes the same run. Coverage comes from ``sys.monitoring`` where Python has it (3.12), which costs nothing once a place
+was seen; else from ``sys.settrace``.
 """
 
 from __future__ import annotations
@@ -15,23 +16,15 @@ from typing import Any
 __all__ = ["Guided"]
 
 INTERESTING = (
-    0,
-    1,
-    7,
-    8,
-    15,
-    16,
-    17,
-    0x7F,
-    0x80,
-    0xFF,
-    0x7FFF,
-    0xFFFF,
-    0x10_0000,
-    0x7FFF_FFFF,
-    0xFFFF_FFFF,
-    (1 << 64) - 1,
+    *(0, 1, 2, 7, 8, 15, 16, 17, 0x7F, 0x80, 0xFF, 0x100, 0x7FF, 0x800, 0xFFF, 0x1000, 0x7FFF, 0xFFFF),
+    *(0x10_0000, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 63, (1 << 64) - 2, (1 << 64) - 1),
 )
+
+MOST_BYTES = 20_000
+"""Of a mutated input. What takes more is in the corpus."""
+
+Place = tuple[CodeType, int, int]
+"""Code, and a step within it: from one line (``sys.settrace``) or instruction to another."""
 
 
 class Guided:
@@ -39,67 +32,59 @@ class Guided:
 
     Args:
         target: raises for what it does not like.
-        seeds: what to begin with.
-        modules: prefixes of the modules whose lines count.
+        seeds: what to begin with; each is tried, even one that reaches nothing new.
+        modules: prefixes of the modules that count.
         seed: of the mutations.
+
+    Attributes:
+        places: what was reached.
+        kept: the inputs that reached something first.
+        tried: how many inputs there have been.
 
     """
 
-    def __init__(self, target: Callable[[bytes], None], seeds: list[bytes], *, modules: str, seed: int = 0) -> None:
+    def __init__(
+        self, target: Callable[[bytes], None], seeds: list[bytes], *, modules: tuple[str, ...], seed: int = 0
+    ) -> None:
         self._target = target
-        self._modules = modules
         self._random = random.Random(seed)
-        self._looked_at: dict[CodeType, bool] = {}
-        self.lines: set[tuple[CodeType, int, int]] = set()
+        self._coverage = _Monitoring(modules) if hasattr(sys, "monitoring") else _Tracing(modules)
         self.kept: list[bytes] = []
-        for one in seeds:
-            self._try(one)
+        self.tried = 0
+        with self._coverage:
+            for one in seeds:
+                self._try(one)
+
+    @property
+    def places(self) -> set[Place]:
+        """What was reached."""
+        return self._coverage.places
 
     def run(self, inputs: int) -> None:
         """Try so many. Raises what the target raises, with the input in a note."""
-        for _ in range(inputs):
-            self._try(self._mutated(self._random.choice(self.kept)))
+        with self._coverage:
+            for _ in range(inputs):
+                self._try(self._mutated(self._chosen()))
+
+    def _chosen(self) -> bytes:
+        """One to mutate: the shorter of two is tried sooner, and what is long (it is slow) hardly ever."""
+        return min(self._random.choice(self.kept), self._random.choice(self.kept), key=len)
 
     def _try(self, data: bytes) -> None:
-        new = self._covered(data) - self.lines
-        if new or not self.kept:
-            self.lines |= new
+        self.tried += 1
+        before = len(self.places)
+        try:
+            self._coverage.watch(self._target, data)
+        except BaseException as error:
+            error.add_note(f"input: x {data.hex()}")
+            raise
+        if len(self.places) > before or not self.kept:
             self.kept.append(data)
 
-    def _covered(self, data: bytes) -> set[tuple[CodeType, int, int]]:
-        seen: set[tuple[CodeType, int, int]] = set()
-        former: list[int] = [0]
-
-        def local(frame: FrameType, event: str, argument: Any) -> Any:
-            del argument
-            if event == "line":  # pairs of lines: which branch was taken, not only where it led
-                seen.add((frame.f_code, former[0], frame.f_lineno))
-                former[0] = frame.f_lineno
-            return local
-
-        def enter(frame: FrameType, event: str, argument: Any) -> Any:
-            del event, argument
-            code = frame.f_code
-            wanted = self._looked_at.get(code)
-            if wanted is None:
-                wanted = self._looked_at[code] = str(frame.f_globals.get("__name__", "")).startswith(self._modules)
-            return local if wanted else None
-
-        before = sys.gettrace()
-        sys.settrace(enter)
-        try:
-            self._target(data)
-        except BaseException as error:
-            error.add_note(f"input: {data.hex()}")
-            raise
-        finally:
-            sys.settrace(before)
-        return seen
-
     def _mutated(self, data: bytes) -> bytes:
-        rng, out = self._random, bytearray(data)
+        rng, out = self._random, bytearray(data[:MOST_BYTES])
         for _ in range(1 << rng.randrange(4)):
-            how, at = rng.randrange(7), rng.randrange(len(out) + 1)
+            how, at = rng.randrange(8), rng.randrange(len(out) + 1)
             if how == 0 and at < len(out):
                 out[at] ^= 1 << rng.randrange(8)
             elif how == 1:
@@ -115,6 +100,91 @@ class Guided:
             elif how == 5:
                 other = rng.choice(self.kept)
                 out[at:] = other[rng.randrange(len(other) + 1) :]
+            elif how == 6:
+                other = rng.choice(self.kept)
+                begin = rng.randrange(len(other) + 1)
+                out[at:at] = other[begin : begin + rng.randrange(1, 64)]
             elif at < len(out):
                 out[at] = rng.randrange(256)
-        return bytes(out[:20_000])
+        return bytes(out[:MOST_BYTES])
+
+
+class _Tracing:
+    """Pairs of lines, by ``sys.settrace``: which branch was taken, not only where it led."""
+
+    def __init__(self, modules: tuple[str, ...]) -> None:
+        self.places: set[Place] = set()
+        self._modules = modules
+        self._looked_at: dict[CodeType, bool] = {}
+
+    def __enter__(self) -> None:
+        """Nothing: between inputs nothing is traced."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+    def watch(self, target: Callable[[bytes], None], data: bytes) -> None:
+        seen = self.places
+        former = [0]
+
+        def local(frame: FrameType, event: str, argument: Any) -> Any:
+            del argument
+            if event == "line":
+                seen.add((frame.f_code, former[0], frame.f_lineno))
+                former[0] = frame.f_lineno
+            return local
+
+        def enter(frame: FrameType, event: str, argument: Any) -> Any:
+            del event, argument
+            code = frame.f_code
+            wanted = self._looked_at.get(code)
+            if wanted is None:
+                wanted = self._looked_at[code] = str(frame.f_globals.get("__name__", "")).startswith(self._modules)
+            return local if wanted else None
+
+        before = sys.gettrace()
+        sys.settrace(enter)
+        try:
+            target(data)
+        finally:
+            sys.settrace(before)
+
+
+class _Monitoring:
+    """Lines and branches, by ``sys.monitoring``: each is reported until it is known, and never again."""
+
+    def __init__(self, modules: tuple[str, ...]) -> None:
+        self.places: set[Place] = set()
+        self._parts = tuple(one.replace(".", "/") for one in modules)
+        self._ways: dict[tuple[CodeType, int], set[int]] = {}
+        self._api: Any = sys.monitoring  # type: ignore[attr-defined,unused-ignore]
+
+    def __enter__(self) -> None:
+        api, events = self._api, self._api.events
+        api.use_tool_id(api.COVERAGE_ID, "vfiod-fuzz")
+        api.register_callback(api.COVERAGE_ID, events.LINE, self._line)
+        api.register_callback(api.COVERAGE_ID, events.BRANCH, self._branch)
+        api.set_events(api.COVERAGE_ID, events.LINE | events.BRANCH)
+
+    def __exit__(self, *_: object) -> None:
+        self._api.set_events(self._api.COVERAGE_ID, 0)
+        self._api.free_tool_id(self._api.COVERAGE_ID)
+
+    def watch(self, target: Callable[[bytes], None], data: bytes) -> None:
+        target(data)
+
+    def _line(self, code: CodeType, number: int) -> Any:
+        if self._wanted(code):
+            self.places.add((code, 0, number))
+        return self._api.DISABLE
+
+    def _branch(self, code: CodeType, begin: int, end: int) -> Any:
+        if not self._wanted(code):
+            return self._api.DISABLE
+        ways = self._ways.setdefault((code, begin), set())
+        ways.add(end)
+        self.places.add((code, begin, end))
+        return self._api.DISABLE if len(ways) > 1 else None
+
+    def _wanted(self, code: CodeType) -> bool:
+        return any(one in code.co_filename for one in self._parts)

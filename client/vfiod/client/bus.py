@@ -50,6 +50,10 @@ LINGER_MS: Final = 100
 """How long what was sent last may take to leave when a client closes."""
 
 
+Z85_KEY: Final = 40
+"""Characters of a CURVE key in a file (RFC 32 of ZeroMQ): 32 bytes."""
+
+
 class Keys(Struct, frozen=True):
     """What a client needs on ``tcp:``.
 
@@ -64,6 +68,7 @@ class Keys(Struct, frozen=True):
 
 
 def _connect(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, address: str, keys: Keys | None) -> None:
+    """Connect, and on ``tcp:`` encrypt. Raises ValueError: no such address, or keys that are missing or none."""
     kind, _, rest = address.partition(":")
     if kind not in ("ipc", "tcp") or not rest:
         raise ValueError(f"A bus is at ipc:PATH or tcp:HOST:PORT, not at '{address}'")
@@ -72,17 +77,32 @@ def _connect(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, address: str, keys:
     socket.setsockopt(zmq.RCVHWM, BUS_QUEUE)
     if kind == "tcp":
         if keys is None:
-            raise ValueError(f"'{address}' needs keys: anything but ipc: is encrypted")
-        from zmq import auth
-
-        public, secret = auth.load_certificate(keys.own)
-        server, _none = auth.load_certificate(keys.server)
+            raise ValueError(
+                f"'{address}' needs keys, ours and the server's (--key, --server-key): anything but ipc: is encrypted"
+            )
+        public, secret = _key(keys.own)
         if secret is None:
             raise ValueError(f"'{os.fspath(keys.own)}' has no secret key: give the *.key_secret file")
         socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-        socket.setsockopt(zmq.CURVE_SERVERKEY, server)
-    socket.connect(f"{kind}://{rest}")
+        socket.setsockopt(zmq.CURVE_SERVERKEY, _key(keys.server)[0])
+    try:
+        socket.connect(f"{kind}://{rest}")
+    except zmq.ZMQError as error:
+        raise ValueError(f"'{address}' is no address: {error.strerror}") from error
+
+
+def _key(path: str | os.PathLike[str]) -> tuple[bytes, bytes | None]:
+    """The public key in a file, and the secret one when it is there. Raises ValueError."""
+    from zmq import auth
+
+    try:
+        public, secret = auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot read the key file '{os.fspath(path)}': {error}") from error
+    if any(len(one) != Z85_KEY for one in (public, secret) if one is not None):
+        raise ValueError(f"'{os.fspath(path)}' is no key file: a key has {Z85_KEY} characters (zmq_curve(7))")
+    return public, secret
 
 
 def _call_of(

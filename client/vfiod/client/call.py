@@ -6,8 +6,9 @@ import argparse
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vfiod.client.busargs import BUS_HELP, add_bus_options, is_bus, keys_of
 from vfiod.client.dialects import Dialect
 from vfiod.client.errors import ClientError
 from vfiod.client.line import InvalidLine, arguments_from
@@ -15,6 +16,9 @@ from vfiod.client.render import describe_fd, json_text, plain
 from vfiod.client.sync import Client
 from vfiod.protocol.errors import RemoteError, errno_name
 from vfiod.protocol.fd import FileDescriptor, close_all
+
+if TYPE_CHECKING:
+    from vfiod.client.bus import Bus
 
 __all__ = ["main", "open_fd"]
 
@@ -35,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "vfiod call", description="Run one command. The result is JSON on standard output, an error on standard error.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="the monitor's socket")
+    made.add_argument("path", metavar="PATH", help=f"the monitor's socket; {BUS_HELP}")
     made.add_argument("command", metavar="COMMAND", help="such as query-devices; query-commands lists them")
     made.add_argument("arguments", metavar="key=value", nargs="*", help="nested with dots: parameters.size=4K")
     made.add_argument(
@@ -45,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", metavar="OBJECT", help="all arguments as one JSON object")
     made.add_argument("--oob", action="store_true", help="run out of band (commands that allow it)")
     made.add_argument("--jsonrpc", action="store_true", help="the socket speaks JSON-RPC 2.0")
-    made.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this; default: never")
+    add_bus_options(made, events=False)
+    made.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after this; default: never; on a bus 30"
+    )
     made.add_argument("--compact", action="store_true", help="the result on one line")
     made.add_argument(
         "--run", metavar="COMMAND",
@@ -101,8 +108,7 @@ def main(argv: list[str]) -> int:
         return 2
     result_fds: list[tuple[str, FileDescriptor]] = []
     try:
-        dialect = Dialect.JSONRPC if options.jsonrpc else Dialect.QMP
-        with Client.connect(options.path, dialect=dialect, timeout=options.timeout) as client:
+        with _connected(options) as client:
             result = plain(_call(client, options, arguments, fds), result_fds)
             return _show(result, result_fds, options)
     except RemoteError as error:
@@ -116,9 +122,24 @@ def main(argv: list[str]) -> int:
         close_all([*fds.values(), *(fd for _, fd in result_fds)])
 
 
+def _connected(options: argparse.Namespace) -> Client | Bus:
+    if is_bus(options.path):
+        from vfiod.client.bus import DEFAULT_TIMEOUT, Bus  # only who names a bus pays for ZeroMQ
+
+        return Bus(options.path, keys=keys_of(options), timeout=options.timeout or DEFAULT_TIMEOUT)
+    dialect = Dialect.JSONRPC if options.jsonrpc else Dialect.QMP
+    return Client.connect(options.path, dialect=dialect, timeout=options.timeout)
+
+
 def _call(
-    client: Client, options: argparse.Namespace, arguments: dict[str, Any], fds: dict[str, FileDescriptor]
+    client: Client | Bus, options: argparse.Namespace, arguments: dict[str, Any], fds: dict[str, FileDescriptor]
 ) -> Any:
+    if not isinstance(client, Client):
+        if fds:
+            raise ValueError(
+                "A bus carries no fds: send them over a Unix socket with add-fd, and name /dev/fdset/N here"
+            )
+        return client.execute(options.command, arguments)
     if options.command in ("getfd", "add-fd"):  # these name what travels with them
         return client.execute(options.command, arguments, attach=tuple(fds.values()), oob=options.oob)
     return client.execute(options.command, arguments, fds=fds, oob=options.oob)

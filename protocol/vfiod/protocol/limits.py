@@ -225,3 +225,12 @@ MAX_EXPORTS: Final = 4096
 # --- the program ----------------------------------------------------------------------------------
 MAX_CONFIG_SIZE: Final = 1024 * 1024
 """Bytes of a configuration file: every key with thousands of values. A log given by mistake has more."""
+
+MAX_LOG_FIELD: Final = 48 * 1024
+"""Bytes of one field of a log entry, journald's own ``LineMax``: an entry must fit a datagram (about 200 KiB)."""
+
+MAX_STATUS: Final = 512
+"""Characters of what ``systemctl status`` shows."""
+
+MIN_WATCHDOG_USEC: Final = 10_000
+"""Microseconds of ``WATCHDOG_USEC``: the loop would do nothing else but answer a watchdog that looks more often."""

@@ -6,15 +6,19 @@ import enum
 import inspect as python_inspect
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec import inspect
 
 from vfiod.protocol.catalogue.declare import COMMANDS, EVENTS, CommandSpec, EventSpec, Family
+from vfiod.protocol.examples import of_command, of_event
 from vfiod.protocol.introspection import documented_fields
 
 __all__ = ["markdown"]
+
+TEST: Final = "tests/integration/pages/test_commands.py::test_every_example"
+LAB_TEST: Final = "tests/lab/guest/test_reset.py::test_the_examples_of_the_reference"
 
 _INTRODUCTION = """\
 # Commands and events
@@ -30,6 +34,7 @@ Over QMP a command is `{"execute": NAME, "arguments": {...}, "id": ANY}`, over J
 - A member that may be left out is marked *optional*, or with what it is when it is left out.
 - A member of a result whose name ends in `-fd` is the index of that fd among the fds attached to the reply.
 - The data of every event have one more member: `seq`, the event's place among all events of the machine.
+- Examples are run by the tests: `->` is sent, `<-` comes, events too; `"..."` is another each time, or goes on.
 """
 
 
@@ -75,6 +80,10 @@ def _command(spec: CommandSpec) -> Iterator[str]:
     yield _text(spec.arguments) + "\n"
     yield from _members(spec.arguments, "Arguments")
     yield f"Returns {_link(inspect.type_info(spec.returns))}.\n"
+    for example in of_command(spec.name):
+        if example.lab:
+            yield "With a device of the kernel:\n"
+        yield _fenced(example.text, LAB_TEST if example.lab else TEST)
 
 
 def _event(spec: EventSpec) -> Iterator[str]:
@@ -86,6 +95,12 @@ def _event(spec: EventSpec) -> Iterator[str]:
         yield "Event.\n"
     yield _text(spec.data) + "\n"
     yield from _members(spec.data, "Data")
+    if (text := of_event(spec.name)) is not None:
+        yield _fenced(text, TEST)
+
+
+def _fenced(text: str, test: str) -> str:
+    return f"```json run-by={test}\n{text}\n```\n"
 
 
 def _type(declared: type) -> Iterator[str]:

@@ -14,10 +14,13 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 
-__all__ = ["LEVELS", "MDEV_SERVE", "SERVE", "Setting", "add_to", "mdev_serve_parser", "serve_parser"]
+__all__ = ["LEVELS", "LOG_FORMATS", "MDEV_SERVE", "SERVE", "Setting", "add_to", "mdev_serve_parser", "serve_parser"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 """``--log-level``."""
+
+LOG_FORMATS: Final = ("auto", "plain", "json", "journal")
+"""``--log-format``."""
 
 MAX_NAME: Final = 255
 """Characters of ``--name``."""
@@ -146,6 +149,12 @@ SERVE: Final = (
         example='"/run/vfiod/vm1/pid"',
     ),
     _LOG_LEVEL,
+    Setting(
+        name="log-format", metavar="F", help=f"{', '.join(LOG_FORMATS)}: in which form (auto)", choices=LOG_FORMATS,
+        standard="auto", example='"json"',
+        more="plain: lines on stderr; json: JSON lines on stderr; journal: entries with fields, by journald's native"
+        " protocol; auto: journal where stderr is connected to it, else plain. With fields, events are logged too.",
+    ),
     Setting(
         name="trace", metavar="PATTERN", help="switch trace points on; may be repeated", many=True,
         example='["irq_*", "reset_*"]', more="Trace points are written at level info, whatever --log-level says.",

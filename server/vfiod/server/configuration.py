@@ -45,6 +45,8 @@ def read(path: str) -> tuple[dict[str, Any], Lines]:
         raise ConfigurationError(f"{path}:{line}: not TOML: byte 0x{data[error.start]:02x} is not UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(_syntax(path, text, str(error))) from error
+    except ValueError as error:  # of Python's own: a number longer than it converts
+        raise ConfigurationError(f"{path}: not TOML: a number has too many digits") from error
     except RecursionError as error:  # tomllib nests as deep as its input
         raise ConfigurationError(f"{path}: not TOML: nested too deeply") from error
     lines = Lines(path, text)

@@ -26,7 +26,8 @@ from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
-from vfiod.server.program import ENDING_SIGNALS, Notifier, raise_open_files, refuse_overflow_uid
+from vfiod.server.notify import Notifier
+from vfiod.server.program import ENDING_SIGNALS, raise_open_files, refuse_overflow_uid
 
 __all__ = ["main"]
 

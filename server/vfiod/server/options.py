@@ -7,6 +7,7 @@ each expects, is declared in :mod:`vfiod.protocol.settings`.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -68,7 +69,14 @@ class BusOption(Struct, frozen=True):
 
 
 class Options(Struct, frozen=True):
-    """The options, checked."""
+    """The options, checked.
+
+    Attributes:
+        config: the file.
+        said: the options that the command line had; the file's keys of these names do not count.
+        file_values: what the file says, by key.
+
+    """
 
     name: str
     sockets: tuple[SocketOption, ...]
@@ -92,6 +100,9 @@ class Options(Struct, frozen=True):
     allow_connect: bool = False
     fd_store: str = "auto"
     config: str | None = None
+    said: frozenset[str] = frozenset()
+    file_values: Mapping[str, Any] = {}
+    log_format: str = "auto"
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -101,19 +112,18 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     given = {key.replace("_", "-"): value for key, value in vars(serve_parser().parse_args(arguments)).items()}
     config = given.pop("config")
-    values: dict[str, Any] = {}
+    in_file: dict[str, Any] = {}
     lines = None
     if config is not None:
         from vfiod.server import configuration  # most servers are started without a file
 
         try:
-            values, lines = configuration.read(config)
+            in_file, lines = configuration.read(config)
         except configuration.ConfigurationError as error:
             raise OptionError(str(error)) from error
     said = {key: value for key, value in given.items() if value is not None}
     _check(said)
-    values.update(said)
-    return _Reader(values, said, lines).options(config)
+    return _Reader(in_file, said, lines).options(config)
 
 
 def _check(said: dict[str, Any]) -> None:
@@ -133,14 +143,15 @@ class _Reader:
     """Makes :class:`Options` of values that are right one by one.
 
     Args:
-        values: by key, of the file and the command line.
+        in_file: by key, those of the file.
         said: those of the command line.
         lines: of the file.
 
     """
 
-    def __init__(self, values: dict[str, Any], said: dict[str, Any], lines: Lines | None) -> None:
-        self._values = values
+    def __init__(self, in_file: dict[str, Any], said: dict[str, Any], lines: Lines | None) -> None:
+        self._values = {**in_file, **said}
+        self._file_values = in_file
         self._said = said
         self._lines = lines
 
@@ -188,11 +199,19 @@ class _Reader:
             bus_key=self._values.get("bus-key"),
             bus_clients=self._values.get("bus-clients"),
             sandbox=self._said_or_standard("sandbox").lower(),
-            allow_paths=tuple(self._list("allow-path")),
+            allow_paths=(*self._list("allow-path"), *self._files_kept(config)),
             allow_connect=self._flag("allow-connect"),
             fd_store=self._said_or_standard("fd-store").lower(),
             config=config,
+            said=frozenset(self._said),
+            file_values=self._file_values,
+            log_format=self._said_or_standard("log-format").lower(),
         )
+
+    @staticmethod
+    def _files_kept(config: str | None) -> list[str]:
+        """What stays readable to be read again: the one file, and not what is put in its place."""
+        return [] if config is None else [f"ro:{os.path.abspath(config)}"]
 
     def _refuse(self, key: str, sentence: str) -> NoReturn:
         """Say it with the option, or the file and the line."""

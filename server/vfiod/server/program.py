@@ -14,14 +14,13 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
-from vfiod.server import trace
+from vfiod.server import logs, trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
@@ -31,10 +30,13 @@ from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, overflow_uid
+from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
+    from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
+    from vfiod.server.notify import Notifier
     from vfiod.server.store.current import Current
 
 __all__ = ["main", "serve"]
@@ -54,21 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except OptionError as error:
-        print(f"vfiod: {error}", file=sys.stderr)
+        logs.complain(str(error))
         return 2
-    logging.basicConfig(level=options.log_level, format="%(name)s %(levelname).1s %(message)s", stream=sys.stderr)
     try:
+        journal = _begin_log(options)
         refuse_overflow_uid()
         raise_open_files()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            clean = runner.run(serve(options))
+            clean = runner.run(serve(options, journal))
     except VfiodError as error:
-        print(f"vfiod: {error}", file=sys.stderr)
+        logs.complain(str(error))
         return 1
     return 0 if clean else 1
+
+
+def _begin_log(options: Options) -> Journal | None:
+    try:
+        return logs.begin(options.log_level, options.log_format, vm=options.name)
+    except OSError as error:
+        raise StartError(f"--log-format journal: the journal does not answer: {error.strerror}") from error
 
 
 def refuse_overflow_uid(own: int | None = None) -> None:
@@ -97,22 +106,22 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """What asks the server to close its devices and end."""
 
 
-async def serve(options: Options) -> bool:
+async def serve(options: Options, journal: Journal | None = None) -> bool:
     """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
-        audit = _audit(options, stack)
+        audit = _audit(options, stack, journal)
         access = Access(options.allow_uid)
         server = MonitorServer(loop, machine, hub, access, kind_of, TABLE, roles=options.roles, audit=audit)
-        notifier = Notifier()
-        stack.callback(notifier.close)
+        supervised = Supervised(loop, hub, options, lambda: len(machine.devices.all()), journal)
+        stack.callback(supervised.close)
         metrics: MetricsDoor | None = None
         store: Current | None = None
         try:
-            store = await _store(options, machine, notifier)
+            store = await _store(options, machine, supervised.notifier)
             server.on_change = None if store is None else store.ended
             # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
@@ -133,13 +142,13 @@ async def serve(options: Options) -> bool:
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
             gc.enable()
-            notifier.tell(f"READY=1\nSTATUS=Serving {options.name}")
+            supervised.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
             _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
-            notifier.tell("STOPPING=1")
+            supervised.stopping()
             if store is not None:
                 await store.end()
             # Sessions are served until all is closed: who asks then is told that we are ending.
@@ -166,7 +175,7 @@ async def _store(options: Options, machine: Machine, notifier: Notifier) -> Curr
     """What a dead server has left, and the store for whoever follows us; None: nobody keeps fds for us."""
     told = os.environ.pop("FDSTORE", "")
     kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
-    if notifier.socket is None or not kept:
+    if notifier.datagrams is None or not kept:
         if options.fd_store == "on":
             raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
         return None
@@ -174,7 +183,7 @@ async def _store(options: Options, machine: Machine, notifier: Notifier) -> Curr
     from vfiod.server.store.restore import begin
 
     triple = VERSION.qemu
-    return await begin(machine, notifier.socket, f"{triple.major}.{triple.minor}.{triple.micro}")
+    return await begin(machine, notifier.datagrams, f"{triple.major}.{triple.minor}.{triple.micro}")
 
 
 def _confine(options: Options, *, to_be_made: bool) -> None:
@@ -253,12 +262,12 @@ def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> Non
     made.remove_at_close(option.path)
 
 
-def _audit(options: Options, stack: contextlib.ExitStack) -> Audit | None:
+def _audit(options: Options, stack: contextlib.ExitStack, journal: Journal | None) -> Audit | None:
     if options.audit is None:
         return None
     from vfiod.server.monitor.audit import Audit
 
-    audit = Audit(options.audit)
+    audit = Audit(options.audit, journal)
     stack.callback(audit.close)
     return audit
 
@@ -342,47 +351,3 @@ class Pidfile:
         with contextlib.suppress(OSError):
             os.unlink(self._path)
         os.close(self._fd)
-
-
-class Notifier:
-    """Tells systemd, when it started us (``sd_notify(3)``). What goes wrong here must not stop the server.
-
-    Connected at once: the sandbox makes no datagram sockets later.
-    """
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-
-        address = os.environ.get("NOTIFY_SOCKET")
-        if address:
-            if address[0] == "@":
-                address = "\0" + address[1:]
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            try:
-                made.connect(address)
-            except OSError as error:
-                made.close()
-                self._warn(error)
-            else:
-                self._socket = made
-
-    @property
-    def socket(self) -> socket.socket | None:
-        """Lent; None: nobody wants to know."""
-        return self._socket
-
-    def tell(self, state: str) -> None:
-        """Send a state."""
-        if self._socket is not None:
-            try:
-                self._socket.send(state.encode())
-            except OSError as error:
-                self._warn(error)
-
-    def _warn(self, error: OSError) -> None:
-        _log.warning("Cannot notify the service manager at %s: %s", os.environ["NOTIFY_SOCKET"], error)
-
-    def close(self) -> None:
-        """End it."""
-        if self._socket is not None:
-            self._socket.close()

@@ -54,7 +54,8 @@ class TracePoint:
     def __call__(self, **fields: object) -> None:
         """Write one line. The fields are ``device``, ``index``, ``fd`` where they apply, and what else helps."""
         if self.on:
-            _log.info("%s%s", self.name, "".join(f" {key}={value}" for key, value in fields.items()))
+            words = "".join(f" {key}={value}" for key, value in fields.items())
+            _log.info("%s%s", self.name, words, extra={"about": {"trace": self.name, **fields}})
 
     def __repr__(self) -> str:
         return f"<TracePoint {self.name} {'on' if self.on else 'off'}>"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tests.integration.pages.blocks import REPO, Block, Page
-from tests.integration.pages.matching import differences, like
+from tests.integration.pages.conversation import converse
+from tests.integration.pages.matching import like
 from tests.integration.terminal.screen import Screen
 
 from vfiod.client.spawn import accepts
@@ -189,37 +187,3 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
         while lines[count - 1].endswith("\\"):
             count += 1
         yield "\n".join(lines[:count]), "".join(f"{line}\n" for line in lines[count:])
-
-
-def messages(text: str) -> Iterator[tuple[bool, Any]]:
-    """Each message of a conversation: whether it is sent, and its value."""
-    for part in re.split(r"^(?=->|<-)", text, flags=re.MULTILINE)[1:]:
-        yield part.startswith("->"), json.loads(part[2:])
-
-
-def converse(path: Path, text: str, place: str) -> None:
-    """A conversation, as it is shown. What comes and is not shown fails, events aside that nobody asked about."""
-    parts = list(messages(text))
-    with closing(socket.socket(socket.AF_UNIX)) as line:
-        line.settimeout(PATIENCE)
-        line.connect(str(path))
-        with line.makefile("rw", encoding="utf-8") as stream:
-            qmp = "jsonrpc" not in parts[0][1]
-            if qmp:
-                json.loads(stream.readline())
-                if parts[0][1].get("execute") != "qmp_capabilities":
-                    stream.write('{"execute": "qmp_capabilities"}\n')
-                    stream.flush()
-                    assert json.loads(stream.readline()) == {"return": {}}
-            for sent, value in parts:
-                if sent:
-                    stream.write(json.dumps(value) + "\n")
-                    stream.flush()
-                    continue
-                while True:
-                    came = json.loads(stream.readline())
-                    is_event = "event" in came or "method" in came
-                    if not is_event or not (wrong := differences(value, came)):
-                        break
-                wrong = differences(value, came)
-                assert not wrong, f"{place}: {wrong}\ncame: {json.dumps(came)}"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 import pytest
+from tests.integration.pages.conversation import converse
 from tests.lab.guest import pci
 from tests.lab.guest.resets import (
     add_cdev,
@@ -27,6 +28,7 @@ from tests.lab.guest.vm import Vm, opened_group, trigger_of
 from tests.lab.topologies import EDU_FUNCTIONS, EDU_PAIR, EDU_PORT, EDU_ROOT
 
 from vfiod.protocol.errors import RemoteError
+from vfiod.protocol.examples import LAB_STORIES
 
 MACHINE = "edu"
 
@@ -203,3 +205,14 @@ def test_the_topology_of_all_that(vm: Vm) -> None:
         vm.remove("n0")
         vm.remove("c0")
         vm.client.object_del(id="i0")
+
+
+def test_the_examples_of_the_reference(vm: Vm) -> None:
+    """docs/commands.md shows them; only the addresses and the group are another's."""
+    with vm.bound(*EDU_FUNCTIONS):
+        story = LAB_STORIES["kernel"]
+        group = pci.group_of(EDU_FUNCTIONS[0])
+        for shown, here in zip(("0000:03:00.0", "0000:03:00.1"), EDU_FUNCTIONS, strict=True):
+            story = story.replace(shown, here)
+        story = story.replace("/dev/vfio/26", f"/dev/vfio/{group}").replace('"group": 26', f'"group": {group}')
+        converse(vm.path, story, "kernel")

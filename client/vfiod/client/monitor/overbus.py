@@ -1,12 +1,13 @@
-"""The monitor over a bus: the same lines, with events from the bus's other socket where one is named."""
+"""The monitor and the watch over a bus: the same, with events from the bus's other socket where one is named."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import TracebackType
 from typing import Final, Self
 
-from vfiod.client.bus import AsyncBus, EventReader
+from vfiod.client.bus import AsyncBus, EventReader, Keys
 from vfiod.client.errors import ConnectFailed, RequestTimedOut
 from vfiod.client.events import Event
 
@@ -24,26 +25,29 @@ class BusClient(AsyncBus):
 
     version = None
     _events = ""
+    _keys: Keys | None = None
 
     @classmethod
-    async def connect(cls, address: str, *, events: str = "") -> Self:
+    async def connect(cls, address: str, *, events: str = "", keys: Keys | None = None) -> Self:
         """Connect, and see that somebody answers.
 
         Args:
-            address: ``ipc:PATH`` of ``--bus``.
-            events: ``ipc:PATH`` of ``--events``; empty: no events.
+            address: ``ipc:PATH`` or ``tcp:HOST:PORT`` of ``--bus``.
+            events: the same of ``--events``; empty: no events.
+            keys: for ``tcp:``.
 
         Raises:
-            ConnectFailed: nobody answers.
+            ConnectFailed: nobody answers. ValueError: an address or key that is none.
 
         """
-        client = cls(address)
-        client._events = events
+        client = cls(address, keys=keys)
+        client._events, client._keys = events, keys
         try:
             await client.query_name(timeout=GREETING_SECONDS)
         except RequestTimedOut as error:
             await client.close()
-            raise ConnectFailed(f"Nobody answers on {address}; 'vfiod serve --bus {address}' does") from error
+            hint = "" if keys is None else ", when it has our key in --bus-clients and its own is the one given here"
+            raise ConnectFailed(f"Nobody answers on {address}; 'vfiod serve --bus {address}' does{hint}") from error
         except BaseException:
             await client.close()
             raise
@@ -51,14 +55,14 @@ class BusClient(AsyncBus):
 
     def events(self) -> BusEvents:
         """The events from now on; none where no address was given."""
-        return BusEvents(self._events)
+        return BusEvents(self._events, self._keys)
 
 
 class BusEvents:
     """Events of a bus, to iterate over."""
 
-    def __init__(self, address: str) -> None:
-        self._reader = EventReader(address) if address else None
+    def __init__(self, address: str, keys: Keys | None = None) -> None:
+        self._reader = EventReader(address, keys=keys) if address else None
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +77,13 @@ class BusEvents:
         return self
 
     async def __anext__(self) -> Event:
-        if self._reader is None:
-            await asyncio.get_running_loop().create_future()  # until cancelled
-        assert self._reader is not None  # noqa: S101 - nothing ends that wait but being cancelled
-        return await self._reader.get()
+        return await self.get()
+
+    async def get(self, timeout: float | None = None) -> Event:  # noqa: ASYNC109 - the same argument as elsewhere
+        """The next event. Raises RequestTimedOut after so many seconds, None: never."""
+        if self._reader is not None:
+            return await self._reader.get(timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await asyncio.get_running_loop().create_future()  # until cancelled
+        raise RequestTimedOut("There are no events without an address of them")

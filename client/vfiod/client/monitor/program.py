@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from vfiod.client.busargs import BUS_HELP, add_bus_options, is_bus, keys_of
 from vfiod.client.call import open_fds
 from vfiod.client.dialects import Dialect
 from vfiod.client.errors import ClientError
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "vfiod monitor", description="Talk to a server.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="the monitor's socket; or the bus, ipc:PATH")
+    made.add_argument("path", metavar="PATH", help=f"the monitor's socket; {BUS_HELP}")
     made.add_argument("-H", "--human", action="store_true", help="human commands: info devices, ...")
     made.add_argument("-v", "--verbose", action="store_true", help="show what is sent")
     made.add_argument("-e", "--events", action="store_true", help="in a pipe: events too, as lines of JSON")
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         help="at a terminal; auto: unless NO_COLOR is set",
     )  # fmt: skip
     made.add_argument("--jsonrpc", action="store_true", help="the socket speaks JSON-RPC 2.0")
-    made.add_argument("--bus-events", metavar="ADDRESS", default="", help="with a bus: where its events are, ipc:PATH")
+    add_bus_options(made)
     return made
 
 
@@ -72,11 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def _dialect(options: argparse.Namespace) -> Dialect:
-    return Dialect.JSONRPC if options.jsonrpc or _is_bus(options) else Dialect.QMP
-
-
-def _is_bus(options: argparse.Namespace) -> bool:
-    return str(options.path).startswith(("ipc:", "tcp:"))
+    return Dialect.JSONRPC if options.jsonrpc or is_bus(options.path) else Dialect.QMP
 
 
 def _at_a_terminal(options: argparse.Namespace, fds: dict[str, FileDescriptor]) -> int:
@@ -86,11 +83,11 @@ def _at_a_terminal(options: argparse.Namespace, fds: dict[str, FileDescriptor]) 
     path, dialect = options.path, _dialect(options)
 
     async def connect() -> AsyncClient | BusClient:
-        if not _is_bus(options):
+        if not is_bus(options.path):
             return await AsyncClient.connect(path, dialect=dialect)
         from vfiod.client.monitor.overbus import BusClient  # only whoever names a bus pays for ZeroMQ
 
-        return await BusClient.connect(path, events=options.bus_events)
+        return await BusClient.connect(path, events=options.bus_events, keys=keys_of(options))
 
     colour = options.color == "always" or (options.color == "auto" and not os.environ.get("NO_COLOR"))
     return run_interactive(path, dialect, connect, human=options.human, verbose=options.verbose, fds=fds, colour=colour)
@@ -99,12 +96,12 @@ def _at_a_terminal(options: argparse.Namespace, fds: dict[str, FileDescriptor]) 
 def _in_a_pipe(options: argparse.Namespace, fds: dict[str, FileDescriptor]) -> int:
     from vfiod.client.monitor.filter import run_filter
 
-    if _is_bus(options):
+    if is_bus(options.path):
         if options.events:
             raise ClientError("-e needs a Unix socket: a bus has its events at another address")
         from vfiod.client.bus import Bus
 
-        with Bus(options.path) as bus:
+        with Bus(options.path, keys=keys_of(options)) as bus:
             return run_filter(bus, None, options, fds)
     from vfiod.client.sync import Client
 

@@ -10,16 +10,14 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from vfiod.client.aio import AsyncClient
-from vfiod.client.dialects import Dialect
 from vfiod.client.errors import ClientError, RequestTimedOut
 from vfiod.client.watch.draw import everything, screen
 from vfiod.client.watch.picture import Picture
@@ -27,7 +25,11 @@ from vfiod.client.watch.view import View, keys_of
 from vfiod.protocol.catalogue.devices import TopologyFormat
 from vfiod.protocol.errors import RemoteError, VfiodError
 
-__all__ = ["Watch", "once", "sockets_in"]
+if TYPE_CHECKING:
+    from vfiod.client.aio import AsyncClient
+    from vfiod.client.monitor.overbus import BusClient
+
+__all__ = ["ANSWER_SECONDS", "Watch", "once", "sockets_in"]
 
 RECONNECT_SECONDS: Final = (0.1, 0.5, 1.0, 2.0)  # the last for ever
 ANSWER_SECONDS: Final = 10.0
@@ -40,13 +42,16 @@ FASTEST_SECONDS: Final = 0.05
 """Between two drawings: what comes faster nobody sees."""
 
 
-async def once(paths: list[str], dialect: Dialect, console: Console, *, topology: bool, seconds: float) -> int:
+Connect: TypeAlias = "Callable[[str], Awaitable[AsyncClient | BusClient]]"
+
+
+async def once(paths: list[str], connect: Connect, console: Console, *, topology: bool, seconds: float) -> int:
     """Print one picture of each server. 0; 1 when one could not be asked."""
     status = 0
     for path in paths:
         picture = Picture(path)
         try:
-            async with await AsyncClient.connect(path, dialect=dialect, timeout=ANSWER_SECONDS) as client:
+            async with await connect(path) as client:
                 await _look(client, picture, topology=topology)
                 if seconds:  # rates need two looks
                     await asyncio.sleep(seconds)
@@ -63,7 +68,7 @@ async def once(paths: list[str], dialect: Dialect, console: Console, *, topology
     return status
 
 
-async def _look(client: AsyncClient, picture: Picture, *, topology: bool) -> None:
+async def _look(client: AsyncClient | BusClient, picture: Picture, *, topology: bool) -> None:
     """One look at everything."""
     oob = client.version is not None  # so that slow work does not stop the picture
     machine = await client.query_machine(oob=oob, timeout=ANSWER_SECONDS)
@@ -82,7 +87,7 @@ class Watch:
     Args:
         paths: where they listen.
         find: looks for more, again and again; None: these are all.
-        dialect: what they speak.
+        connect: makes a connection to one.
         interval: seconds between two looks.
         console: where to draw.
 
@@ -92,13 +97,13 @@ class Watch:
         self,
         paths: list[str],
         find: Callable[[], list[str]] | None,
-        dialect: Dialect,
+        connect: Connect,
         interval: float,
         console: Console,
     ) -> None:
         self._paths = paths
         self._find = find
-        self._dialect = dialect
+        self._connect = connect
         self._interval = interval
         self._console = console
         self._pictures: list[Picture] = []
@@ -110,7 +115,7 @@ class Watch:
     async def run(self) -> None:
         """Until the person leaves. Raises ClientError when the only server is not there to begin with."""
         if self._find is None and len(self._paths) == 1:
-            await (await AsyncClient.connect(self._paths[0], dialect=self._dialect, timeout=ANSWER_SECONDS)).close()
+            await (await self._connect(self._paths[0])).close()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._press, "q")
         loop.add_signal_handler(signal.SIGTERM, self._press, "q")
@@ -162,7 +167,7 @@ class Watch:
         attempt = 0
         while True:
             try:
-                client = await AsyncClient.connect(picture.path, dialect=self._dialect, timeout=ANSWER_SECONDS)
+                client = await self._connect(picture.path)
                 async with client:
                     attempt = 0
                     await self._look_again_and_again(client, picture)
@@ -176,7 +181,7 @@ class Watch:
             await asyncio.sleep(RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)])
             attempt += 1
 
-    async def _look_again_and_again(self, client: AsyncClient, picture: Picture) -> None:
+    async def _look_again_and_again(self, client: AsyncClient | BusClient, picture: Picture) -> None:
         with client.events() as events:
             while True:
                 await self._awake.wait()

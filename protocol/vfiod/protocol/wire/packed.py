@@ -218,7 +218,7 @@ def decode_answer(payload: bytes) -> Answer | Failure:
             data = data if isinstance(data, dict) else {}
             errno = data.get("errno")
             return Failure(
-                code=int(error.get("code", 0)),
+                code=_whole(error.get("code", 0)),
                 desc=str(error.get("message", "")),
                 error_class=str(data.get("class", ErrorClass.GENERIC)),
                 errno=None if errno is None else str(errno),
@@ -252,4 +252,11 @@ def decode_notice(payload: bytes) -> Notice:
     stamp = stamp if isinstance(stamp, dict) else {}
     if not isinstance(seq, int):
         raise InvalidRequest("The server published an event without a number")
-    return Notice(message["method"], data, seq, int(stamp.get("seconds", -1)), int(stamp.get("microseconds", -1)))
+    return Notice(message["method"], data, seq, _whole(stamp.get("seconds", -1)), _whole(stamp.get("microseconds", -1)))
+
+
+def _whole(value: Any) -> int:
+    """A number as the server sent it. Raises InvalidRequest: it is none, or no whole one."""
+    if isinstance(value, int):
+        return value
+    raise InvalidRequest(f"The server sent {str(value)[:_SHOWN]!r} where a whole number belongs")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -18,12 +18,18 @@ from msgspec import UNSET, Struct
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.errors import VfiodError
 
+if TYPE_CHECKING:
+    from vfiod.server.journal import Journal
+
 __all__ = ["Audit", "AuditError", "Asker"]
 
 _log: Final = logging.getLogger(__name__)
 
 SECRET: Final = frozenset({"vf-token"})
 """Members whose values are never written."""
+
+NOTICE, WARNING = 5, 4
+"""Priorities of entries of the journal."""
 
 MAX_VALUE: Final = 128
 """Characters of one value that are written."""
@@ -57,16 +63,18 @@ class Audit:
 
     Args:
         path: of the file, made with mode 0600 where it is not there; ``-`` for standard error.
+        journal: takes what would go to standard error, as entries with fields.
 
     Raises:
         AuditError: it cannot be opened.
 
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, journal: Journal | None = None) -> None:
         self.path: Final = path
         self.written = 0
         self.failed = 0
+        self._journal = journal if path == "-" else None
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOCTTY
         try:
             self._number = os.dup(2) if path == "-" else os.open(path, flags, 0o600)
@@ -81,6 +89,9 @@ class Audit:
             line["arguments"] = _shown(msgspec.to_builtins(arguments))
         if error is not None:
             line["error"] = str(error)[: MAX_VALUE * 4]
+        if self._journal is not None:
+            self._enter(self._journal, line)
+            return
         try:
             os.write(self._number, msgspec.json.encode(line) + b"\n")
         except OSError as problem:
@@ -89,6 +100,14 @@ class Audit:
             self.failed += 1
         else:
             self.written += 1
+
+    def _enter(self, journal: Journal, line: dict[str, Any]) -> None:
+        from vfiod.server.journal import message_id
+
+        del line["time"]
+        words = f"{line['command']} by uid {line.get('uid', '?')} ({line['dialect']}): {line.get('error', 'done')}"
+        journal.send(words, NOTICE if line["ok"] else WARNING, {**line, "message_id": message_id("AUDIT")})
+        self.written += 1
 
     def close(self) -> None:
         """Write no more."""

@@ -14,7 +14,7 @@ import stat
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from vfiod.protocol.limits import BUS_QUEUE
 from vfiod.server.sockets import listener
@@ -57,7 +57,7 @@ class BusSocket:
     """One ZeroMQ socket with a context of its own, bound by :meth:`bind`.
 
     Attributes:
-        address: as given.
+        address: as given; once bound with the port it has got.
         socket: the socket, with high-water marks set.
 
     """
@@ -123,10 +123,12 @@ class BusSocket:
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self.socket.bind(f"tcp://{self.address.host}:{self.address.port}")
+        port = int(self.endpoint.rpartition(":")[2])  # port 0 gets a free one
+        self.address = structs.replace(self.address, port=port)
 
     @property
     def endpoint(self) -> str:
-        """Where it really listens (``tcp`` with port 0 gets a free one)."""
+        """Where ZeroMQ says that it listens."""
         return bytes(self.socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     def close(self, linger_ms: int = 0) -> None:

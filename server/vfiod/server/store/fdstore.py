@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -38,7 +39,7 @@ class StoreError(VfiodError):
 
 
 class FdStore:
-    """The store, by a connected datagram socket, lent: :class:`~vfiod.server.program.Notifier` owns it."""
+    """The store, by a connected datagram socket, lent: :class:`~vfiod.server.notify.Notifier` owns it."""
 
     def __init__(self, notifier: socket.socket) -> None:
         self._socket = notifier
@@ -71,10 +72,24 @@ class FdStore:
 
     def _send(self, text: str, fds: Sequence[int] = ()) -> None:
         rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
-        try:
-            self._socket.sendmsg([text.encode()], rights)
-        except OSError as error:
-            raise StoreError(f"The store of fds cannot be told: {os.strerror(error.errno or 0)}") from error
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self._socket.sendmsg([text.encode()], rights, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not _room(self._socket, deadline - time.monotonic()):
+                    raise StoreError(f"The store of fds has not read within {PATIENCE_SECONDS:g} s") from None
+            except OSError as error:
+                raise StoreError(f"The store of fds cannot be told: {os.strerror(error.errno or 0)}") from error
+            else:
+                return
+
+
+def _room(sock: socket.socket, seconds: float) -> bool:
+    """Wait until its peer has read something; False: it has not."""
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
 
 
 def inherited(environment: dict[str, str] | os._Environ[str], pid: int) -> dict[str, list[FileDescriptor]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+
+from tests.fuzz.target import CORPUS, Target, lines
 
 from vfiod.protocol import vfio
 from vfiod.protocol import vfio_user as vu
@@ -18,9 +19,9 @@ from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.protocol.limits import VFIO_USER_MAX_FDS, VFIO_USER_MAX_MESSAGE
 from vfiod.protocol.vfio_user import Broken, Channel, Command, Failure, Header, Message, Rejected, Reply, Request
 
-__all__ = ["CORPUS", "corpus", "script", "target"]
+__all__ = ["TARGETS", "records", "script"]
 
-CORPUS = Path(__file__).with_name("corpus") / "vfio_user"
+CONVERSATIONS = CORPUS / "vfio_user"
 
 SERVER, CLIENT, SHAKEN, FRAMER = range(4)
 _HEADER = 4  # of a record: length (3 bytes), fds
@@ -47,7 +48,7 @@ def records(data: bytes) -> Iterator[tuple[bytes, int]]:
 def corpus() -> list[bytes]:
     """Every conversation, as the server heard it and as the client did; and every message of it alone."""
     out: list[bytes] = []
-    for path in sorted(CORPUS.glob("*.txt")):
+    for path in sorted(CONVERSATIONS.glob("*.txt")):
         sides: dict[str, list[tuple[bytes, int]]] = {">": [], "<": []}
         for line in path.read_text().splitlines():
             if line and not line.startswith("#"):
@@ -56,10 +57,10 @@ def corpus() -> list[bytes]:
         out += [script(SERVER, sides[">"]), script(CLIENT, sides["<"]), script(FRAMER, sides[">"])]
         out += [script(SHAKEN, [part]) for part in sides[">"]]
         out += [script(CLIENT, [part]) for part in sides["<"]]
-    return out
+    return out + lines("vfio-user")
 
 
-def target(data: bytes) -> None:
+def _target(data: bytes) -> None:
     """Feed one input. Raises AssertionError when something is wrong."""
     if not data:
         return
@@ -194,3 +195,14 @@ def _framed(parts: list[bytes]) -> list[tuple[int, bytes | None]]:
 
 
 _ENDS: tuple[Callable[[bytes, list[FileDescriptor]], None], ...] = (_server, _client, _shaken, _framer)
+
+TARGETS = (
+    Target(
+        "vfio-user",
+        _target,
+        corpus,
+        ("vfiod.protocol.vfio_user",),
+        "either end takes, refuses or ends; every fd is closed; however it is cut, a stream says the same",
+        250,
+    ),
+)
