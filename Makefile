@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check bench bench-lab docs minimum fuzz clean
+.PHONY: help demo test lab check bench bench-lab docs minimum fuzz soak clean
 
 help:            ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twen
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py
 	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
 	$(BIN)/python -m tests.fuzz --seconds 60
+
+soak: $(READY)   ## 100,000 hotplugs, interrupts and mappings on one server (ten minutes to half an hour); draws docs/soak.svg
+	$(BIN)/python -m tests.soak --svg docs/soak.svg
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum

@@ -28,6 +28,7 @@ from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
+from vfiod.server.sandbox.entry import Wanted, confine, restrict
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, overflow_uid
 from vfiod.server.supervised import Supervised
@@ -121,24 +122,27 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
         metrics: MetricsDoor | None = None
         store: Current | None = None
         try:
-            store = await _store(options, machine, supervised.notifier)
-            server.on_change = None if store is None else store.ended
-            # The bus and the metrics have threads, and come after what is a thread's own (_confine). They come first of
+            # The bus and the metrics have threads, and come after what is a thread's own (confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
-            threads = bool(options.bus or options.events or options.metrics_path or options.metrics_port)
+            kept = _kept(options, supervised.notifier)
+            threads = bool(kept or options.bus or options.events or options.metrics_path or options.metrics_port)
+            wanted = _sandbox(options, to_be_made=threads)
             if threads:
-                _confine(options, to_be_made=True)
+                confine(wanted)
+            if kept is not None:
+                store = await _begin(machine, kept)
+                server.on_change = store.ended
             _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
             for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
                 _listen(server, option, options.socket_gid)
             if not threads:
-                _confine(options, to_be_made=False)
+                confine(wanted)
             for number in ENDING_SIGNALS:
                 loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
-            _restrict(options)
+            restrict(wanted)
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
             gc.enable()
@@ -171,80 +175,50 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
     return not problems
 
 
-async def _store(options: Options, machine: Machine, notifier: Notifier) -> Current | None:
-    """What a dead server has left, and the store for whoever follows us; None: nobody keeps fds for us."""
+def _kept(options: Options, notifier: Notifier) -> socket.socket | None:
+    """The socket of whoever keeps fds for us; None: nobody does, or shall."""
     told = os.environ.pop("FDSTORE", "")
+    if options.fd_store == "on" and notifier.datagrams is None:
+        raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
     kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
-    if notifier.datagrams is None or not kept:
-        if options.fd_store == "on":
-            raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
-        return None
+    return notifier.datagrams if kept else None
+
+
+async def _begin(machine: Machine, kept: socket.socket) -> Current:
+    """Take over what a dead server has left there, before anybody may come in."""
     from vfiod.server.commands.monitor import VERSION
     from vfiod.server.store.restore import begin
 
     triple = VERSION.qemu
-    return await begin(machine, notifier.datagrams, f"{triple.major}.{triple.minor}.{triple.micro}")
+    return await begin(machine, kept, f"{triple.major}.{triple.minor}.{triple.micro}")
 
 
-def _confine(options: Options, *, to_be_made: bool) -> None:
-    """Close the sandbox but for its last door. Imported only by those who want it.
+def _sandbox(options: Options, *, to_be_made: bool) -> Wanted:
+    """What the program keeps of its rights.
 
     Args:
         options: of the program.
         to_be_made: the sockets are not there yet, so their directories stay writable even when others use them, too.
 
     """
-    from vfiod.server.sandbox import limits
-
-    if options.sandbox == "off":
-        limits.check(host_devices=options.allow_open)
-        return
-    from vfiod.server.sandbox import files, process
-
     buses = [one for one in (options.bus, options.events) if one is not None]
-    doors = [one.path for one in options.sockets] + [one.path for one in buses] + [options.metrics_path]
-    paths = [path for path in doors if path is not None]
-    if options.pidfile is not None:
-        paths.append(options.pidfile)
-    for directory in dict.fromkeys(os.path.dirname(path) or "." for path in paths):
-        if not to_be_made and files.is_shared(directory):
-            _log.warning(
-                "What this server makes in '%s' stays there when it ends: others keep files there too, and the sandbox "
-                "removes none of them. Give the sockets a directory of their own",
-                directory,
-            )
-    rules = [
-        *files.for_python(),
-        *files.for_devices(allow_open=options.allow_open),
-        *files.for_sockets(paths, shared=to_be_made),
-        *files.for_paths(options.allow_paths),
-        *files.for_paths(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
-    ]
+    doors = [*(one.path for one in options.sockets), *(one.path for one in buses), options.metrics_path]
     ports = [one.port for one in buses if one.path is None]
     if options.metrics_port is not None:
         ports.append(options.metrics_port[1])
-    if ports:
-        rules += files.for_names()
-    problems = process.confine(rules, ports=ports, gid=options.socket_gid)
-    limits.check(host_devices=options.allow_open)
-    _judge(options, problems)
-
-
-def _restrict(options: Options) -> None:
-    if options.sandbox == "off":
-        return
-    from vfiod.server.sandbox import process
-
-    gids = [os.getegid()] if options.socket_gid is None else [os.getegid(), options.socket_gid]
-    _judge(options, process.restrict(connect=options.allow_connect, gids=gids))
-
-
-def _judge(options: Options, problems: list[str]) -> None:
-    """Say what the sandbox lacks; refuse to go on when it was required."""
-    if problems and options.sandbox == "required":
-        raise StartError(f"--sandbox required: {'; '.join(problems)}")
-    for problem in problems:
-        _log.warning("The sandbox is incomplete: %s", problem)
+    return Wanted(
+        mode=options.sandbox,
+        sockets=tuple(path for path in (*doors, options.pidfile) if path is not None),
+        sockets_to_come=to_be_made,
+        paths=options.allow_paths
+        + tuple(f"ro:{path}" for path in (options.bus_key, options.bus_clients) if path is not None),
+        configuration=options.config,
+        ports=tuple(ports),
+        host_devices=options.allow_open,
+        connect=options.allow_connect,
+        gid=options.socket_gid,
+        bus=bool(buses),
+    )
 
 
 def _machine(options: Options, hub: EventHub) -> Machine:

@@ -62,6 +62,15 @@ class GuestFile(Protocol):
         """Where the whole of it is mapped in this process."""
         ...
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it is mapped in this process."""
+        ...
+
+    def unmap(self) -> None:
+        """Take that mapping back: no IOMMU has it."""
+        ...
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes."""
         ...

@@ -407,12 +407,27 @@ class Device(ABC):
 
     def stop_dma(self) -> None:
         """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
-        self._save(self._active())
+        self._stop_dma(self._active())
 
-    async def stop_interrupts(self, *, reason: str) -> None:
-        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were."""
+    async def stop_interrupts(self, *, reason: str, whatever: bool = False) -> None:
+        """Every interrupt off, in its turn of the lane. CommandError; then they are as they were.
+
+        Args:
+            reason: for the events.
+            whatever: they go for good, even where the kernel refuses: whose eventfds they have is gone.
+
+        """
         async with self.lane.turn("stopping interrupts") as turn:
-            await self._step(turn, lambda: self._active().interrupts.stop(reason=reason))
+            await self._step(turn, lambda: self._stop_interrupts(reason, whatever))
+
+    def _stop_interrupts(self, reason: str, whatever: bool) -> None:
+        interrupts = self._active().interrupts
+        try:
+            interrupts.stop(reason=reason)
+        except OperationFailed as error:
+            if not whatever:
+                raise
+            interrupts.abandon(reason=f"{reason}; {error}")
 
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
@@ -718,6 +733,10 @@ class Device(ABC):
         return OperationFailed(operation, f"device '{self.name}'", errno="EIO", advice=reason)
 
     # What a model does around a reset. Each blocks; in a worker. The model is passed: it may be forced away meanwhile.
+
+    def _stop_dma(self, model: Model) -> None:
+        """DMA off for good, as far as the model can."""
+        self._save(model)
 
     def _save(self, model: Model) -> Any:
         """DMA off, as far as the model can; returns what a reset may lose, for :meth:`_restore`."""

@@ -22,7 +22,7 @@ from vfiod.server.devices.config.table import MsixTable
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.guest_irqs import MSIX, GuestInterrupts
 from vfiod.server.devices.irqs import DeviceInterrupts
-from vfiod.server.devices.overlays import ConfigOverlay, MsixOverlay, RomOverlay
+from vfiod.server.devices.overlays import ConfigOverlay, MsixOverlay, Read, RomOverlay
 from vfiod.server.devices.regions import BAR_COUNT, CONFIG, ROM, Region
 from vfiod.server.devices.rom import Rom, read_rom
 from vfiod.server.devices.romfile import RomFile
@@ -113,6 +113,8 @@ def lay_over(
     config: VirtualConfig,
     interrupts: DeviceInterrupts,
     environment: Environment,
+    *,
+    read: Read,
 ) -> MsixTable | None:
     """Put the guest's configuration space and MSI-X table over the device's, and let them drive its interrupts.
 
@@ -121,7 +123,7 @@ def lay_over(
     place = config.msix if interrupts.indexes[MSIX].info.count else None
     table = None if place is None else MsixTable(place.vectors)
     guest = GuestInterrupts(device, config, table, interrupts, environment)
-    regions[CONFIG].overlay = ConfigOverlay(config, guest.config_written)
+    regions[CONFIG].overlay = ConfigOverlay(config, guest.config_written, read)
     if place is None or table is None:
         return None
     for bar in {place.table_bar, place.pba_bar}:

@@ -285,6 +285,13 @@ class DeviceInterrupts:
         if self._bound.kind is IrqKind.NONE:
             self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
 
+    def abandon(self, *, reason: str) -> None:
+        """Stop whatever runs for good, and give no eventfd back later. What the kernel refuses is logged."""
+        self._binder.forget_index()
+        if self._bound.kind is not IrqKind.NONE:
+            self._arming.abandon(self._bound)
+            self._lost(reason)
+
     # --- single interrupts ----------------------------------------------------------------------------------
 
     def mask(self, one: IrqIndex, vector: int) -> None:

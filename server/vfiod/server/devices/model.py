@@ -90,6 +90,9 @@ class Interrupts(Protocol):
     def stop(self, one: IrqIndex | None = None, vectors: Iterable[int] | None = None, *, reason: str) -> None:
         """Stop vectors of an index, a whole index, or whatever runs. What does not run is no error."""
 
+    def abandon(self, *, reason: str) -> None:
+        """Stop whatever runs for good, whatever the kernel says: whose interrupts they were is gone. Never raises."""
+
     def mask(self, one: IrqIndex, vector: int) -> None:
         """Mask a vector that is started. InvalidArgument, OperationFailed."""
 

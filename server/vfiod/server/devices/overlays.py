@@ -5,8 +5,9 @@ A region has at most one overlay; it is asked first. Its methods are given the w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from vfiod.protocol.errors import CommandError
 from vfiod.server.devices.config.space import Guest, MsixPlace, VirtualConfig
@@ -14,6 +15,8 @@ from vfiod.server.devices.config.table import MsixTable
 from vfiod.server.devices.rom import Rom
 
 __all__ = ["ConfigOverlay", "MsixOverlay", "Overlay", "Read", "RomOverlay", "Write"]
+
+_log: Final = logging.getLogger(__name__)
 
 Read = Callable[[int, int], bytes]
 """(offset, length): the device's own bytes."""
@@ -53,12 +56,14 @@ class ConfigOverlay:
     Args:
         config: as the guest sees it.
         written: called after each write with what the guest had switched on before it; may raise CommandError.
+        read: the way to the device itself.
 
     """
 
-    def __init__(self, config: VirtualConfig, written: Callable[[Guest], None]) -> None:
+    def __init__(self, config: VirtualConfig, written: Callable[[Guest], None], read: Read) -> None:
         self._config = config
         self._written = written
+        self._read = read
 
     ready = True
 
@@ -76,6 +81,8 @@ class ConfigOverlay:
 
     def write(self, offset: int, data: bytes, own: Write) -> None:
         """To the device, which filters it, and to what is emulated; then what follows from that."""
+        # Only what switches interrupts can be refused after the device has it: then it gets back what it had.
+        had = self._read(offset, len(data)) if self._config.switches(offset, len(data)) else None
         own(offset, data)
         before = self._config.guest
         old = self._config.write(offset, data)
@@ -83,6 +90,8 @@ class ConfigOverlay:
             self._written(before)
         except CommandError:
             self._config.undo(offset, old)
+            if had is not None:
+                _give_back(own, offset, had)
             raise
 
 
@@ -202,3 +211,10 @@ class RomOverlay:
 
     def write(self, offset: int, data: bytes, own: Write) -> None:
         """A ROM takes none; its region refuses before it comes to this."""
+
+
+def _give_back(own: Write, offset: int, had: bytes) -> None:
+    try:
+        own(offset, had)
+    except CommandError as error:
+        _log.warning("Configuration space at 0x%x could not be given back what it had: %s", offset, error)

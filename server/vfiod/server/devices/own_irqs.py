@@ -133,6 +133,9 @@ class OwnInterrupts:
         if one is not None:
             one.check_free()
 
+    def abandon(self, *, reason: str) -> None:
+        """Nothing runs that could be stopped."""
+
     def mask(self, one: IrqIndex, vector: int) -> None:
         """Refuse. InvalidArgument."""
         one.check_free()

@@ -113,6 +113,9 @@ class PciDevice(Device):
             "by hot-reset; query-hot-reset says what that would touch"
         )
 
+    def _stop_dma(self, model: Model) -> None:
+        _pci(model).config.stop_dma()
+
     def _save(self, model: Model) -> Saved:
         """Bus mastering off; what a reset may lose is kept."""
         config = _pci(model).config

@@ -118,6 +118,15 @@ class ConfigSpace:
         """No DMA from now on."""
         self._write(_COMMAND, 2, saved.command & ~_COMMAND_MASTER)
 
+    def stop_dma(self) -> None:
+        """No DMA from now on. A device whose command register cannot be read is switched off altogether."""
+        try:
+            command = self._read(_COMMAND, 2)
+        except CommandError as error:
+            _log.warning("%s: its command register could not be read, and is cleared: %s", self._backend.name, error)
+            command = 0
+        self._write(_COMMAND, 2, command & ~_COMMAND_MASTER)
+
     def restore(self, saved: Saved) -> None:
         """BARs first, then the command register: nothing decodes at an address that is not its own."""
         for number, value in enumerate(saved.bars):

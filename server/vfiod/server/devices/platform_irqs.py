@@ -292,6 +292,15 @@ class PlatformInterrupts:
         if failure is not None:
             raise failure
 
+    def abandon(self, *, reason: str) -> None:
+        """Stop whatever runs for good. What the kernel refuses is logged."""
+        for one in self.own:
+            vector = self._bound.get(one.index)
+            if vector is not None:
+                self._relay.unlisten(one)
+                self._arming.disarm(one, vector)
+                self._lost(one, reason)
+
     # --- single interrupts ------------------------------------------------------------------------------
 
     def mask(self, one: IrqIndex, vector: int) -> None:

@@ -92,7 +92,14 @@ def populate(
         on_trap=on_trap,
         on_kind=virtual.sync,
     )
-    table = lay_over(device, regions, virtual, interrupts, environment)
+    table = lay_over(
+        device,
+        regions,
+        virtual,
+        interrupts,
+        environment,
+        read=lambda offset, length: backend.region_read(CONFIG, offset, length),
+    )
     notices = Notices(device, backend, tuple(one for one in indexes if one.reserved and one.info.count))
     return PciModel(
         backend, info, model_regions, interrupts, notices, migratable, config=config, virtual=virtual, table=table

@@ -485,6 +485,7 @@ class _Unreachable:
     readonly = False
     closed = False
     asks = False
+    is_mapped = False
     size = END_OF_SPACE
 
     def __init__(self, client: str) -> None:
@@ -496,6 +497,9 @@ class _Unreachable:
 
     def address(self) -> int:
         raise self._nothing()
+
+    def unmap(self) -> None:
+        """Nothing is mapped."""
 
     def read(self, offset: int, length: int) -> bytes:
         raise self._nothing()

@@ -206,6 +206,7 @@ class GuestMemory:
         for space in self._spaces:
             _check_reach(space, mapping)
         done: list[AddressSpace] = []
+        was_mapped = memory.is_mapped
         try:
             for space in self._spaces:
                 _map(space, mapping)
@@ -213,6 +214,8 @@ class GuestMemory:
         except BaseException:
             for space in reversed(done):
                 self._take_back(space, mapping)
+            if not was_mapped:
+                memory.unmap()
             raise
         self._ranges.insert(at, MappedRange(mapping, backend))
         self._bytes += length
@@ -266,6 +269,7 @@ class GuestMemory:
             _check_pages(space, one.mapping)
             _check_reach(space, one.mapping)
         done = 0
+        fresh = [one.mapping.memory for one in ranges if not one.mapping.memory.is_mapped]
         try:
             for one in ranges:
                 _map(space, one.mapping)
@@ -273,6 +277,8 @@ class GuestMemory:
         except BaseException:
             for one in reversed(ranges[:done]):
                 self._take_back(space, one.mapping)
+            for memory in fresh:
+                memory.unmap()
             raise
         self._spaces = (*self._spaces, space)
 
@@ -335,6 +341,9 @@ class GuestMemory:
         self._spaces = tuple(one for one in self._spaces if one is not space)
         if self._clients is not None:
             self._clients.forget(space)
+        if not self._spaces:  # nobody needs to find it by its address in this process
+            for one in self._ranges:
+                one.mapping.memory.unmap()
 
     def close(self) -> None:
         """Unmap everything and close the memory that mappings own. Never raises; failures are logged."""

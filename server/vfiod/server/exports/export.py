@@ -183,7 +183,7 @@ class Export:
                 await self.device.lane.run(f"detaching the client of {self.name}", self.device.stop_dma)
             except CommandError as error:
                 _log.warning("Bus mastering of device '%s' could not be switched off: %s", self.device.name, error)
-            await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}")
+            await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}", whatever=True)
         except CommandError as error:
             _log.info("Device '%s' is not disarmed after its client: %s", self.device.name, error)
 

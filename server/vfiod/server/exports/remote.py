@@ -63,9 +63,14 @@ class RemoteMemory:
         """There is none. OperationFailed."""
         raise self._nothing()
 
+    is_mapped = False
+
     def address(self) -> int:
         """There is none. OperationFailed."""
         raise self._nothing()
+
+    def unmap(self) -> None:
+        """There is none."""
 
     def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
         """It cannot be. OperationFailed."""

@@ -104,6 +104,24 @@ class SharedMemory:
 
         return address_of(self._mapped())
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it is mapped in this process."""
+        return self._map is not None
+
+    def unmap(self) -> None:
+        """Take the mapping in this process back, if there is one; the next use makes another.
+
+        Nobody may need its address any more: no kernel's IOMMU has a part of it.
+        """
+        mapped, self._map = self._map, None
+        if mapped is None:
+            return
+        try:
+            mapped.close()
+        except BufferError:  # a view is held
+            self._map = mapped
+
     def view(self) -> memoryview:
         """The whole of it as bytes; maps it when called first. Release the view before :meth:`close`.
 

@@ -9,9 +9,18 @@ from collections.abc import Iterable
 from typing import Final
 
 import vfiod
-from vfiod.server.sandbox.landlock import MAKE, READ, READ_WRITE, USE_DEVICE, Rule
+from vfiod.server.sandbox.landlock import KEEP, MAKE, READ, USE_DEVICE, Rule
 
-__all__ = ["OPTION", "for_devices", "for_names", "for_paths", "for_python", "for_sockets", "is_shared"]
+__all__ = [
+    "OPTION",
+    "for_configuration",
+    "for_devices",
+    "for_names",
+    "for_paths",
+    "for_python",
+    "for_sockets",
+    "is_shared",
+]
 
 OPTION: Final = "--allow-path"
 
@@ -69,11 +78,14 @@ def for_names() -> list[Rule]:
 
 
 def for_paths(paths: Iterable[str]) -> list[Rule]:
-    """What ``--allow-path`` names: to be read and written; sockets and links may be made there. ``ro:PATH``: read."""
-    return [
-        Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, READ_WRITE | MAKE)
-        for path in paths
-    ]
+    """What ``--allow-path`` names: files, sockets, links may be read, written, made, removed. ``ro:PATH``: read."""
+    return [Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, KEEP) for path in paths]
+
+
+def for_configuration(path: str) -> list[Rule]:
+    """A file that is read again: with its directory, since editors put another in its place. In shared ones alone."""
+    directory = os.path.dirname(os.path.realpath(path))
+    return [Rule(path if is_shared(directory) else directory, READ)]
 
 
 def is_shared(directory: str) -> bool:

@@ -184,6 +184,13 @@ class VirtualConfig:
         value = int.from_bytes(self._values[offset:end], "little")
         return (int.from_bytes(own, "little") & ~mask | value).to_bytes(len(own), "little")
 
+    def switches(self, offset: int, size: int) -> bool:
+        """Whether a write there may switch MSI or MSI-X on or off."""
+        end = offset + size
+        if self._msi is not None and offset <= self._msi.offset + at.MSI_FLAGS < end:
+            return True
+        return self._msix is not None and offset <= self._msix.offset + at.MSIX_FLAGS + 1 < end
+
     @property
     def guest(self) -> Guest:
         """What the guest has switched on now."""
