@@ -159,7 +159,8 @@ def test_everything_is_there_again(kept: Kept) -> None:
                 put(client, "a", ACKNOWLEDGE, 1)
                 client.irq_eoi(device="a", index="intx")
                 put(client, "b", RAISE, 1)
-                assert rung(message) == 1
+                assert rung(message) >= 1, "and perhaps once more: what was up when the server died is up again"
+                put(client, "b", ACKNOWLEDGE, 1)
                 os.pwrite(memory.number, b"guest memory", 0)
                 for offset, value in ((0x20, 0), (0x24, 0), (0x28, 0), (0x2C, 12), (0x30, 1)):
                     put(client, "b", offset, value)
