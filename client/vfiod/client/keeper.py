@@ -249,9 +249,9 @@ def _count_inherited(arguments: list[str]) -> int:
     return max(told, default=FIRST - 1) - FIRST + 1
 
 
-def main(argv: list[str]) -> int:
-    """Run a vfiod, and hold its fds. Its exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line, up to ``--``."""
+    made = argparse.ArgumentParser(
         "vfiod keeper",
         usage="vfiod keeper [--restarts N] -- OPTION OF VFIOD SERVE ...",
         description="Run 'vfiod serve', hold its fds beside it, and start it again with them when it dies: no device "
@@ -259,17 +259,20 @@ def main(argv: list[str]) -> int:
         epilog="Exit status: vfiod's; 128 + N when signal N ended it.",
         allow_abbrev=False,
     )
-    parser.add_argument(
+    made.add_argument(
         "--restarts", type=int, default=RESTARTS, metavar="N",
         help=f"give up at more than N deaths within {WINDOW_SECONDS:g} s (default: {RESTARTS})",
     )  # fmt: skip
-    parser.add_argument("serve", nargs="*", metavar="OPTION", help="of 'vfiod serve', behind --")
-    given, _, serve = (
-        (argv, "", []) if "--" not in argv else (argv[: argv.index("--")], "", argv[argv.index("--") + 1 :])
-    )
-    options = parser.parse_args(given)
-    if options.serve or not serve:
-        parser.error("put '--' and the options of 'vfiod serve' at the end")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run a vfiod, and hold its fds. Its exit status."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    serve = argv[at + 1 :]
+    options = parser().parse_args(argv[:at])
+    if not serve:
+        parser().error("put '--' and the options of 'vfiod serve' at the end")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

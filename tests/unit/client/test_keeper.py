@@ -180,7 +180,7 @@ def test_inherited_sockets_stay_where_they_are(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "['inherited', 'vfiod-a'] one\n"), done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--"], ["x", "--", "--name"]])
+@pytest.mark.parametrize("arguments", [[], ["--"], ["--restarts", "3"]])
 def test_what_it_wants_is_said(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "vfiod.client.program", "keeper", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)

@@ -17,13 +17,10 @@ sections 1, 3 and 6 of the reference)::
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
-
-from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
@@ -38,7 +35,7 @@ from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
 from vfiod.protocol.catalogue.reset import DeviceResetDone
-from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind, IrqMode
+from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
 from vfiod.protocol.errors import (
     Busy,
     CommandError,
@@ -54,7 +51,7 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.claims import Claim
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
-from vfiod.server.devices.model import Interrupts, Model, Options
+from vfiod.server.devices.model import Interrupts, Model, Options, Quiesced
 from vfiod.server.devices.regions import Region, Regions
 from vfiod.server.lanes import Lane, Turn
 
@@ -228,26 +225,9 @@ class Device(ABC):
             backend: where it comes from, described.
 
         """
-        from vfiod.server.devices.keeping import keep_options
-        from vfiod.server.state.machine import DeviceState as State
+        from vfiod.server.devices.keeping import keep_device
 
-        model = self._active()
-        return State(
-            id=self.id,
-            path=self.path,
-            driver=self.driver.value,
-            backend_kind=self._backend_kind,
-            host=self._host,
-            options=keep_options(self.options),
-            backend=backend,
-            notices=model.notices.keep(given),
-            requested=self._requested,
-            fast_path_told=self._fast_path_told,
-            shared=model.regions.shared,
-            mapped_by=[(session, sorted(names)) for session, names in self._mapped_by.items()],
-            model=self.keep_model(model, given),
-            **new,
-        )
+        return keep_device(self, given, new=new, backend=backend)
 
     def keep_model(self, model: Model, given: Given) -> ModelState:
         """Describe what only devices of this class have. CannotKeep."""
@@ -257,48 +237,13 @@ class Device(ABC):
 
     def adopt(self, backend: Backend, state: DeviceState_, taken: Taken) -> None:
         """Instead of :meth:`realize`: read what is constant, and have the rest as it was. Arms and changes nothing."""
-        self._waits = backend.may_block
-        model = self.populate(backend, self._environment)
-        self._model = model
-        model.notices.adopt(state.notices, taken)
-        model.regions.shared = state.shared
-        self._requested = state.requested
-        self._fast_path_told = state.fast_path_told
-        self._mapped_by = {session: set(names) for session, names in state.mapped_by}
-        self.adopt_model(model, state.model, taken)
+        from vfiod.server.devices.keeping import adopt_device
+
+        adopt_device(self, backend, state, taken)
 
     def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
         """Have what :meth:`keep_model` described."""
         raise NotImplementedError(f"Devices of driver {self.driver}")
-
-    def settle(self, *, all_off: bool) -> None:
-        """Bring its interrupts to where nothing is waited for. On the loop. CommandError.
-
-        Whoever served it died, and where it was with them is not known. Level interrupts are completed and unmasked,
-        and one that is still up fires again; what its user masked stays masked. What is not known to be armed is
-        disarmed.
-
-        Args:
-            all_off: it belonged to somebody who is gone, and armed what nobody knows.
-
-        """
-        model = self._active()
-        interrupts = model.interrupts
-        if all_off:
-            interrupts.stop(reason="the server that served its client has died")
-        if not any(info.active for info in interrupts.infos()):
-            for one in interrupts.indexes:
-                if not one.reserved and one.info.count:
-                    with contextlib.suppress(OperationFailed):  # EINVAL: another index of the device is armed, or none
-                        model.backend.set_irqs(vfio.SetIrqs.disable(one.index))
-        for one, info in zip(interrupts.indexes, interrupts.infos(), strict=True):
-            if one.reserved or not one.info.automasked or not info.active:
-                continue
-            for vector in info.vectors:
-                if vector.mode == IrqMode.RELAYED:
-                    interrupts.eoi(one, vector.vector)
-                    if "masked" not in vector.state:
-                        interrupts.unmask(one, vector.vector)
 
     def start_again(self) -> None:
         """Instead of :meth:`start`, after :meth:`adopt`: listen. What was signalled meanwhile is still to be heard."""
@@ -749,18 +694,3 @@ class Device(ABC):
     def _decodes(self, model: Model) -> bool:
         """Whether the device answers accesses to its mapped regions now. Never raises."""
         return True
-
-
-class Quiesced(Struct, frozen=True):
-    """A device between :meth:`Device.quiesce` and :meth:`Device.revive`.
-
-    Attributes:
-        model: what it has.
-        saved: what a reset may lose, by the model's own account.
-        method: how it is reset.
-
-    """
-
-    model: Model
-    saved: Any
-    method: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from vfiod.protocol.catalogue.devices import Driver, OnRequest
 from vfiod.protocol.catalogue.words import IrqMode
@@ -18,15 +19,23 @@ from vfiod.server.devices.vectors import Counts, Vector
 from vfiod.server.interrupts.intx import FastState, IntxLine, LineState
 from vfiod.server.state.fds import Given, Taken
 from vfiod.server.state.machine import (
+    BackendState,
     BoundState,
     CountsState,
+    DeviceState,
     OptionsState,
     RomFileState,
     VectorState,
 )
 from vfiod.server.state.machine import LineState as KeptLine
 
+if TYPE_CHECKING:
+    from vfiod.server.backends.base import Backend
+    from vfiod.server.devices.device import Device
+
 __all__ = [
+    "adopt_device",
+    "keep_device",
     "counts_from",
     "keep_bound",
     "keep_counts",
@@ -37,6 +46,43 @@ __all__ = [
     "take_bound",
     "take_vector",
 ]
+
+
+# --- a device -------------------------------------------------------------------------------------------------
+
+
+def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState:
+    """See :meth:`Device.keep`, whose part this is: it knows what no other module does."""
+    model = device._active()
+    return DeviceState(
+        id=device.id,
+        path=device.path,
+        driver=device.driver.value,
+        backend_kind=device._backend_kind,
+        host=device._host,
+        options=keep_options(device.options),
+        backend=backend,
+        notices=model.notices.keep(given),
+        requested=device._requested,
+        fast_path_told=device._fast_path_told,
+        shared=model.regions.shared,
+        mapped_by=[(session, sorted(names)) for session, names in device._mapped_by.items()],
+        model=device.keep_model(model, given),
+        **new,
+    )
+
+
+def adopt_device(device: Device, backend: Backend, state: DeviceState, taken: Taken) -> None:
+    """See :meth:`Device.adopt`, whose part this is."""
+    device._waits = backend.may_block
+    model = device.populate(backend, device._environment)
+    device._model = model
+    model.notices.adopt(state.notices, taken)
+    model.regions.shared = state.shared
+    device._requested = state.requested
+    device._fast_path_told = state.fast_path_told
+    device._mapped_by = {session: set(names) for session, names in state.mapped_by}
+    device.adopt_model(model, state.model, taken)
 
 
 # --- options --------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ async def _restored(machine: Machine, text: bytes, found: Found, tries: int) -> 
 
 
 async def _machine(machine: Machine, state: State, found: Found, lost: list[str]) -> None:
+    from vfiod.server.devices.settling import settle
     from vfiod.server.machine.keeping import adopt_device, adopt_machine, rehome
 
     if state.machine.mdevs:
@@ -130,7 +131,7 @@ async def _machine(machine: Machine, state: State, found: Found, lost: list[str]
     occupied = {one.device for one in state.doors.exports if one.occupied}
     for device in machine.devices.all():
         try:
-            device.settle(all_off=device.name in occupied)
+            settle(device, all_off=device.name in occupied)
         except CommandError as error:
             lost.append(f"interrupts of device '{device.name}': {error}")
     for export in state.doors.exports:
