@@ -7,7 +7,19 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, subchannel, vectors
+from tests.bench import (
+    bus,
+    channel,
+    devices,
+    exports,
+    kernel,
+    mediated,
+    monitor,
+    platforms,
+    served,
+    subchannel,
+    vectors,
+)
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -24,6 +36,7 @@ def main() -> None:
         choices=[
             "monitor",
             "devices",
+            "bus",
             "vectors",
             "platforms",
             "channel",
@@ -49,6 +62,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
     for name, part in (
         ("monitor", monitor),
         ("devices", devices),
+        ("bus", bus),
         ("vectors", vectors),
         ("platforms", platforms),
         ("channel", channel),
