@@ -165,6 +165,14 @@ class Type1Space:
         """Know what the IOMMU has: another process mapped it."""
         self._mapped.update(mapped)
 
+    def settle(self, mappings: Iterable[Mapping]) -> list[str]:
+        """See :func:`vfiod.server.backends.settling.settle`."""
+        from vfiod.server.backends.settling import settle
+
+        known = list(mappings)
+        self._mapped = {one.iova: one.size for one in known}
+        return settle(self, known, lambda iova, size: self._unmap(iova, size, f"{self.name} (0x{iova:x} and above)"))
+
     def rehome(self, mappings: Iterable[Mapping]) -> str | None:
         """The mappings that another process made are this one's now: their addresses, and what they lock.
 

@@ -419,6 +419,15 @@ class KernelGroups:
         ]
         return [one.keep(given) for one in self._containers.values()], self._next_container, groups
 
+    def closes_with(self, device: KernelDevice) -> list[FileDescriptor]:
+        """The fds of group and container that are closed when this device leaves."""
+        group = None if device.group is None else self._groups.get(device.group.id)
+        if group is None or any(other is not device for other in group.devices):
+            return []
+        container = group.container
+        alone = container is not None and container.object_id is None and container.groups == (group.id,)
+        return [group.fd] + ([container.fd] if container is not None and alone else [])
+
     def keep_device(self, device: KernelDevice, given: Given) -> BackendState:
         """Describe a device of a group."""
         from vfiod.server.state.machine import BackendState

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import logging
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
@@ -320,6 +321,14 @@ class Ioas:
         advice = {errno.ENOENT: "nothing is mapped there, or it would split a mapping"}
         call(self._iommufd.calls, self._iommufd.fd.number, vfio.IommufdIoctl.IOMMU_IOAS_UNMAP, argument, what, advice)
         return vfio.IoasUnmap.unpack(argument).length
+
+    def settle(self, mappings: Iterable[Mapping]) -> list[str]:
+        """See :func:`vfiod.server.backends.settling.settle`."""
+        from vfiod.server.backends.settling import settle
+
+        known = list(mappings)
+        self._mapped = {one.iova: one.size for one in known}
+        return settle(self, known, self._unmap)
 
     def clear(self) -> None:
         """Unmap whatever is left; what the kernel keeps is logged."""

@@ -19,10 +19,8 @@ from __future__ import annotations
 import asyncio
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
-
-from msgspec import Struct
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
@@ -53,13 +51,14 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.claims import Claim
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
-from vfiod.server.devices.model import Interrupts, Model, Options
+from vfiod.server.devices.model import Interrupts, Model, Options, Quiesced
 from vfiod.server.devices.regions import Region, Regions
 from vfiod.server.lanes import Lane, Turn
 
 if TYPE_CHECKING:
     from vfiod.server.state.fds import Given, Taken
-    from vfiod.server.state.machine import ModelState
+    from vfiod.server.state.machine import BackendState, ModelState
+    from vfiod.server.state.machine import DeviceState as DeviceState_
 
 __all__ = ["Device", "Quiesced"]
 
@@ -217,18 +216,37 @@ class Device(ABC):
         pending = self.lane.pending()
         return f"{pending[0]} of device '{self.name}'" if pending else None
 
+    def keep(self, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState_:
+        """Describe it, while nothing is under way.
+
+        Args:
+            given: takes the fds.
+            new: what only the machine knows of it.
+            backend: where it comes from, described.
+
+        """
+        from vfiod.server.devices.keeping import keep_device
+
+        return keep_device(self, given, new=new, backend=backend)
+
     def keep_model(self, model: Model, given: Given) -> ModelState:
         """Describe what only devices of this class have. CannotKeep."""
         from vfiod.server.state.format import CannotKeep
 
         raise CannotKeep(f"Device '{self.name}': devices of driver {self.driver} cannot be handed over")
 
+    def adopt(self, backend: Backend, state: DeviceState_, taken: Taken) -> None:
+        """Instead of :meth:`realize`: read what is constant, and have the rest as it was. Arms and changes nothing."""
+        from vfiod.server.devices.keeping import adopt_device
+
+        adopt_device(self, backend, state, taken)
+
     def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
         """Have what :meth:`keep_model` described."""
         raise NotImplementedError(f"Devices of driver {self.driver}")
 
     def start_again(self) -> None:
-        """Instead of :meth:`start`, when it was open in another process: what was signalled meanwhile is heard."""
+        """Instead of :meth:`start`, after :meth:`adopt`: listen. What was signalled meanwhile is still to be heard."""
         self.start()
         self.go_on(self._active())
 
@@ -676,18 +694,3 @@ class Device(ABC):
     def _decodes(self, model: Model) -> bool:
         """Whether the device answers accesses to its mapped regions now. Never raises."""
         return True
-
-
-class Quiesced(Struct, frozen=True):
-    """A device between :meth:`Device.quiesce` and :meth:`Device.revive`.
-
-    Attributes:
-        model: what it has.
-        saved: what a reset may lose, by the model's own account.
-        method: how it is reset.
-
-    """
-
-    model: Model
-    saved: Any
-    method: str

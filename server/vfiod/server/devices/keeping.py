@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vfiod.protocol.catalogue.devices import Driver, OnRequest
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.server.backends.base import Backend
 from vfiod.server.devices.arming import Bound
-from vfiod.server.devices.device import Device
 from vfiod.server.devices.irq_index import INTX, IrqIndex
 from vfiod.server.devices.model import Options
 from vfiod.server.devices.vectors import Counts, Vector
@@ -31,12 +29,16 @@ from vfiod.server.state.machine import (
 )
 from vfiod.server.state.machine import LineState as KeptLine
 
+if TYPE_CHECKING:
+    from vfiod.server.backends.base import Backend
+    from vfiod.server.devices.device import Device
+
 __all__ = [
     "adopt_device",
+    "keep_device",
     "counts_from",
     "keep_bound",
     "keep_counts",
-    "keep_device",
     "keep_fds",
     "keep_options",
     "keep_vector",
@@ -50,15 +52,7 @@ __all__ = [
 
 
 def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState:
-    """Describe a device, while nothing is under way.
-
-    Args:
-        device: which.
-        given: takes the fds.
-        new: what only the machine knows of it.
-        backend: where it comes from, described.
-
-    """
+    """See :meth:`Device.keep`, whose part this is: it knows what no other module does."""
     model = device._active()
     return DeviceState(
         id=device.id,
@@ -79,7 +73,7 @@ def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend
 
 
 def adopt_device(device: Device, backend: Backend, state: DeviceState, taken: Taken) -> None:
-    """Instead of :meth:`Device.realize`: read what is constant, have the rest as it was. Arms and changes nothing."""
+    """See :meth:`Device.adopt`, whose part this is."""
     device._waits = backend.may_block
     model = device.populate(backend, device._environment)
     device._model = model

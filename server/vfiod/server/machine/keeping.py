@@ -6,6 +6,7 @@ nothing is heard and nothing is told to the kernel. What fires meanwhile stays i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vfiod.protocol.catalogue.devices import Driver
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from vfiod.server.backends.base import Backend
     from vfiod.server.machine.root import Machine
 
-__all__ = ["adopt_machine", "keep_machine", "needs_of", "rehome", "under_way"]
+__all__ = ["adopt_device", "adopt_machine", "keep_machine", "needs_of", "rehome", "under_way"]
 
 
 def under_way(machine: Machine) -> str | None:
@@ -44,8 +45,17 @@ def needs_of(state: MachineState) -> list[str]:
     return sorted(found)
 
 
-def keep_machine(machine: Machine, given: Given) -> MachineState:
-    """Describe it. CannotKeep, or what a parent said: something of it cannot be described, by name."""
+def keep_machine(
+    machine: Machine, given: Given, keep_devices: Callable[[], list[DeviceState]] | None = None
+) -> MachineState:
+    """Describe it. CannotKeep, or what a parent said: something of it cannot be described, by name.
+
+    Args:
+        machine: the machine.
+        given: takes the fds.
+        keep_devices: describes the devices; None: all of them, as they are.
+
+    """
     devices = machine.devices
     completion = devices.completion
     return MachineState(
@@ -59,7 +69,7 @@ def keep_machine(machine: Machine, given: Given) -> MachineState:
         mappings=machine.memory.keep(given),
         kernel=machine.sources.keep(given),
         mdevs=machine.sources.keep_mediated(given),
-        devices=devices.keep(given, machine.sources.keep_backend),
+        devices=devices.keep(given, machine.sources.keep_backend) if keep_devices is None else keep_devices(),
         completion=None
         if completion is None
         else CompletionState(
@@ -71,10 +81,11 @@ def keep_machine(machine: Machine, given: Given) -> MachineState:
     )
 
 
-def adopt_machine(machine: Machine, state: MachineState, taken: Taken) -> None:
+def adopt_machine(machine: Machine, state: MachineState, taken: Taken, *, devices: bool = True) -> None:
     """Make a machine again, in one that has nothing yet. CommandError, OSError; then it is of no use.
 
     Parents of mediated devices must have been discovered. Events are not sent: for readers nothing has happened.
+    ``devices=False``: all but the devices, which follow one by one (:func:`adopt_device`).
     """
     machine.name, machine.uuid, machine.started = state.name, state.uuid, state.started
     machine.hub.seq = state.seq
@@ -86,8 +97,8 @@ def adopt_machine(machine: Machine, state: MachineState, taken: Taken) -> None:
     if state.mdevs:
         machine.mdevs.adopt(state.mdevs, taken)
     machine.devices.anonymous = state.anonymous
-    for one in state.devices:
-        machine.devices.adopt(_new(one), _backend(machine, one, taken), one, taken)
+    for one in state.devices if devices else ():
+        adopt_device(machine, one, taken)
     if state.completion is not None:
         from vfiod.server.machine.completion import Completion
 
@@ -95,6 +106,11 @@ def adopt_machine(machine: Machine, state: MachineState, taken: Taken) -> None:
         completion = Completion(kept.first, None if kept.mode is None else IrqMode(kept.mode), taken=kept.taken)
         completion.following = kept.following
         machine.devices.completion = completion
+
+
+def adopt_device(machine: Machine, state: DeviceState, taken: Taken) -> None:
+    """Make one device again. CommandError, OSError, LookupError: what it needs is not there."""
+    machine.devices.adopt(_new(state), _backend(machine, state, taken), state, taken)
 
 
 def rehome(machine: Machine) -> list[str]:

@@ -148,6 +148,8 @@ class Devices:
         self.completion: Completion | None = None
         self.anonymous = 0
         self._refusal: CommandError | None = None
+        self.before_close: Callable[[Device], Awaitable[None]] | None = None
+        """Awaited before a device is stopped and closed: somebody else may hold its fds. Never raises."""
         self.on_gone: Callable[[str], None] | None = None
         """Called on the loop with the name of each device that is closed, before its ``DEVICE_DELETED``."""
 
@@ -273,6 +275,10 @@ class Devices:
         """Describe every device. CommandError: one that cannot be."""
         return [self._kept(added, given, keep_backend) for added in self._added.values()]
 
+    def keep_one(self, name: str, given: Given, keep_backend: Callable[[Backend, Given], BackendState]) -> DeviceState_:
+        """Describe one device. CommandError: it cannot be."""
+        return self._kept(self._added[name], given, keep_backend)
+
     def _kept(
         self, added: _Added, given: Given, keep_backend: Callable[[Backend, Given], BackendState]
     ) -> DeviceState_:
@@ -290,17 +296,17 @@ class Devices:
                 insist=unplug.insist,
             ),
         }
-        from vfiod.server.devices.keeping import keep_device
-
-        return keep_device(added.device, given, new=new, backend=keep_backend(added.device.backend, given))
+        return added.device.keep(given, new=new, backend=keep_backend(added.device.backend, given))
 
     def adopt(self, new: NewDevice, backend: Backend, state: DeviceState_, taken: Taken) -> None:
         """Have a device again that was open in another process, and listen. CommandError."""
         added = self._reserve(new, state.path)
-        from vfiod.server.devices.keeping import adopt_device
-
-        adopt_device(added.device, backend, state, taken)
-        added.device.start_again()
+        try:
+            added.device.adopt(backend, state, taken)
+            added.device.start_again()
+        except BaseException:
+            self._forget(added)
+            raise
         if state.unplug is not None:
             kept = state.unplug
             self._begin(added, _Unplug(self._loop.time() + kept.left_ms / 1000, force=kept.force, insist=kept.insist))
@@ -403,6 +409,8 @@ class Devices:
     async def _shut(self, added: _Added, turn: Turn) -> bool:
         """Stop and close it, whatever fails on the way. Returns whether the kernel let it go."""
         device = added.device
+        if self.before_close is not None:
+            await self.before_close(device)
         try:
             device.stop()
         except Exception:  # noqa: BLE001 - what it was is logged; closing goes on

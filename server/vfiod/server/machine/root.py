@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.memory import DmaUnmapped
-from vfiod.protocol.catalogue.monitor import Stat, StatsResult, StatusInfo
+from vfiod.protocol.catalogue.monitor import MachineRestored, Stat, StatsResult, StatusInfo
+from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import DeviceNotActive, OperationFailed
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.protocol.limits import CLOSE_TIMEOUT_MS, WORKER_THREADS
@@ -78,6 +79,7 @@ class Machine:
         sources: where devices come from.
         allow_uid: as given.
         doors: exports; None until the first is made.
+        restored: what was taken over of a server that died; None: this one began with nothing.
         started: when it began, in the loop's (monotonic) time.
 
     """
@@ -98,6 +100,7 @@ class Machine:
         self.allow_open = allow_open
         self.allow_uid = allow_uid
         self.doors: Doors | None = None
+        self.restored: MachineRestored | None = None
         self.loop = asyncio.get_running_loop()
         self.executor = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="vfiod-worker")
         self.topology = Lane("topology", self.executor)
@@ -285,6 +288,7 @@ class Machine:
             fdsets=self.fdsets.infos(),
             mdevs=self.sources.mdevs(),
             sessions=sessions,
+            restored=UNSET if self.restored is None else self.restored,
         )
 
     async def topology_graph(self) -> tuple[list[TopologyNode], list[TopologyEdge]]:

@@ -226,6 +226,22 @@ class Sources:
         groups.adopt(state.containers, state.next_container, state.groups, taken, self._memory.adopt_space)
         cdevs.adopt(state.iommufds, iommufd_of, self._memory.adopt_space)
 
+    def closes_with(self, backend: Backend) -> list[FileDescriptor]:
+        """The kernel's fds that are closed with a device: its own; its group's and container's when it is the last."""
+        from vfiod.server.backends.device import KernelDevice
+
+        if not isinstance(backend, KernelDevice):
+            return []
+        return [backend.fd] + ([] if backend.group is None else self.groups.closes_with(backend))
+
+    def settle(self) -> list[str]:
+        """What the kernel has mapped is what the list says, and nothing else. Blocks. Returns what cannot be done."""
+        problems = []
+        for space in self._memory.spaces:
+            if self._kernel is not None and (settle := getattr(space, "settle", None)) is not None:
+                problems += settle(self._memory.mappings_of(space))
+        return problems
+
     def rehome(self) -> list[str]:
         """What another process mapped is this one's now. Returns what the kernel cannot do of that, in sentences."""
         if self._kernel is None:

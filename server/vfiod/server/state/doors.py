@@ -112,7 +112,7 @@ class ClientState(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ExportState(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One export."""
+    """One export. ``occupied``: a client was connected that is not described (a store of fds has none)."""
 
     id: str
     device: str
@@ -120,6 +120,7 @@ class ExportState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fd: Place | None
     path: str | None
     client: ClientState | None
+    occupied: bool = False
 
 
 class DoorsState(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -42,6 +42,7 @@ class State(Struct, frozen=True, kw_only=True):
         machine: the machine.
         doors: exports, and their clients.
         monitor: sessions, and listening sockets; None: they are not part of it.
+        left_out: what there was besides, and why it is not here, a sentence each.
 
     """
 
@@ -53,6 +54,7 @@ class State(Struct, frozen=True, kw_only=True):
     version: int = VERSION
     doors: DoorsState = field(default_factory=DoorsState)
     monitor: MonitorState | None = None
+    left_out: list[str] = field(default_factory=list)
 
 
 class _Head(Struct):

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from tests.unit.server.machine.conftest import World
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.interrupts import Irq
 from vfiod.protocol.catalogue.monitor import RunState, StatusInfo
 from vfiod.protocol.fd import FileDescriptor
@@ -344,5 +345,6 @@ def test_what_the_kernel_cannot_count_is_said(two: Two) -> None:
         await first.command("device_add", driver="vfio-pci", id="n0", host="0000:01:00.0", group_fd="g")
         problems = own_memory(first.machine)
         assert problems == ["container:0: the kernel cannot update addresses (VFIO_UPDATE_VADDR)"]
+        assert int(vfio.Extension.UPDATE_VADDR) == 10
 
     two(scenario)
