@@ -35,7 +35,6 @@ from vfiod.server.sockets.access import Access, overflow_uid
 from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
-
     from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor

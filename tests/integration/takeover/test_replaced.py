@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import Final, Literal
 
+from vfiod.client.methods.values import VectorFds
 from vfiod.client.sync import Client
 from vfiod.protocol.fd import FileDescriptor
 
 from .conftest import PATIENCE, House, until
+
+MODES: Final[tuple[Literal["relayed", "direct"], ...]] = ("relayed", "direct")
 
 
 def primer(client: Client, id: str = "n0") -> str:
@@ -41,8 +44,7 @@ def test_a_session_goes_on_with_its_device_and_its_interrupts(house: House) -> N
         primer(client)
         put(client, 0x04, 0x1234)
         put(client, 4, 0x0006, "config")
-        client.getfd("bell", bell)
-        client.irq_start(device="n0", index="msix", eventfds=[{"vector": 0, "trigger": "bell"}], mode="relayed")
+        client.irq_start(device="n0", index="msix", eventfds=[VectorFds(vector=0, trigger=bell)], mode="relayed")
         put(client, 0x14, 1)
         until(lambda: rung(bell) > 0)
         second = house.next()
@@ -85,11 +87,10 @@ def test_under_load_no_command_fails_and_no_interrupt_is_lost(house: House) -> N
 
     bells = [FileDescriptor(os.eventfd(0, os.EFD_NONBLOCK)) for _ in range(2)]
     with house.connect() as client, bells[0], bells[1]:
-        for number, mode in enumerate(("relayed", "direct")):
+        for number, mode in enumerate(MODES):
             primer(client, f"n{number}")
             put(client, 4, 0x0006, "config", f"n{number}")
-            client.getfd("bell", bells[number])
-            eventfds: Any = [{"vector": 0, "trigger": "bell"}]
+            eventfds = [VectorFds(vector=0, trigger=bells[number])]
             client.irq_start(device=f"n{number}", index="msix", eventfds=eventfds, mode=mode)
         threads = [threading.Thread(target=load, args=(number,)) for number in range(2)]
         for thread in threads:
@@ -128,12 +129,12 @@ def test_half_a_request_and_unread_replies_go_along(house: House) -> None:
         lines = raw.makefile("rb")
         assert b"QMP" in lines.readline()
         raw.sendall(b'{"execute":"qmp_capabilities"}')
-        assert lines.readline() == b'{"return": {}}\r\n'
+        assert lines.readline() == b'{"return":{}}\r\n'
         raw.sendall(b'{"execute":"query-status","id":1}{"execute":"query-na')
-        assert b'"id": 1' in lines.readline()
+        assert b'"id":1' in lines.readline()
         house.next()
         raw.sendall(b'me","id":2}')
-        assert lines.readline() == b'{"return": {"name": "vm"}, "id": 2}\r\n'
+        assert lines.readline() == b'{"return":{"name":"vm"},"id":2}\r\n'
 
 
 def test_events_go_on_with_their_numbers(house: House) -> None:
@@ -150,9 +151,8 @@ def test_named_fds_and_objects_stay(house: House) -> None:
     house.first()
     with house.connect() as client, FileDescriptor(os.memfd_create("guest")) as memory:
         os.ftruncate(memory.number, 1 << 20)
-        client.getfd("ram", memory)
-        client.getfd("spare", memory)
-        client.object_add(qom_type="memory-backend-fd", id="ram0", fd="ram", size=1 << 20)
+        client.getfd(fdname="spare", fd=memory)
+        client.object_add(qom_type="memory-backend-fd", id="ram0", fd=memory, size=1 << 20)
         client.dma_map(iova=0, size=1 << 16, memory_backend="ram0")
         house.next()
         client.dma_map(iova=1 << 20, size=1 << 16, fd="spare")
