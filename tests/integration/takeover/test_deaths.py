@@ -28,6 +28,7 @@ def take(path: Path, until_step: str) -> None:
         connection.settimeout(PATIENCE)
         connection.connect(str(path))
         wire = Wire(connection)
+        whole = Whole(0, 0)
         for step in STEPS:
             match step:
                 case "welcomed":
@@ -38,8 +39,9 @@ def take(path: Path, until_step: str) -> None:
                 case "begun":
                     wire.send(Begin())
                 case "told how much":
-                    whole = wire.receive()
-                    assert isinstance(whole, Whole)
+                    told = wire.receive()
+                    assert isinstance(told, Whole)
+                    whole = told
                 case "everything":
                     data, fds = wire.receive_whole(whole)
                     assert len(data) == whole.size
