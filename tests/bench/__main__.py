@@ -7,7 +7,19 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, subchannel, vectors
+from tests.bench import (
+    channel,
+    devices,
+    exports,
+    kernel,
+    mediated,
+    monitor,
+    platforms,
+    sandbox,
+    served,
+    subchannel,
+    vectors,
+)
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -29,6 +41,7 @@ def main() -> None:
             "channel",
             "exports",
             "mediated",
+            "sandbox",
             "served",
             "kernel",
             "subchannel",
@@ -55,6 +68,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("exports", exports),
         ("served", served),
         ("mediated", mediated),
+        ("sandbox", sandbox),
     ):
         if only in (None, name):
             yield from part.lines(scale)

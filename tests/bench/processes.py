@@ -153,12 +153,15 @@ def _path() -> str:
 
 
 @contextlib.contextmanager
-def vfiod(*paths: str) -> Iterator[Process]:
-    """A server; ``paths`` are on its Python path too."""
+def vfiod(*paths: str, options: Sequence[str] = ()) -> Iterator[Process]:
+    """A server; ``paths`` are on its Python path too, ``options`` are more of its options."""
     path = os.pathsep.join([*(str(ROOT / part) for part in ("protocol", "server", "client")), *paths])
-    command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}", "--allow-connect"]
+    command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}", "--allow-connect", *options]
     # With compiled modules, as an installed program has them, whatever this process was told about writing them.
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{_directory.name}/pycache"}
+    if not os.path.exists(f"{_directory.name}/pycache"):  # in its sandbox a server writes none
+        parts = [str(ROOT / part) for part in ("protocol", "server")]
+        subprocess.run([sys.executable, "-m", "compileall", "-q", *parts], env={**os.environ, **cache}, check=True)
     process = Process(command, _path(), env={"PYTHONPATH": path, **cache})
     try:
         yield process
