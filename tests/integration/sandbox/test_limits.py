@@ -40,10 +40,9 @@ def said(directory: Path, files: int, locked: int, *options: str) -> list[str]:
         while not path.exists():
             assert process.poll() is None, process.communicate()
         with Client.connect(path, timeout=120) as client:
-            client.quit()
+            client.query_name()
     finally:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
     return process.communicate()[1].splitlines()
 
 
