@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from tests.bench import (
+    bus,
     channel,
     devices,
     exports,
@@ -36,6 +37,7 @@ def main() -> None:
         choices=[
             "monitor",
             "devices",
+            "bus",
             "vectors",
             "platforms",
             "channel",
@@ -62,6 +64,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
     for name, part in (
         ("monitor", monitor),
         ("devices", devices),
+        ("bus", bus),
         ("vectors", vectors),
         ("platforms", platforms),
         ("channel", channel),

@@ -28,7 +28,7 @@ def lines(scale: float) -> Iterator[Line]:
 
 def _sandbox(rounds: int) -> Iterator[Line]:
     with ExitStack() as stack:
-        on, off = (stack.enter_context(vfiod(options=["--sandbox", mode])) for mode in ("on", "off"))
+        on, off = (stack.enter_context(vfiod(arguments=["--sandbox", mode])) for mode in ("on", "off"))
         wires = {"on": on.connect(), "off": off.connect()}
         trips = paired({name: _trips(wire, SMALL) for name, wire in wires.items()}, rounds)
         yield Line("small command, round trip, sandbox on to off", trips.ratio("on", "off"), budget=1.02)
@@ -40,7 +40,7 @@ def _audit(rounds: int) -> Iterator[Line]:
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
         wires = {
-            "on": stack.enter_context(vfiod(options=["--audit", f"{directory}/audit"])).connect(),
+            "on": stack.enter_context(vfiod(arguments=["--audit", f"{directory}/audit"])).connect(),
             "off": stack.enter_context(vfiod()).connect(),
         }
         noted = paired({name: _trips(wire, CHANGING) for name, wire in wires.items()}, rounds)
@@ -75,7 +75,7 @@ def _first_answer(mode: str) -> Callable[[], float]:
     def measure() -> float:
         gc.collect()
         begin = perf_counter_ns()
-        with vfiod(options=["--sandbox", mode]) as process:
+        with vfiod(arguments=["--sandbox", mode]) as process:
             wire = process.connect()
             wire.call(SMALL)
             taken = perf_counter_ns() - begin

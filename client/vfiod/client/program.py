@@ -19,12 +19,13 @@ SUBCOMMANDS: Final = {
     "watch": ("vfiod.client.watch.program", "devices, interrupts, DMA maps, exports and events of servers, live"),
     "mdev": ("vfiod.client.mdev", "serve a mediated device to a hypervisor by vfio-user, with no monitor"),
     "host": ("vfiod.client.host.program", "this host's devices and groups: list, bind, unbind, recover"),
+    "completion": ("vfiod.client.completion", "what bash, zsh and fish need to complete these command lines"),
 }
 
 
 def usage() -> str:
     """What ``vfiod --help`` prints."""
-    lines = [f"  {name:<9} {about}" for name, (_, about) in SUBCOMMANDS.items()]
+    lines = [f"  {name:<10} {about}" for name, (_, about) in SUBCOMMANDS.items()]
     return "\n".join(
         [
             "usage: vfiod COMMAND ...",
