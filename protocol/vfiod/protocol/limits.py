@@ -13,6 +13,10 @@ line limit of ``qemu.qmp`` (``qemu/qmp/protocol.py``)."""
 MAX_NESTING: Final = 1024
 """Levels of ``[`` and ``{`` in one request; QEMU's ``MAX_NESTING`` (``qobject/json-streamer.c``)."""
 
+MAX_COLLECTIONS: Final = 10_000
+"""Lists and objects within one call's arguments. No command takes a hundredth; each costs sixty times the byte that
+says it, and the loop's time."""
+
 MAX_ERROR_TEXT: Final = 2000
 """Characters of what was wrong that an error tells: an unknown name of a megabyte is not sent back whole."""
 
@@ -49,11 +53,26 @@ BUS_QUEUE: Final = 1000
 """Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
 whose queue is full misses those that follow, and sees that by their numbers."""
 
+MAX_BUS_CLIENTS: Final = 256
+"""Connections to one socket of the bus at once. Beyond it they are shut down: each has queues of its own."""
+
+BUS_SURGE: Final = 1024
+"""Connections that ZeroMQ can accept before the first too many is shut down: its own queue of reports has room for
+1,000 (``ZMQ_SNDHWM`` of a monitor, which cannot be changed), ours for one, and it works in batches. So many open files
+are kept free for each socket of the bus."""
+
+BUS_HANDSHAKE_MS: Final = 5000
+"""How long a peer of the bus may take to say who it is; ZeroMQ's own patience is 30 s."""
+
 BUS_LINGER_MS: Final = 500
 """How long, at the end, what waits for peers of the bus may take to leave."""
 
 MAX_SCRAPERS: Final = 8
-"""Readers of metrics at once: a host has one, perhaps two."""
+"""Readers of metrics at once: a host has one, perhaps two. Beyond it, who has been reading longest is hung up on."""
+
+MAX_SCRAPER_CONNECTIONS: Final = 64
+"""Connections to the door of metrics at once. Beyond it the oldest is hung up on: a scraper asks as it comes in, and
+who has said nothing for longer than 63 others is none."""
 
 MAX_SCRAPE_REQUEST: Final = 8 * 1024
 """Bytes of a scraper's request: what common HTTP servers take for a head."""

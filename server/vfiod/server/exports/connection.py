@@ -31,6 +31,7 @@ from vfiod.protocol.limits import (
     VFIO_USER_PARTING_MS,
 )
 from vfiod.protocol.vfio_user import BadMessage, Broken, Channel, Outgoing, Rejected, Request
+from vfiod.server.kernel import open_files
 
 __all__ = ["DONE", "Answer", "Connection"]
 
@@ -206,7 +207,12 @@ class Connection:
             cut = self.channel.cut_short
             self.end("The client has closed the connection" + (f", {cut} bytes into a message" if cut else ""))
             return
-        happenings = self.channel.receive(bytes(_VIEW[:size]), rights_of(ancillary))
+        fds = rights_of(ancillary)
+        if fds and open_files.are_scarce(fds):
+            close_all(fds)
+            self.end("The client sent fds, and the server has too many open files (RLIMIT_NOFILE)")
+            return
+        happenings = self.channel.receive(bytes(_VIEW[:size]), fds)
         self._cut = self.channel.cut_short > 0
         self._take(happenings)
         if self._queued > 8 * VFIO_USER_MAX_QUEUE:

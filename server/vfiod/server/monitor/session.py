@@ -23,6 +23,7 @@ from vfiod.server import trace
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event
 from vfiod.server.fds import FdNames
+from vfiod.server.kernel import open_files
 from vfiod.server.monitor import dispatch
 from vfiod.server.monitor.writer import JOIN_BYTES, Writer
 from vfiod.server.sockets.access import Peer
@@ -298,7 +299,7 @@ class Session(ABC):
         if trace.session_fds.on:
             trace.session_fds(session=self.id, fds=[fd.number for fd in fds])
         trouble: LimitExceeded | None = None
-        if flags & MSG_CTRUNC:
+        if flags & MSG_CTRUNC or open_files.are_scarce(fds):
             close_all(fds)
             trouble = LimitExceeded(
                 f"File descriptors were lost on arrival, {len(fds)} that came were closed: the server has too many"

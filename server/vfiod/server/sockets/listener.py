@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.errors import VfiodError
-from vfiod.server.kernel import confinement
+from vfiod.server.kernel import confinement, open_files
 
 if TYPE_CHECKING:
     import asyncio
@@ -227,12 +227,19 @@ class Listener:
             except OSError as error:
                 # EMFILE, ENFILE, ENOMEM: the connection stays in the queue, and the socket stays readable. Leave it
                 # alone for a moment, or this would spin.
-                _log.error("Cannot accept a connection on %s: %s", self.name, error)
-                self._loop.remove_reader(self._listening.fileno())
-                self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
+                self._wait(str(error))
+                return
+            if open_files.are_scarce((connection.fileno(),)):
+                connection.close()
+                self._wait("the open files that are left are reserved for the bus")
                 return
             connection.setblocking(False)
             self._admit(connection)
+
+    def _wait(self, why: str) -> None:
+        _log.error("Cannot accept a connection on %s: %s", self.name, why)
+        self._loop.remove_reader(self._listening.fileno())
+        self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
 
     def _resume(self) -> None:
         self._retry = None

@@ -33,6 +33,7 @@ from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FD_BYTES, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all, rights_of
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK, VFIO_USER_MAX_UNREAD
 from vfiod.protocol.vfio_user import Broken, Channel, Command, Failure, Outgoing, Payload, Rejected, Reply, Request
+from vfiod.server.kernel import open_files
 
 __all__ = ["Link", "Serve"]
 
@@ -330,6 +331,10 @@ class Link:
                 self._lose(f"reading from it failed: {error.strerror}")
                 return
             fds = rights_of(ancillary)
+            if fds and open_files.are_scarce(fds):
+                close_all(fds)
+                self._lose("it sent fds, and this server has too many open files (RLIMIT_NOFILE)")
+                return
             if not data:
                 close_all(fds)
                 cut = side.channel.cut_short
