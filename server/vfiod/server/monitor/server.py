@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
@@ -58,6 +58,7 @@ class MonitorServer:
     Attributes:
         methods: the method table.
         status: running, or shutting down.
+        on_change: called with the name of each command that may have changed something, before its answer leaves.
 
     """
 
@@ -79,6 +80,7 @@ class MonitorServer:
         self.methods: Final = build_methods(table)
         self._roles: Final = {name: RoleMethods(self.methods, role) for name, role in build_roles(roles or {}).items()}
         self._audit: Final = audit
+        self.on_change: Callable[[str], None] | None = None
         self.status = RUNNING
         self.closing: Final[asyncio.Future[ShutdownCause]] = loop.create_future()
         self._access: Final = access
@@ -180,6 +182,8 @@ class MonitorServer:
 
     def audited(self, call: Call, command: str, error: CommandError | None) -> None:
         """A command that may change something has ended: note it."""
+        if self.on_change is not None:
+            self.on_change(command)
         if self._audit is not None:
             session = call.session
             asker = session.asker() if isinstance(session, Session) else _bus_asker()

@@ -6,12 +6,13 @@ import contextlib
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from vfiod.protocol.catalogue import COMMANDS
+from vfiod.protocol.catalogue import COMMANDS, EVENTS
 from vfiod.protocol.catalogue.devices import DeviceAdded
 from vfiod.protocol.catalogue.monitor import Shutdown, ShutdownCause
 from vfiod.protocol.catalogue.regions import RegionReadResult
@@ -70,6 +71,23 @@ def test_events_and_topics() -> None:
     assert packed.topic_of(Shutdown(guest=False, reason=ShutdownCause.HOST_SIGNAL)) == b"SHUTDOWN/"
     notice = packed.decode_notice(packed.encode_notice(added, 7, 11, 13))
     assert notice == packed.Notice("DEVICE_ADDED", {"device": "n0", "path": "/p"}, 7, 11, 13)
+    assert packed.encode_notice(added, 7, 11, 13) == msgpack.packb(
+        {
+            "jsonrpc": "2.0",
+            "method": "DEVICE_ADDED",
+            "params": {
+                **msgspec.to_builtins(added, order="sorted"),
+                "seq": 7,
+                "timestamp": {"seconds": 11, "microseconds": 13},
+            },
+        }
+    )
+
+
+def test_every_event_has_room_for_its_number_and_time() -> None:
+    """Its members and those two are a map whose length is in its first byte."""
+    for spec in EVENTS.values():
+        assert len(msgspec.structs.fields(spec.data)) + 2 <= 15, spec.name
 
 
 @pytest.mark.parametrize(
