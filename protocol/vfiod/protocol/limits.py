@@ -224,7 +224,7 @@ at once, SPDK#2392)."""
 
 VFIO_USER_PATIENCE: Final = 4
 """So many times ``x-msg-timeout`` a vfio-user server has for all that it is asked when it is connected, some 30 to 170
-questions: one that answers each just in time would hold up every other change of the machine for a quarter of an hour."""
+questions: one that answers each just in time would hold up every other change of the machine for minutes."""
 
 VFIO_USER_MAX_UNREAD: Final = 8 * 1024 * 1024
 """Bytes that wait to be sent to a vfio-user peer. More: it does not read, and the connection ends."""
