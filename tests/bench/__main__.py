@@ -19,6 +19,7 @@ from tests.bench import (
     sandbox,
     served,
     subchannel,
+    takeover,
     vectors,
 )
 from tests.bench.measuring import Line
@@ -44,6 +45,7 @@ def main() -> None:
             "exports",
             "mediated",
             "sandbox",
+            "takeover",
             "served",
             "kernel",
             "subchannel",
@@ -72,6 +74,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("served", served),
         ("mediated", mediated),
         ("sandbox", sandbox),
+        ("takeover", takeover),
     ):
         if only in (None, name):
             yield from part.lines(scale)

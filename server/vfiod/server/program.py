@@ -221,7 +221,7 @@ async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> 
     from vfiod.server.machine.keeping import rehome
     from vfiod.server.state.fds import Taken
     from vfiod.server.state.format import decode
-    from vfiod.server.takeover.server import adopt_everything, missing
+    from vfiod.server.takeover.server import adopt_everything, missing, prepare
 
     if any(need.startswith("mdev:") for need in taking.welcome.needs):
         await server.machine.mdevs.discover()
@@ -229,6 +229,7 @@ async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> 
     if reason is not None:
         taking.refuse(reason)
         raise StartError(reason)
+    prepare(server, taking.welcome)
     data, fds = taking.receive()
     taken = Taken(fds)
     try:
