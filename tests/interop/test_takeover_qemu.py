@@ -31,6 +31,12 @@ def house() -> Iterator[House]:
     shutil.rmtree(directory)
 
 
+def replace(house: House) -> None:
+    before = house.servers[-1]
+    made = house.next()
+    assert (before.process.poll(), made.process.poll()) == (0, None), before.log() + made.log()
+
+
 def test_a_guest_notices_nothing(house: House, tmp_path: Path) -> None:
     reason = unavailable_reason()
     if reason is not None:
@@ -43,9 +49,9 @@ def test_a_guest_notices_nothing(house: House, tmp_path: Path) -> None:
             until(lambda: client.query_device_exports()[0].state is ExportState.ATTACHED, "attached")
             for done in range(3):
                 # In the middle of what the guest does, and again between two examinations.
-                house.next()
+                replace(house)
                 findings = guest.wait_done(done + 1)
-                house.next()
+                replace(house)
             all_well(findings[: 3 * 7], rounds=3)
             [export] = client.query_device_exports()
             assert (export.attached, export.state) == (1, ExportState.ATTACHED)
