@@ -124,6 +124,9 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
         metrics: MetricsDoor | None = None
         store: Current | None = None
         try:
+            # Before the doors: who finds one may ask for the end at once, and that is an orderly one.
+            for number in ENDING_SIGNALS:
+                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             # The bus and the metrics have threads, and come after what is a thread's own (confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
             kept = _kept(options, supervised.notifier)
@@ -140,8 +143,6 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
                 _listen(server, option, options.socket_gid)
             if not threads:
                 confine(wanted)
-            for number in ENDING_SIGNALS:
-                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
             restrict(wanted)
