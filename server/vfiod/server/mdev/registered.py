@@ -21,7 +21,7 @@ from vfiod.server.mdev.calls import Calls, CallThreads, guarded, published, quie
 from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost
 from vfiod.server.mdev.parent import MdevType, MediatedDevice, Parent
 
-__all__ = ["CallLimits", "Registered"]
+__all__ = ["CallLimits", "Registered", "info_of"]
 
 LOOK_S = MDEV_LOOK_MS / 1000
 
@@ -131,7 +131,7 @@ class Registered:
             available_instances=self.available(mdev_type),
             parameters=dict(mdev_type.parameters),
             parent_attributes=self.told,
-            devices=[_info(one) for one in self.instances(mdev_type) if one.uuid in visible],
+            devices=[info_of(one) for one in self.instances(mdev_type) if one.uuid in visible],
         )
 
     # --- in a worker's thread -------------------------------------------------------------------------
@@ -243,7 +243,8 @@ class Registered:
         self.parent.destroy(instance.uuid, instance.device, forced=forced)
 
 
-def _info(instance: Instance) -> MdevInfo:
+def info_of(instance: Instance) -> MdevInfo:
+    """One device, as queries show it: of a parent that may wait, what it said last."""
     told = instance.told if instance.calls.waits else instance.attributes()
     return MdevInfo(
         uuid=instance.uuid,
