@@ -16,6 +16,7 @@ from tests.bench import (
     mediated,
     monitor,
     platforms,
+    sandbox,
     served,
     subchannel,
     vectors,
@@ -42,6 +43,7 @@ def main() -> None:
             "channel",
             "exports",
             "mediated",
+            "sandbox",
             "served",
             "kernel",
             "subchannel",
@@ -69,6 +71,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("exports", exports),
         ("served", served),
         ("mediated", mediated),
+        ("sandbox", sandbox),
     ):
         if only in (None, name):
             yield from part.lines(scale)

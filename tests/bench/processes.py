@@ -174,6 +174,9 @@ def vfiod(*paths: str, arguments: Sequence[str] = ()) -> Iterator[Process]:
     ]
     # With compiled modules, as an installed program has them, whatever this process was told about writing them.
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{_directory.name}/pycache"}
+    if not os.path.exists(f"{_directory.name}/pycache"):  # in its sandbox a server writes none
+        parts = [str(ROOT / part) for part in ("protocol", "server")]
+        subprocess.run([sys.executable, "-m", "compileall", "-q", *parts], env={**os.environ, **cache}, check=True)
     process = Process(command, _path(), env={"PYTHONPATH": path, **cache})
     try:
         yield process

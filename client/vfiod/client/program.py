@@ -12,6 +12,7 @@ __all__ = ["SUBCOMMANDS", "main"]
 
 SUBCOMMANDS: Final = {
     "serve": ("vfiod.client.serve", "run a device server for one VM"),
+    "keeper": ("vfiod.client.keeper", "run a device server, and hold its fds over a crash"),
     "run": ("vfiod.client.run", "run a hypervisor with devices that a vfiod of its own holds"),
     "demo": ("vfiod.client.demo", "every part at work on a built-in mediated device, with no hardware"),
     "call": ("vfiod.client.call", "run one command on a server"),

@@ -212,6 +212,12 @@ SERVE: Final = (
     ALLOW_PATH,
     _flag("allow-connect", "let device_add connect to Unix sockets by itself"),
     Setting(
+        name="fd-store", metavar="auto|on|off", choices=("auto", "on", "off"), standard="auto", example='"on"',
+        help="keep fds and state with who started us, so that a crash loses no device (auto)",
+        more="auto: when $FDSTORE says that there is a store (systemd 254 and later, vfiod keeper); on: whenever there "
+        "is $NOTIFY_SOCKET, for an earlier systemd with FileDescriptorStoreMax=.",
+    ),
+    Setting(
         name="config", metavar="FILE.toml", help="take options from a file; those given here win", offers="file",
         in_file=False, more="Its keys are these options without their dashes; see vfiod.toml(5).",
     ),

@@ -98,6 +98,7 @@ class Options(Struct, frozen=True):
     sandbox: str = "on"
     allow_paths: tuple[str, ...] = ()
     allow_connect: bool = False
+    fd_store: str = "auto"
     config: str | None = None
     said: frozenset[str] = frozenset()
     file_values: Mapping[str, Any] = {}
@@ -200,6 +201,7 @@ class _Reader:
             sandbox=self._said_or_standard("sandbox").lower(),
             allow_paths=(*self._list("allow-path"), *self._files_kept(config)),
             allow_connect=self._flag("allow-connect"),
+            fd_store=self._said_or_standard("fd-store").lower(),
             config=config,
             said=frozenset(self._said),
             file_values=self._file_values,

@@ -34,9 +34,13 @@ from vfiod.server.sockets.access import Access, overflow_uid
 from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
+    import socket
+
     from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
+    from vfiod.server.notify import Notifier
+    from vfiod.server.store.current import Current
 
 __all__ = ["main", "serve"]
 
@@ -118,13 +122,18 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
         supervised = Supervised(loop, hub, options, lambda: len(machine.devices.all()), journal)
         stack.callback(supervised.close)
         metrics: MetricsDoor | None = None
+        store: Current | None = None
         try:
             # The bus and the metrics have threads, and come after what is a thread's own (confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
-            threads = bool(options.bus or options.events or options.metrics_path or options.metrics_port)
+            kept = _kept(options, supervised.notifier)
+            threads = bool(kept or options.bus or options.events or options.metrics_path or options.metrics_port)
             wanted = _sandbox(options, to_be_made=threads)
             if threads:
                 confine(wanted)
+            if kept is not None:
+                store = await _begin(machine, kept)
+                server.on_change = store.ended
             _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
             for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
@@ -146,6 +155,8 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
             _log.info("Ending: %s", cause)
         finally:
             supervised.stopping()
+            if store is not None:
+                await store.end()
             # Sessions are served until all is closed: who asks then is told that we are ending.
             problems = await machine.close()
             hub.flush()
@@ -164,6 +175,24 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
         logging.shutdown()
         os._exit(1)
     return not problems
+
+
+def _kept(options: Options, notifier: Notifier) -> socket.socket | None:
+    """The socket of whoever keeps fds for us; None: nobody does, or shall."""
+    told = os.environ.pop("FDSTORE", "")
+    if options.fd_store == "on" and notifier.datagrams is None:
+        raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
+    kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
+    return notifier.datagrams if kept else None
+
+
+async def _begin(machine: Machine, kept: socket.socket) -> Current:
+    """Take over what a dead server has left there, before anybody may come in."""
+    from vfiod.server.commands.monitor import VERSION
+    from vfiod.server.store.restore import begin
+
+    triple = VERSION.qemu
+    return await begin(machine, kept, f"{triple.major}.{triple.minor}.{triple.micro}")
 
 
 def _sandbox(options: Options, *, to_be_made: bool) -> Wanted:

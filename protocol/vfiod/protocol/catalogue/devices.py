@@ -13,7 +13,7 @@ from vfiod.protocol.catalogue.fds import FdsetInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.mediated import MdevInfo
 from vfiod.protocol.catalogue.memory import MappingInfo
-from vfiod.protocol.catalogue.monitor import StatusInfo
+from vfiod.protocol.catalogue.monitor import MachineRestored, StatusInfo
 from vfiod.protocol.catalogue.objects import ObjectInfo
 from vfiod.protocol.catalogue.words import (
     UNSET,
@@ -320,6 +320,10 @@ class MachineInfo(Result):
     fdsets: list[FdsetInfo]
     mdevs: list[str]
     sessions: list[SessionInfo]
+    restored: Annotated[
+        MachineRestored | UnsetType,
+        Meta(description="What the event MACHINE_RESTORED said, when this server followed one that died."),
+    ] = UNSET
 
 
 @command("query-machine", Family.MONITOR, oob=True, mutates=False)

@@ -401,6 +401,11 @@ class ClientMappings:
         found = self._machine(iova, iova + size)
         return found[0] if found else None
 
+    def mappings_of(self, space: AddressSpace) -> list[Mapping]:
+        """What clients have in an address space that the machine has not."""
+        table = self._tables.get(id(space))
+        return [] if table is None else [one.mapping for one in table.ranges if one.reachable and not one.by_machine]
+
     def infos(self) -> list[MappingInfo]:
         """What ``query-dma`` says of them."""
         return [

@@ -7,14 +7,14 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, Stat, StatsResult, StatusInfo
 from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
-from vfiod.protocol.limits import MAX_SESSIONS
+from vfiod.protocol.limits import MAX_OTHER_SESSIONS, MAX_SESSIONS
 from vfiod.server.commands.call import Call, Handler
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
@@ -58,6 +58,7 @@ class MonitorServer:
     Attributes:
         methods: the method table.
         status: running, or shutting down.
+        on_change: called with the name of each command that may have changed something, before its answer leaves.
 
     """
 
@@ -79,6 +80,7 @@ class MonitorServer:
         self.methods: Final = build_methods(table)
         self._roles: Final = {name: RoleMethods(self.methods, role) for name, role in build_roles(roles or {}).items()}
         self._audit: Final = audit
+        self.on_change: Callable[[str], None] | None = None
         self.status = RUNNING
         self.closing: Final[asyncio.Future[ShutdownCause]] = loop.create_future()
         self._access: Final = access
@@ -120,6 +122,11 @@ class MonitorServer:
             refusal = PermissionRefused(sentence)
         elif len(self._sessions) >= MAX_SESSIONS:
             refusal = Busy(f"There are {MAX_SESSIONS} monitor sessions, no more are allowed: close one first")
+        elif methods.role.name != OPERATOR and self._others() >= MAX_OTHER_SESSIONS:
+            refusal = Busy(
+                f"There are {MAX_OTHER_SESSIONS} monitor sessions of roles like '{methods.role.name}', no more are "
+                "allowed beside operators: close one first"
+            )
         if refusal is not None:
             _log.warning(
                 "Refused a %s session of uid %d, pid %d: %s", session_type.dialect, peer.uid, peer.pid, refusal
@@ -130,6 +137,10 @@ class MonitorServer:
         session = session_type(self._number, connection, peer, self, methods)
         self._sessions[session.id] = session
         session.start()
+
+    def _others(self) -> int:
+        """How many sessions are no operators'."""
+        return sum(session.role != OPERATOR for session in self._sessions.values())
 
     def ended(self, session: Session) -> None:
         """A session has ended."""
@@ -171,6 +182,8 @@ class MonitorServer:
 
     def audited(self, call: Call, command: str, error: CommandError | None) -> None:
         """A command that may change something has ended: note it."""
+        if self.on_change is not None:
+            self.on_change(command)
         if self._audit is not None:
             session = call.session
             asker = session.asker() if isinstance(session, Session) else _bus_asker()

@@ -41,8 +41,9 @@ HOST_FACTS: Final = (
 LIBRARIES: Final = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
 """Where extensions that are imported later find the libraries they want."""
 
-TERMINALS: Final = ("/dev/ptmx", "/dev/pts")
-"""The lines of mediated serial ports and displays are pseudo-terminals unless told otherwise."""
+DEVICES: Final = ("/dev/ptmx", "/dev/pts", "/dev/vfio/vfio")
+"""The lines of mediated serial ports and displays are pseudo-terminals unless told otherwise. A container of VFIO is
+opened for a group that came without one; alone it is nothing, and everybody may open it (``container``)."""
 
 DEVICE_NODES: Final = ("/dev/vfio", "/dev/iommu")
 """With ``--allow-open``."""
@@ -62,7 +63,7 @@ def for_python() -> list[Rule]:
 
 def for_devices(*, allow_open: bool) -> list[Rule]:
     """Device nodes."""
-    places = TERMINALS + (DEVICE_NODES if allow_open else ())
+    places = DEVICES + (DEVICE_NODES if allow_open else ())
     return [Rule(place, USE_DEVICE) for place in places]
 
 
