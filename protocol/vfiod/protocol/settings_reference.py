@@ -31,7 +31,7 @@ alow_open = true
 log-level = "loud"
 ```
 
-```console
+```console status=2
 $ vfiod serve --config wrong.toml
 vfiod: wrong.toml:3: unknown key 'alow_open': did you mean 'allow-open'?
 vfiod: wrong.toml:4: 'log-level' expects one of debug, info, warning, error, got 'loud'
