@@ -6,7 +6,7 @@ The first word of a fence is the language; what follows says how the block is ru
 ``console``            lines that begin with ``$ `` are typed in a shell, in the page's own directory; what follows them
                        is printed. ``...`` stands for anything. A command that ends in ``&`` is a server: the page goes
                        on when it accepts, or, when lines follow it, when it has printed them. A line ending in a
-                       backslash goes on in the next. ``status=N``: they fail, with this exit status.
+                       backslash goes on in the next.
 ``terminal``           the same for ``vfiod`` at a terminal: what follows appears on it, and then it is closed
 ``json``               a conversation by QMP or JSON-RPC: ``-> `` is sent, ``<- `` is received, events too.
                        ``socket=NAME`` says where; default: the page's first monitor socket.
@@ -43,7 +43,7 @@ PAGES: Final = sorted([*REPO.glob("*.md"), REPO / "examples/README.md", *(REPO /
 NAMES: Final = [str(page.relative_to(REPO)) for page in PAGES]
 
 HOW: Final = ("file", "of", "run-by", "not-run")
-KNOWN: Final = {*HOW, "needs", "socket", "drawing", "status"}
+KNOWN: Final = {*HOW, "needs", "socket", "drawing"}
 RUN_LANGUAGES: Final = ("console", "terminal", "json", "python", "monitor")
 SHORTEST_REASON: Final = 15
 
