@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check bench bench-lab docs minimum fuzz clean
+.PHONY: help demo test lab check bench bench-lab docs minimum fuzz soak clean
 
 help:            ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,7 @@ demo: $(READY)   ## Every part at work on the built-in mediated device; no hardw
 	$(BIN)/vfiod demo
 
 test: $(READY)   ## Everything that needs no emulator: types, style, layers, unit, integration, interop, fuzz
+	$(BIN)/python -m compileall -q protocol server client  # servers cannot: their sandbox lets them write no file
 	$(BIN)/python -m pytest -m "not lab and not qemu" tests
 
 lab: $(READY)    ## The real kernel and the real QEMU, under emulation; installs what they need (apt, as root)
@@ -33,14 +34,20 @@ bench: $(READY)  ## Ratios to peers measured in the same run; no pass or fail
 bench-lab: $(READY) ## The same to the kernel's own VFIO, in the lab's machine "bench"
 	$(BIN)/python -m tests.lab run bench -- 'python -m tests.bench --only kernel'
 
-docs: $(READY)   ## Write the command reference again from the catalogue, and the tables of platform interrupts
+docs: $(READY)   ## Write again what is written from the code: references, manual pages, the schema
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
 	$(BIN)/python -m vfiod.server.interrupts.tables > docs/platform-interrupts.md
+	$(BIN)/python -m vfiod.protocol.settings_reference markdown > docs/configuration.md
+	$(BIN)/python -m vfiod.protocol.settings_reference schema > docs/vfiod.schema.json
+	$(BIN)/python -m vfiod.client.manual docs/man
 
 fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twenty minutes); by atheris if it is there
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py
 	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
 	$(BIN)/python -m tests.fuzz --seconds 60
+
+soak: $(READY)   ## 100,000 hotplugs, interrupts and mappings on one server (ten minutes to half an hour); draws docs/soak.svg
+	$(BIN)/python -m tests.soak --svg docs/soak.svg
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum

@@ -106,7 +106,9 @@ def demo(directory: Path) -> None:
     """The built-in devices: a disk on a file, a terminal whose operator is this program."""
     image, line = directory / "disk", directory / "line"
     image.write_bytes(b"".join(f"block {number}".encode().ljust(BLOCK) for number in range(64)))
-    with own_server(directory) as server, Client.connect(server.path, timeout=PATIENCE) as client:
+    # The sandbox keeps the server from every file but those it is told of: the disk, and the terminal's socket.
+    options = ["--allow-path", str(directory)]
+    with own_server(directory, options) as server, Client.connect(server.path, timeout=PATIENCE) as client:
         disk = client.mdev_create(parent="fba", type="fba-ccw", parameters={"file": str(image), "device-number": 0x200})
         client.device_add(driver="vfio-ccw", id="disk", mdev=disk.uuid)
         terminal = client.mdev_create(

@@ -7,7 +7,20 @@ import os
 import sys
 from collections.abc import Iterator
 
-from tests.bench import channel, devices, exports, kernel, mediated, monitor, platforms, served, subchannel, vectors
+from tests.bench import (
+    bus,
+    channel,
+    devices,
+    exports,
+    kernel,
+    mediated,
+    monitor,
+    platforms,
+    sandbox,
+    served,
+    subchannel,
+    vectors,
+)
 from tests.bench.measuring import Line
 from tests.bench.processes import ROOT
 
@@ -24,11 +37,13 @@ def main() -> None:
         choices=[
             "monitor",
             "devices",
+            "bus",
             "vectors",
             "platforms",
             "channel",
             "exports",
             "mediated",
+            "sandbox",
             "served",
             "kernel",
             "subchannel",
@@ -49,12 +64,14 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
     for name, part in (
         ("monitor", monitor),
         ("devices", devices),
+        ("bus", bus),
         ("vectors", vectors),
         ("platforms", platforms),
         ("channel", channel),
         ("exports", exports),
         ("served", served),
         ("mediated", mediated),
+        ("sandbox", sandbox),
     ):
         if only in (None, name):
             yield from part.lines(scale)

@@ -23,7 +23,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel.memory import RegionWindow
 from vfiod.server.kernel.syscalls import Syscalls
 
-__all__ = ["lines"]
+__all__ = ["VM", "lines", "read_lines"]
 
 SMALL = b'{"execute":"query-version"}'
 VM = "00000000-0000-4000-8000-000000000001"
@@ -267,7 +267,7 @@ def _events(rounds: int) -> Iterator[Line]:
                 state["on"] = not state["on"]
                 start = perf_counter_ns()
                 bench.wire.socket.sendall(b'{"execute":"%s","arguments":{"uuid":"%s"}}' % (name.encode(), VM.encode()))
-                _read([*((one, burst) for one in sockets[:-1]), (bench.wire.socket, burst + 1)])  # and the reply
+                read_lines([*((one, burst) for one in sockets[:-1]), (bench.wire.socket, burst + 1)])  # and the reply
                 return burst / (perf_counter_ns() - start)
 
             result = paired({"vfiod": ours, "bare": partial(_bare, burst, readers)}, rounds)
@@ -282,7 +282,7 @@ def _events(rounds: int) -> Iterator[Line]:
                 one.close()
 
 
-def _read(wanted: Sequence[tuple[socket.socket, int]]) -> None:
+def read_lines(wanted: Sequence[tuple[socket.socket, int]]) -> None:
     """Read so many lines from each."""
     poll = select.poll()
     left = {one.fileno(): (one, count) for one, count in wanted}
@@ -312,7 +312,7 @@ def _bare(burst: int, readers: int) -> float:
     sender = threading.Thread(target=send)
     start = perf_counter_ns()
     sender.start()
-    _read([(here, burst) for here, _ in pairs])
+    read_lines([(here, burst) for here, _ in pairs])
     took = perf_counter_ns() - start
     sender.join()
     for pair in pairs:

@@ -15,7 +15,7 @@ from tests.bench.processes import QEMU, Process, Wire, compiled, floor_echo, qem
 
 from vfiod.protocol.fd import FileDescriptor
 
-__all__ = ["lines"]
+__all__ = ["SMALL", "first_answer", "lines"]
 
 SMALL = b'{"execute":"query-version"}'
 LONG = json.dumps({"execute": "trace-event-get-state", "arguments": {"name": "x" * 1000}}).encode()
@@ -116,7 +116,7 @@ def _start(scale: float) -> Iterator[Line]:
     starts: dict[str, Callable[[], AbstractContextManager[Process]]] = {"vfiod": vfiod}
     if QEMU:
         starts["qemu"] = qemu
-    result = paired({name: _first_answer(start) for name, start in starts.items()}, max(3, int(3 * scale)))
+    result = paired({name: first_answer(start) for name, start in starts.items()}, max(3, int(3 * scale)))
     yield Line(
         "start to first answer, to QEMU -machine none",
         result.ratio("vfiod", "qemu") if QEMU else None,
@@ -125,7 +125,9 @@ def _start(scale: float) -> Iterator[Line]:
     )
 
 
-def _first_answer(start: Callable[[], AbstractContextManager[Process]]) -> Callable[[], float]:
+def first_answer(start: Callable[[], AbstractContextManager[Process]]) -> Callable[[], float]:
+    """How long from nothing to the answer of a first command, in ns."""
+
     def measure() -> float:
         gc.collect()
         begin = perf_counter_ns()

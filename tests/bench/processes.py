@@ -20,7 +20,7 @@ from typing import Any
 
 from vfiod.protocol.fd import FileDescriptor
 
-__all__ = ["ROOT", "Process", "Wire", "compiled", "floor_echo", "qemu", "steal_fd", "vfiod"]
+__all__ = ["ROOT", "Process", "Wire", "compiled", "cpu_ns", "floor_echo", "qemu", "steal_fd", "vfiod"]
 
 ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-system-x86_64")
@@ -121,7 +121,7 @@ class Process:
 
     def cpu_ns(self) -> int:
         """Time on a processor so far, all threads, in ns."""
-        return sum(int(task.joinpath("schedstat").read_text().split()[0]) for task in self._tasks())
+        return cpu_ns(self.pid)
 
     def wakeups(self) -> int:
         """How often any of its threads slept and was woken."""
@@ -144,6 +144,11 @@ class Process:
         return list(Path(f"/proc/{self.pid}/task").iterdir())
 
 
+def cpu_ns(pid: int) -> int:
+    """Time on a processor so far of a process, all threads, in ns."""
+    return sum(int(task.joinpath("schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
 _directory = tempfile.TemporaryDirectory(prefix="vfiod-bench-")
 _numbers = iter(range(1 << 30))
 
@@ -153,12 +158,25 @@ def _path() -> str:
 
 
 @contextlib.contextmanager
-def vfiod(*paths: str) -> Iterator[Process]:
-    """A server; ``paths`` are on its Python path too."""
+def vfiod(*paths: str, arguments: Sequence[str] = ()) -> Iterator[Process]:
+    """A server with these arguments; ``paths`` are on its Python path too."""
     path = os.pathsep.join([*(str(ROOT / part) for part in ("protocol", "server", "client")), *paths])
-    command = [sys.executable, "-m", "vfiod.server", "--name", "bench", "--qmp", "fd={fd}", "--allow-connect"]
+    command = [
+        sys.executable,
+        "-m",
+        "vfiod.server",
+        "--name",
+        "bench",
+        "--qmp",
+        "fd={fd}",
+        "--allow-connect",
+        *arguments,
+    ]
     # With compiled modules, as an installed program has them, whatever this process was told about writing them.
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{_directory.name}/pycache"}
+    if not os.path.exists(f"{_directory.name}/pycache"):  # in its sandbox a server writes none
+        parts = [str(ROOT / part) for part in ("protocol", "server")]
+        subprocess.run([sys.executable, "-m", "compileall", "-q", *parts], env={**os.environ, **cache}, check=True)
     process = Process(command, _path(), env={"PYTHONPATH": path, **cache})
     try:
         yield process

@@ -401,13 +401,16 @@ def take(eventfd: FileDescriptor, *, wait: bool = True) -> int:
     return os.eventfd_read(eventfd.number)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser("vfiod demo", description="A manager's whole day with one device, without hardware.")
+    made.add_argument("--quiet", action="store_true", help="only what was done and checked")
+    return made
+
+
 def main(argv: list[str]) -> int:
     """Run it. 0: everything was as it has to be; 1: something was not, and the text says what."""
-    parser = argparse.ArgumentParser(
-        "vfiod demo", description="A manager's whole day with one device, without hardware."
-    )
-    parser.add_argument("--quiet", action="store_true", help="only what was done and checked")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     narrator = Narrator(quiet=options.quiet)
     server: OwnServer | None = None
     with own_directory("vfiod-demo-") as directory:

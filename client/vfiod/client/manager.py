@@ -130,7 +130,9 @@ class Manager:
                 if uid is not None:
                     os.chown(sockets, uid, uid if gid is None else gid)
                     directory.chmod(0o711)
-                process = _spawn(name, directory / "qmp.sock", uid, uid if gid is None else gid, arguments)
+                # Its sandbox lets it make sockets there; the monitor's it has inherited.
+                options = ["--allow-path", os.fspath(sockets), *arguments]
+                process = _spawn(name, directory / "qmp.sock", uid, uid if gid is None else gid, options)
             with let_in():
                 # Connecting works already: the kernel queues us until vfiod accepts, or refuses us when it has died.
                 client = Client.connect(directory / "qmp.sock", timeout=PATIENCE)

@@ -12,6 +12,7 @@ __all__ = ["SUBCOMMANDS", "main"]
 
 SUBCOMMANDS: Final = {
     "serve": ("vfiod.client.serve", "run a device server for one VM"),
+    "keeper": ("vfiod.client.keeper", "run a device server, and hold its fds over a crash"),
     "run": ("vfiod.client.run", "run a hypervisor with devices that a vfiod of its own holds"),
     "demo": ("vfiod.client.demo", "every part at work on a built-in mediated device, with no hardware"),
     "call": ("vfiod.client.call", "run one command on a server"),
@@ -19,12 +20,13 @@ SUBCOMMANDS: Final = {
     "watch": ("vfiod.client.watch.program", "devices, interrupts, DMA maps, exports and events of servers, live"),
     "mdev": ("vfiod.client.mdev", "serve a mediated device to a hypervisor by vfio-user, with no monitor"),
     "host": ("vfiod.client.host.program", "this host's devices and groups: list, bind, unbind, recover"),
+    "completion": ("vfiod.client.completion", "what bash, zsh and fish need to complete these command lines"),
 }
 
 
 def usage() -> str:
     """What ``vfiod --help`` prints."""
-    lines = [f"  {name:<9} {about}" for name, (_, about) in SUBCOMMANDS.items()]
+    lines = [f"  {name:<10} {about}" for name, (_, about) in SUBCOMMANDS.items()]
     return "\n".join(
         [
             "usage: vfiod COMMAND ...",

@@ -14,7 +14,17 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 
-__all__ = ["LEVELS", "LOG_FORMATS", "MDEV_SERVE", "SERVE", "Setting", "add_to", "mdev_serve_parser", "serve_parser"]
+__all__ = [
+    "ALLOW_PATH",
+    "LEVELS",
+    "LOG_FORMATS",
+    "MDEV_SERVE",
+    "SERVE",
+    "Setting",
+    "add_to",
+    "mdev_serve_parser",
+    "serve_parser",
+]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 """``--log-level``."""
@@ -125,6 +135,17 @@ _ALLOW_UID: Final = Setting(
     types=(int,), most=MAX_USER, expects="a user's number", example="[107]",
 )  # fmt: skip
 
+_SANDBOX: Final = Setting(
+    name="sandbox", metavar="on|off|required", help="give up privileges, files and system calls (on)",
+    choices=("on", "off", "required"), standard="on", example='"required"',
+    more="on goes on with what the kernel has, required does not; off is for finding out whether it is the sandbox.",
+)  # fmt: skip
+ALLOW_PATH: Final = Setting(
+    name="allow-path", metavar="[ro:]PATH", help="keep this reachable in the sandbox; may be repeated", many=True,
+    pattern=r"^(ro:)*/", expects="an absolute path, after ro: when it shall only be read", offers="file",
+    example='["ro:/usr/share/vfiod/roms"]',
+)  # fmt: skip
+
 SERVE: Final = (
     Setting(
         name="name", metavar="VM", help="the name of the VM", pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", most=MAX_NAME,
@@ -187,17 +208,26 @@ SERVE: Final = (
         name="bus-clients", metavar="DIR", help="the public CURVE keys of the clients that may come in, for tcp:",
         offers="directory", example='"/etc/vfiod/keys/clients"',
     ),
-    Setting(
-        name="sandbox", metavar="on|off|required", help="give up privileges, files and system calls (off)",
-        choices=("on", "off", "required"), standard="off", example='"required"',
-        more="on goes on with what the kernel has, required does not.",
-    ),
-    Setting(
-        name="allow-path", metavar="[ro:]PATH", help="keep this reachable in the sandbox; may be repeated", many=True,
-        pattern=r"^(ro:)*/", expects="an absolute path, after ro: when it shall only be read", offers="file",
-        example='["ro:/usr/share/vfiod/roms"]',
-    ),
+    _SANDBOX,
+    ALLOW_PATH,
     _flag("allow-connect", "let device_add connect to Unix sockets by itself"),
+    Setting(
+        name="fd-store", metavar="auto|on|off", choices=("auto", "on", "off"), standard="auto", example='"on"',
+        help="keep fds and state with who started us, so that a crash loses no device (auto)",
+        more="auto: when $FDSTORE says that there is a store (systemd 254 and later, vfiod keeper); on: whenever there "
+        "is $NOTIFY_SOCKET, for an earlier systemd with FileDescriptorStoreMax=.",
+    ),
+    Setting(
+        name="hand-over", metavar="unix:PATH", pattern=r"^unix:[\s\S]+$(?!\n)", expects="unix:PATH",
+        help="let a new vfiod serve --take-over take everything over here",
+        example='"unix:/run/vfiod/vm1/hand-over"', offers="file",
+        more="Mode 0600; root and our own user may come in.",
+    ),
+    Setting(
+        name="take-over", metavar="unix:PATH", pattern=r"^unix:[\s\S]+$(?!\n)", expects="unix:PATH", in_file=False,
+        help="take the place of the running server that hands over here", offers="file",
+        more="Its sockets, sessions, exports and devices go on here; --name and sockets may then be left out.",
+    ),
     Setting(
         name="config", metavar="FILE.toml", help="take options from a file; those given here win", offers="file",
         in_file=False, more="Its keys are these options without their dashes; see vfiod.toml(5).",
@@ -225,6 +255,8 @@ MDEV_SERVE: Final = (
         name="share-fd", metavar="on|off", choices=("on", "off"), standard="on",
         help="whether clients may map regions (on)",
     ),
+    _SANDBOX,
+    ALLOW_PATH,
     _LOG_LEVEL,
 )  # fmt: skip
 """The options of ``vfiod mdev serve``; it has no file."""

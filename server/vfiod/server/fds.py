@@ -10,7 +10,7 @@ import fcntl
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
@@ -18,6 +18,10 @@ from vfiod.protocol.catalogue.fds import FdInfo, FdsetFdInfo, FdsetInfo
 from vfiod.protocol.errors import CommandError, InvalidArgument, LimitExceeded
 from vfiod.protocol.fd import FdKind, FileDescriptor, close_all
 from vfiod.protocol.limits import MAX_FD_NAME, MAX_FDS_PER_SET, MAX_FDSETS, MAX_NAMED_FDS, MAX_PENDING_FDS
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Place, Taken
+    from vfiod.server.state.machine import HeldState
 
 __all__ = ["FdNames", "FdSets", "HeldFd", "KindOf"]
 
@@ -126,6 +130,22 @@ class FdNames:
         for fd in self._pending:
             yield FdInfo(owner=owner, kind=self._kind_of(fd.number), number=fd.number, pending=True)
 
+    def keep(self, owner: str, given: Given) -> tuple[list[tuple[str, HeldState]], list[Place]]:
+        """Describe them: those with names, and those that wait for one, in their order."""
+        from vfiod.server.state.machine import HeldState
+
+        named = [
+            (name, HeldState(fd=given.give(held.fd, f"{owner}/{name}"), opaque=held.opaque))
+            for name, held in self._named.items()
+        ]
+        return named, [given.give(fd, f"{owner}/pending") for fd in self._pending]
+
+    def adopt(self, named: list[tuple[str, HeldState]], pending: list[Place], taken: Taken) -> None:
+        """Make them again."""
+        for name, state in named:
+            self._named[name] = _taken(state, taken, self._kind_of)
+        self._pending.extend(taken.take(place) for place in pending)
+
     def close(self) -> None:
         """The session ended: close everything it sent and nobody took."""
         close_all(self._pending)
@@ -201,6 +221,20 @@ class FdSets:
             for one in held:
                 yield FdInfo(owner=f"fdset:{number}", kind=one.kind, number=one.fd.number)
 
+    def keep(self, given: Given) -> list[tuple[int, list[HeldState]]]:
+        """Describe them."""
+        from vfiod.server.state.machine import HeldState
+
+        return [
+            (number, [HeldState(fd=given.give(one.fd, f"fdset:{number}"), opaque=one.opaque) for one in held])
+            for number, held in self._sets.items()
+        ]
+
+    def adopt(self, states: list[tuple[int, list[HeldState]]], taken: Taken, kind_of: KindOf) -> None:
+        """Make them again."""
+        for number, held in states:
+            self._sets[number] = [_taken(one, taken, kind_of) for one in held]
+
     def close(self) -> None:
         """The machine ends."""
         sets, self._sets = self._sets, {}
@@ -212,3 +246,8 @@ def _set_fd_info(held: HeldFd) -> FdsetFdInfo:
     if held.opaque is None:
         return FdsetFdInfo(fd=held.fd.number, kind=held.kind)
     return FdsetFdInfo(fd=held.fd.number, kind=held.kind, opaque=held.opaque)
+
+
+def _taken(state: HeldState, taken: Taken, kind_of: KindOf) -> HeldFd:
+    fd = taken.take(state.fd)
+    return HeldFd(fd, kind_of(fd.number), state.opaque)

@@ -12,6 +12,7 @@ import asyncio
 import gc
 import json
 import logging
+import re
 import signal
 import socket
 import sys
@@ -21,13 +22,15 @@ from typing import Any, Final
 from vfiod.protocol.catalogue.devices import Driver
 from vfiod.protocol.errors import InvalidArgument, VfiodError
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.settings import mdev_serve_parser
+from vfiod.protocol.settings import ALLOW_PATH, mdev_serve_parser
 from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
 from vfiod.server.notify import Notifier
+from vfiod.server.options import OptionError
 from vfiod.server.program import ENDING_SIGNALS, raise_open_files, refuse_overflow_uid
+from vfiod.server.sandbox.entry import Wanted, confine, restrict
 
 __all__ = ["main"]
 
@@ -69,6 +72,10 @@ async def _serve(options: argparse.Namespace) -> bool:
     notifier = Notifier()
     try:
         door = _door(options)
+        wanted = _sandbox(options)
+        # Before the parent is imported: it gets what the options name, and no more.
+        confine(wanted)
+        restrict(wanted)
         device = await _device(machine, options)
         exports = exports_of(machine)
         exports.on_gone = ending.set  # of a socket that came connected: its one client is gone
@@ -91,6 +98,22 @@ async def _serve(options: argparse.Namespace) -> bool:
     for problem in problems:
         _log.error("%s", problem)
     return not problems
+
+
+def _sandbox(options: argparse.Namespace) -> Wanted:
+    """What the program keeps: its socket's directory, and the paths that its command line names."""
+    for path in options.allow_path:
+        if wrong := ALLOW_PATH.wrong(path):
+            raise OptionError(f"--allow-path {wrong}")
+    named = [value for _, value in map(_parameter, options.parameter) if isinstance(value, str)]
+    made = [value.partition(":")[2] for value in named if re.match(r"[a-z]+:/", value)]  # "socket:PATH", "pty:LINK"
+    own = [] if options.socket_path is None else [options.socket_path]
+    return Wanted(
+        mode=options.sandbox,
+        sockets=(*own, *made),
+        sockets_to_come=bool(made),
+        paths=(*options.allow_path, *(value for value in named if value.startswith("/"))),
+    )
 
 
 def _door(options: argparse.Namespace) -> NewExport:

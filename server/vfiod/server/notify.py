@@ -44,6 +44,11 @@ class Notifier:
         """Whether there is somebody to tell."""
         return self._socket is not None
 
+    @property
+    def datagrams(self) -> socket.socket | None:
+        """Connected to the manager, lent: for its store of fds. None: there is nobody."""
+        return self._socket
+
     def tell(self, state: str) -> None:
         """Send a state. A manager that does not read is not waited for."""
         if self._socket is not None:

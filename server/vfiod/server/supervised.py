@@ -42,6 +42,9 @@ class Supervised:
         devices: how many there are.
         journal: where events go as entries; None: nowhere, but with JSON lines to the log.
 
+    Attributes:
+        notifier: tells the service manager.
+
     """
 
     def __init__(
@@ -56,12 +59,12 @@ class Supervised:
         self._options = options
         self._devices = devices
         self._journal = journal
-        self._notifier: Final = Notifier()
+        self.notifier: Final = Notifier()
         self._watchdog: Watchdog | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._patterns = options.trace
         self._values = dict(options.file_values)
-        if self._notifier.listening:
+        if self.notifier.listening:
             hub.subscribe(self._count)
         if journal is not None or options.log_format == "json":
             hub.subscribe(self._note)
@@ -69,10 +72,10 @@ class Supervised:
     def ready(self) -> None:
         """The server serves: say so, listen to SIGHUP, and begin to answer the watchdog."""
         self._loop.add_signal_handler(signal.SIGHUP, self.reload)
-        self._notifier.ready(self._status())
-        seconds = watchdog_seconds() if self._notifier.listening else None
+        self.notifier.ready(self._status())
+        seconds = watchdog_seconds() if self.notifier.listening else None
         if seconds is not None:
-            self._watchdog = Watchdog(self._loop, self._notifier, seconds)
+            self._watchdog = Watchdog(self._loop, self.notifier, seconds)
 
     def stopping(self) -> None:
         """The server closes its devices. The watchdog is answered still: that may take a while."""
@@ -80,13 +83,13 @@ class Supervised:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self._reloading is not None:
             self._reloading.cancel()
-        self._notifier.stopping()
+        self.notifier.stopping()
 
     def close(self) -> None:
         """Say no more."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        self._notifier.close()
+        self.notifier.close()
 
     def reload(self) -> None:
         """Read the configuration again; while that goes on, a further wish for it is the same one."""
@@ -94,12 +97,12 @@ class Supervised:
             self._reloading = self._loop.create_task(self._reload())
 
     async def _reload(self) -> None:
-        self._notifier.reloading()
+        self.notifier.reloading()
         try:
             problem = await self._read_again()
         finally:
             self._reloading = None
-        self._notifier.ready(f"{self._status()}; {problem}" if problem else self._status())
+        self.notifier.ready(f"{self._status()}; {problem}" if problem else self._status())
 
     async def _read_again(self) -> str:
         """Take what has changed. Returns what was wrong, in short; empty: nothing."""
@@ -143,7 +146,7 @@ class Supervised:
 
     def _count(self, event: Event) -> None:
         if event.spec.name in _COUNTED:
-            self._loop.call_soon(lambda: self._notifier.status(self._status()))  # when it is over
+            self._loop.call_soon(lambda: self.notifier.status(self._status()))  # when it is over
 
     def _note(self, event: Event) -> None:
         from vfiod.server.journal import event_level, in_words

@@ -31,7 +31,12 @@ reading, writing = os.pipe()
 # A signal is noted, and taken out below: this program is to be right whenever one comes.
 signal.signal(signal.SIGTERM, lambda *_: os.write(writing, b"t"))
 signal.signal(signal.SIGUSR1, lambda *_: os.write(writing, b"u"))
-with own_directory("hypervisor-") as place, own_server(place) as server, Client.connect(server.path) as client:
+options = ["--allow-connect"]
+with (
+    own_directory("hypervisor-") as place,
+    own_server(place, options) as server,
+    Client.connect(server.path) as client,
+):
     for number, path in enumerate(sockets):
         client.device_add(driver="vfio-pci", id=f"d{number}", socket=path)
         value = client.region_read(device=f"d{number}", region="bar0", offset=0, size=4).value

@@ -34,7 +34,7 @@ class Manager:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vfiod.server", "--name", "test", "--uuid", VM, "--qmp", f"unix:{self.path}"),
-                *("--allow-path", str(self.path.parent)),
+                *("--allow-path", str(self.path.parent), "--allow-path", "/dev/null"),
             ],
             stderr=self._log,
         )

@@ -44,9 +44,13 @@ def attack(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def _call(name: str, *arguments: object) -> int:
-    result: int = libc.syscall(ctypes.c_long(NUMBERS[name]), *arguments)
+    return _call_number(NUMBERS[name], *arguments)
+
+
+def _call_number(number: int, *arguments: object) -> int:
+    result: int = libc.syscall(ctypes.c_long(number), *arguments)
     if result < 0:
-        raise OSError(ctypes.get_errno(), name)
+        raise OSError(ctypes.get_errno(), str(number))
     return result
 
 
@@ -118,6 +122,45 @@ def open_a_device() -> object:
     return os.open("/dev/zero", os.O_RDWR)
 
 
+@attack
+def read_by_the_root_of_proc() -> object:
+    return os.open("/proc/self/root/etc/passwd", os.O_RDONLY)
+
+
+@attack
+def read_by_a_link_of_ones_own() -> object:
+    os.symlink("/etc/passwd", f"{HERE}/link")
+    try:
+        return os.open(f"{HERE}/link", os.O_RDONLY)
+    finally:
+        os.unlink(f"{HERE}/link")
+
+
+@attack
+def write_ones_own_code_by_proc() -> object:
+    return os.open("/proc/self/mem", os.O_RDWR)
+
+
+@attack
+def open_a_read_only_file_again_to_write_it() -> object:
+    return os.open(f"/proc/self/fd/{os.open(files.__file__, os.O_RDONLY)}", os.O_RDWR)
+
+
+@attack
+def link_a_file_to_where_it_can_be_removed() -> None:
+    os.link(files.__file__, f"{HERE}/taken")
+
+
+@attack
+def make_a_device_node() -> None:
+    os.mknod(f"{HERE}/zero", 0o020666, os.makedev(1, 5))
+
+
+@attack
+def use_memory_of_others() -> object:
+    return _call_number({"x86_64": 29, "aarch64": 194, "s390x": 395}[platform.machine()], 0, 4096, 0o1000)  # shmget
+
+
 # --- execute nothing ---
 
 
@@ -159,6 +202,18 @@ def new_code_in_a_shared_file() -> None:
     fd = os.memfd_create("code")
     os.ftruncate(fd, 4096)
     _checked(libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_SHARED, fd, 0))
+
+
+@attack
+def fork_by_clone3() -> None:
+    pid = _call_number(435, b"\0" * 32 + bytes([signal.SIGCHLD]) + b"\0" * 55, 88)
+    if pid == 0:
+        os._exit(0)
+
+
+@attack
+def a_filter_of_ones_own() -> object:
+    return _call("seccomp", 1, 0, None)
 
 
 # --- connect nowhere ---
@@ -223,6 +278,16 @@ def kill_the_parent() -> None:
 
 
 @attack
+def kill_everybody() -> None:
+    os.kill(-1, 0)
+
+
+@attack
+def hold_another_process() -> object:
+    return os.pidfd_open(os.getppid())
+
+
+@attack
 def signal_a_thread_of_another() -> object:
     return _call("tgkill", os.getppid(), os.getppid(), 0)
 
@@ -251,7 +316,34 @@ def new_user_namespace_by_clone() -> None:
     _checked(libc.syscall(ctypes.c_long(NUMBERS["clone"]), 0x10000000 | signal.SIGCHLD, 0, 0, 0, 0))
 
 
-DEADLY += ["execute", "execute_an_fd"]
+@attack
+def execute_memory() -> object:
+    fd = os.memfd_create("program", 0)
+    os.write(fd, b"#!/bin/true\n")
+    return os.execve(fd, ["program"], {})
+
+
+@attack
+def a_call_of_the_x32_kind() -> object:
+    return _call_number(0x40000000 + NUMBERS["getpid"])
+
+
+@attack
+def a_call_of_the_32_bit_kind() -> object:
+    """Machine code in a file that is mapped, which no filter sees: getpid() as the i386 does it."""
+    fd = os.memfd_create("code")
+    os.write(fd, bytes.fromhex("b814000000cd80c3"))
+    where = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, fd, 0)
+    _checked(where)
+    return ctypes.CFUNCTYPE(ctypes.c_long)(where)()
+
+
+ON_X86 = ["a_call_of_the_x32_kind", "a_call_of_the_32_bit_kind"]
+DEADLY += ["execute", "execute_an_fd", "execute_memory", *ON_X86]
+if platform.machine() != "x86_64":
+    for one in ON_X86:
+        del ATTACKS[one]
+        DEADLY.remove(one)
 
 # --- and what ends the process at once ---
 
@@ -274,6 +366,14 @@ _deadly("bpf", 0, None, 0)
 _deadly("perf_event_open", None, 0, -1, -1, 0)
 _deadly("userfaultfd", 0)
 _deadly("io_uring_setup", 8, None)
+_deadly("io_uring_enter", -1, 0, 0, 0, None, 0)
+_deadly("process_madvise", 0, None, 0, 0, 0)
+_deadly("open_tree", -100, b"/", 1)
+_deadly("fsopen", b"tmpfs", 0)
+_deadly("move_mount", -100, b"", -100, b"", 0)
+_deadly("init_module", None, 0, b"")
+_deadly("settimeofday", None, None)
+_deadly("setgroups", 0, None)
 _deadly("keyctl", 0, 0)
 _deadly("add_key", b"user", b"a", b"b", 1, -1)
 _deadly("open_by_handle_at", 0, None, 0)

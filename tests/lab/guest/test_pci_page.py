@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import time
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from tests.lab.guest import pci
+from tests.lab.guest.resets import running_vms
+from tests.lab.guest.vm import Vm
 from tests.lab.topologies import EDU_ROOT
 
-from vfiod.client.spawn import accepts
+from vfiod.client.program import main
 
 MACHINE = "edu"
 PAGE = Path(__file__).parents[3] / "docs" / "pci.md"
-PATIENCE = 300.0
-"""Seconds for what takes a second or two outside of an emulator."""
 
 
-def test_the_page(tmp_path: Path) -> None:
+@pytest.fixture
+def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vm]:
+    running = running_vms(tmp_path_factory)
+    yield next(running)
+    running.close()
+
+
+def test_the_page(vm: Vm, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(re.findall(r"^```sh run-by=[^\n]*\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
     text = text.replace("0000:03:00.0", EDU_ROOT).replace("/dev/vfio/26", f"/dev/vfio/{pci.group_of(EDU_ROOT)}")
-    script = tmp_path / "vfiod"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m vfiod.client.program "$@"\n')
-    script.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    server: subprocess.Popen[bytes] | None = None
+    bind, serve, *with_server, unbind = text.splitlines()
+    assert serve == "vfiod serve --name vm1 --qmp unix:vm1.sock &"
+    (tmp_path / "vm1.sock").symlink_to(vm.path)
+    monkeypatch.chdir(tmp_path)
+    before = pci.driver_of(EDU_ROOT)
     said: dict[str, str] = {}
-    driver = Path(f"/sys/bus/pci/devices/{EDU_ROOT}/driver")
-    before = driver.exists() and driver.resolve().name
+
+    def typed(line: str) -> None:
+        """In this process: to start one more takes seconds here."""
+        program, *arguments = shlex.split(line)
+        assert program == "vfiod"
+        status = main(arguments)
+        out, err = capsys.readouterr()
+        assert status == 0, (line, out, err)
+        said[line] = out
+
+    typed(bind)
     try:
-        for line in text.splitlines():
-            if line.endswith(" &"):
-                server = subprocess.Popen(["sh", "-c", f"exec {line[:-2]}"], cwd=tmp_path, env=environment)
-                deadline = time.monotonic() + PATIENCE
-                while not accepts(tmp_path / "vm1.sock"):
-                    assert server.poll() is None and time.monotonic() < deadline, line
-                    time.sleep(0.1)
-                continue
-            done = subprocess.run(
-                ["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-                timeout=PATIENCE,
-            )  # fmt: skip
-            assert done.returncode == 0, (line, done.stdout, done.stderr)
-            said[line] = done.stdout
-        assert server is not None and server.wait(PATIENCE) == 0
+        for line in with_server:
+            typed(line)
+        vm.process.wait()
     finally:
-        if server is not None:
-            server.kill()
-            server.wait()
+        vm.process.kill()  # the kernel would not let a device go that somebody has
+        vm.process.wait()
+        typed(unbind)
     (identity,) = [out for line, out in said.items() if "region-read" in line]
     assert str(0x11E8_1234) in identity
-    assert (driver.exists() and driver.resolve().name) == before
+    assert pci.driver_of(EDU_ROOT) == before

@@ -184,6 +184,9 @@ def test_what_the_file_cannot_be(tmp_path: Path) -> None:
     path.write_bytes(b"a = " + b"[" * 100_000)
     with pytest.raises(OptionError, match=r"vm\.toml: not TOML: nested too deeply$"):
         parse(["--config", str(path)])
+    path.write_text("socket-group = " + "9" * 5000)
+    with pytest.raises(OptionError, match=r"vm\.toml: not TOML: a number has too many digits$"):
+        parse(["--config", str(path)])
     with pytest.raises(OptionError, match=r"Cannot read the configuration '.*': Is a directory$"):
         parse(["--config", str(tmp_path)])
 

@@ -11,8 +11,9 @@ from msgspec import Meta
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
 from vfiod.protocol.catalogue.fds import FdsetInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
+from vfiod.protocol.catalogue.mediated import MdevInfo
 from vfiod.protocol.catalogue.memory import MappingInfo
-from vfiod.protocol.catalogue.monitor import StatusInfo
+from vfiod.protocol.catalogue.monitor import MachineRestored, StatusInfo
 from vfiod.protocol.catalogue.objects import ObjectInfo
 from vfiod.protocol.catalogue.words import (
     UNSET,
@@ -222,6 +223,9 @@ class DeviceInfo(Result, kw_only=True):
     vendor_id: int | UnsetType = UNSET
     device_id: int | UnsetType = UNSET
     group: GroupInfo | UnsetType = UNSET
+    mdev: Annotated[
+        MdevInfo | UnsetType, Meta(description="Of a mediated device: its type, parent and attributes.")
+    ] = UNSET
     migratable: bool
     share_fd: bool
     fast_path: Annotated[bool, Meta(description="Whether mapped access is on at this moment.")]
@@ -316,6 +320,10 @@ class MachineInfo(Result):
     fdsets: list[FdsetInfo]
     mdevs: list[str]
     sessions: list[SessionInfo]
+    restored: Annotated[
+        MachineRestored | UnsetType,
+        Meta(description="What the event MACHINE_RESTORED said, when this server followed one that died."),
+    ] = UNSET
 
 
 @command("query-machine", Family.MONITOR, oob=True, mutates=False)

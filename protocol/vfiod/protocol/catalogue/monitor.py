@@ -205,6 +205,18 @@ class Shutdown(EventData):
     reason: ShutdownCause
 
 
+@event("MACHINE_RESTORED", Family.MONITOR)
+class MachineRestored(EventData):
+    """The server before this one died without closing anything; this one has what it could take over of it.
+
+    ``query-machine`` tells it, too: whoever hears of the restart comes later than the event. Numbers of events go on
+    well above those of the dead server.
+    """
+
+    devices: Annotated[list[str], Meta(description="The devices that are there as before.")]
+    lost: Annotated[list[str], Meta(description="What could not be restored, and why, a sentence each.")]
+
+
 @event("EVENTS_LOST", Family.MONITOR)
 class EventsLost(EventData):
     """This reader did not drain: the events from ``first-seq`` to ``last-seq`` were dropped for it alone.

@@ -59,6 +59,7 @@ class IommufdIoctl(Ioctl):
     IOMMU_OPTION = _number(0x07)
     IOMMU_GET_HW_INFO = _number(0x0A)
     IOMMU_IOAS_MAP_FILE = _number(0x0F)
+    IOMMU_IOAS_CHANGE_PROCESS = _number(0x12)
 
 
 class IoasMapFlags(enum.IntFlag):
@@ -305,6 +306,17 @@ class IoasUnmap:
         """Raises :class:`BadStructure`."""
         _, ioas, iova, length = _fields(cls.LAYOUT, buffer, "iommu_ioas_unmap")
         return cls(ioas, iova, length)
+
+
+@dataclass(frozen=True, slots=True)
+class IoasChangeProcess:
+    """``struct iommu_ioas_change_process`` (Linux 6.14): locked memory of all mapped files counts for the caller."""
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=II")
+
+    def pack(self) -> bytes:
+        """With ``size``."""
+        return self.LAYOUT.pack(self.LAYOUT.size, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from msgspec import UNSET, Raw, UnsetType
 from vfiod.protocol.catalogue.declare import EVENTS, Arguments, CommandSpec, EventData
 from vfiod.protocol.catalogue.devices import DeviceAdd, Driver
 from vfiod.protocol.errors import CommandError, InvalidArgument, InvalidRequest
+from vfiod.protocol.limits import MAX_COLLECTIONS
 
 if TYPE_CHECKING:
     from msgspec import inspect
@@ -105,6 +106,10 @@ def decode_event_data(name: str, raw: Raw | bytes | UnsetType) -> EventData | No
 def _complaint(spec: CommandSpec, raw: Raw | bytes, error: Exception) -> CommandError:
     if bytes(raw).lstrip()[:1] != b"{":
         return InvalidArgument(f"The arguments of {spec.name} have names: pass an object")
+    text = bytes(raw)
+    # Counted before they are made. What stands in strings counts, too: base64 has none of them.
+    if len(text) > MAX_COLLECTIONS and text.count(b"[") + text.count(b"{") > MAX_COLLECTIONS:
+        return InvalidArgument(f"The arguments of {spec.name} hold more than {MAX_COLLECTIONS} lists and objects")
     try:
         values = _decoder(dict[str, Any])(raw)
     except RecursionError:

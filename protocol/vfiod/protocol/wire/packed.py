@@ -23,7 +23,7 @@ from vfiod.protocol.errors import (
     VfiodError,
     WireError,
 )
-from vfiod.protocol.limits import MAX_MESSAGE_BYTES
+from vfiod.protocol.limits import MAX_COLLECTIONS, MAX_MESSAGE_BYTES
 
 __all__ = [
     "Answer",
@@ -46,6 +46,7 @@ Id = str | int | float | None
 
 _VERSION: Final = "2.0"
 _MEMBERS: Final = frozenset({"jsonrpc", "method", "params", "id"})
+_IDS: Final = frozenset({str, int, float, type(None)})
 _SHOWN: Final = 80
 """Characters of a wrong value that an error shows."""
 
@@ -114,14 +115,30 @@ def _no_extension(code: int, _data: bytes) -> Any:
     raise InvalidRequest(f"The extension type {code} is none of JSON's types")
 
 
-def _read(payload: bytes) -> Any:
+class _Counting:
+    """Reads a call's lists and maps, as long as they are not too many."""
+
+    def __init__(self) -> None:
+        self._left = MAX_COLLECTIONS
+
+    def pairs(self, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        self.items(pairs)
+        return _pairs(pairs)
+
+    def items(self, items: list[Any]) -> list[Any]:
+        self._left -= 1
+        if self._left < 0:
+            raise LimitExceeded(f"A call holds at most {MAX_COLLECTIONS} lists and maps")
+        return items
+
+
+def _read(payload: bytes, **hooks: Any) -> Any:
     """Raises WireError: it is no msgpack, or holds what JSON has no type for."""
     if len(payload) > MAX_MESSAGE_BYTES:
         raise LimitExceeded(f"A message has at most {MAX_MESSAGE_BYTES} bytes, not {len(payload)}")
+    hooks = hooks or {"object_pairs_hook": _pairs}
     try:
-        return msgpack.unpackb(
-            payload, strict_map_key=False, object_pairs_hook=_pairs, ext_hook=_no_extension, timestamp=0
-        )
+        return msgpack.unpackb(payload, strict_map_key=False, ext_hook=_no_extension, timestamp=0, **hooks)
     except msgpack.exceptions.StackError:
         raise LimitExceeded("Nesting depth limit exceeded") from None
     except RecursionError:
@@ -133,22 +150,29 @@ def _read(payload: bytes) -> Any:
 # --- the server's side ------------------------------------------------------------------------------------
 def decode_call(payload: bytes) -> Call | Refused:
     """Turn one message into a call. Never raises."""
+    counting = _Counting()
     try:
-        message = _read(payload)
+        message = _read(payload, object_pairs_hook=counting.pairs, list_hook=counting.items)
     except WireError as error:
         return Refused(error)
     if not isinstance(message, dict):
         return Refused(InvalidRequest("A request must be a map"))
-    id = message.get("id", UNSET)
-    if id is not UNSET and (isinstance(id, bool) or not isinstance(id, str | int | float | None)):
+    id, method, params = message.get("id", UNSET), message.get("method"), message.get("params", UNSET)
+    if (
+        message.get("jsonrpc") == _VERSION
+        and type(method) is str
+        and (params is UNSET or type(params) is dict)
+        and (id is UNSET or type(id) in _IDS)
+        and len(message) == 2 + (id is not UNSET) + (params is not UNSET)
+    ):
+        return Call(method, params, id)
+    if id is not UNSET and type(id) not in _IDS:
         return Refused(InvalidRequest("The member 'id' must be a string, a number or null"))
-    wrong = _wrong_with(message)
-    if wrong is not None:
-        return Refused(InvalidRequest(wrong), None if id is UNSET else id)
-    return Call(message["method"], message.get("params", UNSET), id)
+    return Refused(InvalidRequest(_wrong_with(message)), None if id is UNSET else id)
 
 
-def _wrong_with(message: dict[str, Any]) -> str | None:
+def _wrong_with(message: dict[str, Any]) -> str:
+    """What is wrong with a message that is no call."""
     strangers = message.keys() - _MEMBERS
     if strangers:
         return f"Not a JSON-RPC 2.0 request: it has the unexpected member '{min(strangers)[:_SHOWN]}'"
@@ -156,21 +180,22 @@ def _wrong_with(message: dict[str, Any]) -> str | None:
         return "Not a JSON-RPC 2.0 request: the member 'jsonrpc' must be '2.0'"
     if not isinstance(message.get("method"), str):
         return "Not a JSON-RPC 2.0 request: the member 'method' must be a string"
-    if not isinstance(message.get("params", {}), dict):
-        return "The member 'params' must be an object"
-    return None
+    return "The member 'params' must be an object"
 
 
-def _plain(value: Any) -> Any:
-    """A result as what msgpack has types for; bytes stay bytes."""
-    if isinstance(value, Raw):  # the schema is kept as JSON
-        return msgspec.json.decode(value)
-    return msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
+_encode: Final = msgspec.msgpack.Encoder().encode
+"""Our own values, structures and bytes among them: what we send needs none of msgpack's care for what others send."""
+
+_FIXMAP: Final = 0x80
+_FIXMAP_MOST: Final = 15
+"""A map of up to so many members begins with one byte, 0x80 and their number (msgpack/spec.md, "map format family")."""
 
 
 def encode_result(value: Any, id: Id) -> bytes:
     """``{"jsonrpc", "result", "id"}``."""
-    return bytes(msgpack.packb({"jsonrpc": _VERSION, "result": _plain(value), "id": id}))
+    if isinstance(value, Raw):  # the schema is kept as JSON
+        value = msgspec.json.decode(value)
+    return _encode({"jsonrpc": _VERSION, "result": value, "id": id})
 
 
 def encode_error(error: VfiodError, id: Id = None) -> bytes:
@@ -190,9 +215,18 @@ def topic_of(data: EventData) -> bytes:
 
 def encode_notice(data: EventData, seq: int, seconds: int, microseconds: int) -> bytes:
     """``{"jsonrpc", "method": name, "params": {..., "seq", "timestamp": {"seconds", "microseconds"}}}``."""
-    stamp = {"seconds": seconds, "microseconds": microseconds}
-    params = {**_plain(data), "seq": seq, "timestamp": stamp}
-    return bytes(msgpack.packb({"jsonrpc": _VERSION, "method": event_of(data).name, "params": params}))
+    members = _encode(data)
+    more = _encode({"seq": seq, "timestamp": {"seconds": seconds, "microseconds": microseconds}})
+    count = members[0] + more[0] - 2 * _FIXMAP
+    assert members[0] & 0xF0 == _FIXMAP and count <= _FIXMAP_MOST  # noqa: S101 - no event has so many members
+    head = _HEADS.get(type(data))
+    if head is None:
+        head = _HEADS[type(data)] = _encode({"jsonrpc": _VERSION, "method": event_of(data).name, "params": 0})[:-1]
+    return b"".join((head, (_FIXMAP + count).to_bytes(), members[1:], more[1:]))
+
+
+_HEADS: Final[dict[type[EventData], bytes]] = {}
+"""Of each sort of event: a notification up to the value of its last member."""
 
 
 # --- the client's side ------------------------------------------------------------------------------------
@@ -200,10 +234,10 @@ def encode_call(command: str, arguments: Any = UNSET, id: Id | UnsetType = UNSET
     """A call; without ``id`` a notification."""
     message: dict[str, Any] = {"jsonrpc": _VERSION, "method": command}
     if arguments is not UNSET:
-        message["params"] = _plain(arguments)
+        message["params"] = arguments
     if id is not UNSET:
         message["id"] = id
-    return bytes(msgpack.packb(message))
+    return _encode(message)
 
 
 def decode_answer(payload: bytes) -> Answer | Failure:

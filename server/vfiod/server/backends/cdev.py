@@ -18,11 +18,12 @@ import errno
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Check
-from vfiod.protocol.errors import Busy, OperationFailed
+from vfiod.protocol.errors import Busy, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server.backends.base import AddressSpace, Backend
 from vfiod.server.backends.cdev_origin import CdevOrigin, IommufdSource, find_cdev, is_bound, open_cdev
@@ -34,6 +35,10 @@ from vfiod.server.backends.iommufd import Ioas, Iommufd
 from vfiod.server.backends.origin import NO_VM, check_class
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import HostDevice, Sysfs
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import BackendState, IommufdState
 
 __all__ = ["CdevOrigin", "IoasInfo", "IommufdSource", "KernelCdev", "KernelCdevs"]
 
@@ -356,6 +361,83 @@ class KernelCdevs:
         for device in tuple(self._devices.values()):
             device.close()
         self._still_bound.clear()
+
+    # --- over a change of the process ---
+    def keep(self) -> list[IommufdState]:
+        """Describe the iommufds that devices are bound to."""
+        return [one.keep() for one in self._iommufds.values()]
+
+    def keep_device(self, device: KernelCdev, given: Given) -> BackendState:
+        """Describe a cdev."""
+        from vfiod.server.state.machine import BackendState, HostState
+
+        host = device.host
+        return BackendState(
+            kind=device.kind,
+            name=device.name,
+            given_out=device.given_out,
+            fd=given.give(device.fd, f"host:{device.name}"),
+            host=HostState(
+                name=host.name,
+                bus=host.bus,
+                path=host.path,
+                driver=host.driver,
+                group=host.group,
+                device_api=host.device_api,
+            ),
+            iommufd=device.iommufd.object_id,
+            devid=device.devid,
+            ioas=device.ioas.id,
+        )
+
+    def adopt(
+        self,
+        states: list[IommufdState],
+        fd_of: Callable[[str], FileDescriptor],
+        adopt_space: Callable[[AddressSpace], None],
+    ) -> None:
+        """Make the iommufds' IOASes again; their devices follow (:meth:`adopt_device`). OperationFailed.
+
+        Args:
+            states: what :meth:`keep` gave.
+            fd_of: the fd of an ``iommufd`` object, by its id.
+            adopt_space: called with each IOAS that has the guest's memory.
+
+        """
+        for state in states:
+            iommufd = self._iommufds[state.object_id] = Iommufd(self._calls, state.object_id, fd_of(state.object_id))
+            iommufd.adopt(state)
+            for ioas in iommufd.ioases:
+                if ioas.attached:
+                    adopt_space(ioas)
+
+    def adopt_device(self, state: BackendState, taken: Taken) -> Backend:
+        """Make a cdev again around its fd: it stays bound and attached. OperationFailed."""
+        if state.fd is None or state.host is None or state.devid is None:
+            raise InvalidArgument(f"Device {state.name} came without its fd")
+        iommufd = self._iommufds[state.iommufd or ""]
+        ioas = next(one for one in iommufd.ioases if one.id == state.ioas)
+        host = state.host
+        device = HostDevice(host.name, host.bus, host.path, host.driver, host.group, host.device_api)
+        backend = KernelCdev(
+            self._calls,
+            taken.take(state.fd),
+            device,
+            iommufd=iommufd,
+            devid=state.devid,
+            ioas=ioas,
+            left=self._device_left,
+        )
+        if state.given_out:
+            backend.give_out()
+        iommufd.devices += 1
+        ioas.devices = (*ioas.devices, device.name)
+        self._devices[device.name] = backend
+        return backend
+
+    def rehome(self) -> list[str]:
+        """What other processes mapped counts for this one from now on. Returns what could not be done, in sentences."""
+        return [problem for one in tuple(self._iommufds.values()) if (problem := one.rehome()) is not None]
 
     # --- looking ---
     def check(self, origin: CdevOrigin) -> tuple[Check, ...]:

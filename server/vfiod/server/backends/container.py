@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import ContainerInfo
@@ -19,6 +20,10 @@ from vfiod.server.backends.base import Mapping
 from vfiod.server.backends.ioctls import call, call_info, failed
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 from vfiod.server.kernel.sysfs import Sysfs
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ContainerState
 
 __all__ = ["Container", "Type1Space", "check_api_version"]
 
@@ -152,6 +157,49 @@ class Type1Space:
         call(self._calls, self._fd, vfio.ContainerIoctl.VFIO_IOMMU_UNMAP_DMA, argument, what)
         return vfio.DmaUnmap.unpack(bytes(argument)).size
 
+    def mapped(self) -> list[tuple[int, int]]:
+        """What the IOMMU has: IOVA and size of each mapping."""
+        return list(self._mapped.items())
+
+    def adopt(self, mapped: Iterable[tuple[int, int]]) -> None:
+        """Know what the IOMMU has: another process mapped it."""
+        self._mapped.update(mapped)
+
+    def settle(self, mappings: Iterable[Mapping]) -> list[str]:
+        """See :func:`vfiod.server.backends.settling.settle`."""
+        from vfiod.server.backends.settling import settle
+
+        known = list(mappings)
+        self._mapped = {one.iova: one.size for one in known}
+        return settle(self, known, lambda iova, size: self._unmap(iova, size, f"{self.name} (0x{iova:x} and above)"))
+
+    def rehome(self, mappings: Iterable[Mapping]) -> str | None:
+        """The mappings that another process made are this one's now: their addresses, and what they lock.
+
+        Devices are not disturbed: pages and translations stay (``VFIO_DMA_MAP_FLAG_VADDR``, ``<linux/vfio.h>``,
+        "VFIO_UPDATE_VADDR"). Where the kernel has no such thing, or not for this container, the pages stay pinned and
+        translated all the same; only what a group that comes later pins is not looked up at the old addresses, and the
+        locked memory counts for nobody. Returns why it could not be done, in a sentence; None when it was.
+        """
+        ioctl, fd = self._calls.ioctl, self._fd
+        try:
+            if ioctl(fd, vfio.ContainerIoctl.VFIO_CHECK_EXTENSION, vfio.Extension.UPDATE_VADDR) <= 0:
+                return f"{self.name}: the kernel cannot update addresses (VFIO_UPDATE_VADDR)"
+            every = vfio.DmaUnmapFlags.VADDR | vfio.DmaUnmapFlags.ALL
+            ioctl(fd, vfio.ContainerIoctl.VFIO_IOMMU_UNMAP_DMA, bytearray(vfio.DmaUnmap(0, 0, every).pack()))
+        except OSError as error:
+            return f"{self.name}: addresses cannot be updated: {error.strerror}"
+        missing = dict(self._mapped)
+        for mapping in mappings:
+            vaddr = mapping.memory.address() + mapping.offset
+            argument = bytearray(vfio.DmaMap(vfio.DmaMapFlags.VADDR, vaddr, mapping.iova, mapping.size).pack())
+            try:
+                ioctl(fd, vfio.ContainerIoctl.VFIO_IOMMU_MAP_DMA, argument)
+            except OSError as error:
+                return f"{self.name}: the address of IOVA 0x{mapping.iova:x} cannot be updated: {error.strerror}"
+            missing.pop(mapping.iova, None)
+        return f"{self.name}: {len(missing)} mappings have no address here" if missing else None
+
     def clear(self) -> None:
         """Unmap whatever is left: when no device of ours uses the container any more, none may reach the guest.
 
@@ -199,6 +247,32 @@ class Container:
         self.space: Type1Space | None = None
         self.attached = False
         self.devices = 0
+
+    def keep(self, given: Given) -> ContainerState:
+        """Describe it."""
+        from vfiod.server.state.machine import ContainerState
+
+        return ContainerState(
+            id=self.id,
+            fd=given.give(self.fd, self.name),
+            passed=self.passed,
+            object_id=self.object_id,
+            iommu=None if self.iommu is None else int(self.iommu),
+            attached=self.attached,
+            mapped=[] if self.space is None else self.space.mapped(),
+        )
+
+    @classmethod
+    def adopt(cls, calls: Syscalls, state: ContainerState, taken: Taken) -> Container:
+        """Make it again around its fd: the kernel is asked, and told nothing. OperationFailed."""
+        made = cls(calls, state.id, taken.take(state.fd), passed=state.passed, object_id=state.object_id)
+        if state.iommu is not None:
+            made.iommu = vfio.Extension(state.iommu)
+            if not made.noiommu:
+                made.space = Type1Space(calls, made.fd.number, made.name, made.iommu)
+                made.space.adopt(state.mapped)
+        made.attached = state.attached
+        return made
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
@@ -47,6 +48,10 @@ from vfiod.server.backends.origin import (
 )
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import HostDevice, Sysfs
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import BackendState, ContainerState, GroupState
 
 __all__ = ["ContainerSource", "GroupOrigin", "HeldFd", "KernelGroups"]
 
@@ -290,22 +295,29 @@ class KernelGroups:
         fd = FileDescriptor(call(self._calls, group.fd.number, request, argument, what, advice))
         with ExitStack() as undo:
             undo.callback(fd.close)
-            backend = KernelDevice(
-                self._calls,
-                fd,
-                device.name,
-                kind="kernel-group",
-                address_space=container.space,
-                group=GroupInfo(id=group.id, container=container.id, noiommu=group.noiommu),
-                left=partial(self._device_left, group),
-            )
+            backend = self._made(group, container, fd, device.name)
             check_class(origin.driver, device.name, backend.info())
             undo.pop_all()
+        self._has(group, container, backend)
+        return backend
+
+    def _made(self, group: Group, container: Container, fd: FileDescriptor, name: str) -> KernelDevice:
+        return KernelDevice(
+            self._calls,
+            fd,
+            name,
+            kind="kernel-group",
+            address_space=container.space,
+            group=GroupInfo(id=group.id, container=container.id, noiommu=group.noiommu),
+            left=partial(self._device_left, group),
+        )
+
+    def _has(self, group: Group, container: Container, backend: KernelDevice) -> None:
+        """A device of the group is open here."""
         group.devices = (*group.devices, backend)
         container.devices += 1
         self._lingering.pop(group.id, None)
-        self._attached[device.name] = backend
-        return backend
+        self._attached[backend.name] = backend
 
     # --- leaving ---
     def _device_left(self, group: Group, device: KernelDevice) -> bool:
@@ -389,6 +401,79 @@ class KernelGroups:
         for container in tuple(self._containers.values()):
             container.close()
         self._containers.clear()
+
+    # --- over a change of the process ---
+    def keep(self, given: Given) -> tuple[list[ContainerState], int, list[GroupState]]:
+        """Describe containers and groups, and say which number the next container gets."""
+        from vfiod.server.state.machine import GroupState
+
+        groups = [
+            GroupState(
+                id=group.id,
+                fd=given.give(group.fd, f"group:{group.id}"),
+                noiommu=group.noiommu,
+                given_out=group.given_out,
+                container=None if group.container is None else group.container.id,
+            )
+            for group in self._groups.values()
+        ]
+        return [one.keep(given) for one in self._containers.values()], self._next_container, groups
+
+    def closes_with(self, device: KernelDevice) -> list[FileDescriptor]:
+        """The fds of group and container that are closed when this device leaves."""
+        group = None if device.group is None else self._groups.get(device.group.id)
+        if group is None or any(other is not device for other in group.devices):
+            return []
+        container = group.container
+        alone = container is not None and container.object_id is None and container.groups == (group.id,)
+        return [group.fd] + ([container.fd] if container is not None and alone else [])
+
+    def keep_device(self, device: KernelDevice, given: Given) -> BackendState:
+        """Describe a device of a group."""
+        from vfiod.server.state.machine import BackendState
+
+        return BackendState(
+            kind=device.kind,
+            name=device.name,
+            given_out=device.given_out,
+            fd=given.give(device.fd, f"host:{device.name}"),
+            group=None if device.group is None else device.group.id,
+        )
+
+    def adopt(
+        self,
+        containers: list[ContainerState],
+        following: int,
+        groups: list[GroupState],
+        taken: Taken,
+        adopt_space: Callable[[AddressSpace], None],
+    ) -> None:
+        """Make containers and groups again around their fds. The kernel is told nothing. OperationFailed."""
+        for container_state in containers:
+            container = Container.adopt(self._calls, container_state, taken)
+            self._containers[container.id] = container
+            if container.space is not None and container.attached:
+                adopt_space(container.space)
+        self._next_container = following
+        for state in groups:
+            group = self._groups[state.id] = Group(state.id, taken.take(state.fd), noiommu=state.noiommu)
+            group.given_out = state.given_out
+            self._lingering[state.id] = group  # until a device of it comes
+            if state.container is not None:
+                group.container = self._containers[state.container]
+                group.container.groups = (*group.container.groups, state.id)
+
+    def adopt_device(self, state: BackendState, taken: Taken) -> Backend:
+        """Make a device of a group again around its fd. OperationFailed."""
+        group = self._groups[state.group or 0]
+        container = group.container
+        if container is None or state.fd is None:
+            raise InvalidArgument(f"Device {state.name} of group {group.id} came without its fd or its container")
+        backend = self._made(group, container, taken.take(state.fd), state.name)
+        if state.given_out:
+            backend.give_out()
+        self._has(group, container, backend)
+        return backend
 
     # --- looking ---
     def check(self, origin: GroupOrigin) -> tuple[Check, ...]:

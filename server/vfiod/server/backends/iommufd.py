@@ -10,7 +10,8 @@ import ctypes
 import errno
 import logging
 import weakref
-from typing import Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import OperationFailed
@@ -19,6 +20,9 @@ from vfiod.server import trace
 from vfiod.server.backends.base import GuestFile, Mapping
 from vfiod.server.backends.ioctls import call, failed
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
+
+if TYPE_CHECKING:
+    from vfiod.server.state.machine import IoasState, IommufdState
 
 __all__ = ["Ioas", "Iommufd"]
 
@@ -102,6 +106,38 @@ class Iommufd:
         if trace.container_closed.on:
             trace.container_closed(container=ioas.name, fd=self.fd.number)
 
+    def keep(self) -> IommufdState:
+        """Describe what was made in it. The fd is the object's."""
+        from vfiod.server.state.machine import IommufdState
+
+        return IommufdState(
+            object_id=self.object_id, maps_files=self.maps_files, ioases=[one.keep() for one in self.ioases]
+        )
+
+    def adopt(self, state: IommufdState) -> None:
+        """Make the IOASes again. The kernel is asked, and told nothing. OperationFailed."""
+        self.maps_files = state.maps_files
+        for one in state.ioases:
+            ioas = Ioas(self, one.id)
+            ioas.adopt(one)
+            self.ioases = (*self.ioases, ioas)
+
+    def rehome(self) -> str | None:
+        """What is mapped by another process counts for this one now (``IOMMU_IOAS_CHANGE_PROCESS``, Linux 6.14).
+
+        Devices are not disturbed either way. Returns why it could not be done, in a sentence; None when it was.
+        """
+        argument = bytearray(vfio.IoasChangeProcess().pack())
+        try:
+            self.calls.ioctl(self.fd.number, vfio.IommufdIoctl.IOMMU_IOAS_CHANGE_PROCESS, argument)
+        except OSError as error:
+            if error.errno == errno.ENOTTY:
+                return f"{self.name}: the kernel cannot count locked memory for another process"
+            if error.errno == errno.EINVAL:
+                return f"{self.name}: memory is mapped by address, and only files can count for another process"
+            return f"{self.name}: locked memory does not count for this process: {error.strerror}"
+        return None
+
     def has_device(self, devid: int) -> bool | None:
         """Whether a device is still bound by this id; None: the kernel does not say (a kernel's mediated device)."""
         argument = bytearray(vfio.HwInfo(devid).pack())
@@ -171,6 +207,18 @@ class Ioas:
             self.page_size = max(PAGE_SIZE, answer.out_iova_alignment)
             return
         raise OperationFailed("IOMMU_IOAS_IOVA_RANGES", self.name, errno="EPROTO", advice="the ranges never fit")
+
+    def keep(self) -> IoasState:
+        """Describe it."""
+        from vfiod.server.state.machine import IoasState
+
+        return IoasState(id=self.id, attached=self.attached, mapped=list(self._mapped.items()))
+
+    def adopt(self, state: IoasState) -> None:
+        """Know what it has. OperationFailed."""
+        self.attached = state.attached
+        self._mapped.update(state.mapped)
+        self.refresh()
 
     def iova_ranges(self) -> tuple[tuple[int, int], ...]:
         """Return (first, last) inclusive, in bytes."""
@@ -273,6 +321,14 @@ class Ioas:
         advice = {errno.ENOENT: "nothing is mapped there, or it would split a mapping"}
         call(self._iommufd.calls, self._iommufd.fd.number, vfio.IommufdIoctl.IOMMU_IOAS_UNMAP, argument, what, advice)
         return vfio.IoasUnmap.unpack(argument).length
+
+    def settle(self, mappings: Iterable[Mapping]) -> list[str]:
+        """See :func:`vfiod.server.backends.settling.settle`."""
+        from vfiod.server.backends.settling import settle
+
+        known = list(mappings)
+        self._mapped = {one.iova: one.size for one in known}
+        return settle(self, known, self._unmap)
 
     def clear(self) -> None:
         """Unmap whatever is left; what the kernel keeps is logged."""

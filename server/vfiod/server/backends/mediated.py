@@ -128,6 +128,16 @@ class MediatedDevices:
             _close_device(instance, space)
             raise
 
+    def adopt(self, uuid: str, user: str, driver: str) -> Backend:
+        """Have a device open that was open in another process, for a user: as :meth:`open`, but it knows it already.
+
+        Guest memory is mapped into its address space again. Raises as :meth:`open`.
+        """
+        instance = self._bus.acquire(uuid, user)
+        space = MediatedSpace(instance)
+        self._attach_space(space)
+        return MediatedBackend(instance, space, self._drivers[driver].flags, checked_info(instance), self._close)
+
     def _close(self, instance: Instance, space: MediatedSpace) -> None:
         _close_device(instance, space)
         self._detach_space(space)

@@ -14,12 +14,15 @@ from vfiod.server.devices.model import Options
 
 __all__ = ["check_properties", "options"]
 
+# Names made once: an attribute asked for by a new string is looked up anew, and remembered by the interpreter.
+_MEMBERS: Final = tuple((name, name.replace("-", "_")) for name in ONLY_OF)
+
 
 def check_properties(a: DeviceAdd) -> None:
     """Refuse what the driver does not have, in QEMU's words (``qom/object.c``). Raises InvalidArgument."""
     driver = Driver(a.driver)
-    for name in ONLY_OF:
-        if not has_property(driver, name) and getattr(a, name.replace("-", "_")) is not UNSET:
+    for name, member in _MEMBERS:
+        if not has_property(driver, name) and getattr(a, member) is not UNSET:
             raise InvalidArgument(f"Property '{driver}.{name}' not found")
 
 

@@ -6,7 +6,7 @@ interpretation does it. A real one opens only for a VM that the hypervisor has a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.ccw import ApConfigChanged
@@ -22,6 +22,10 @@ from vfiod.server.devices.model import Model
 from vfiod.server.devices.notices import Notices
 from vfiod.server.devices.own_irqs import OwnInterrupts, OwnIrqIndex
 from vfiod.server.devices.regions import Regions, describe
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ApState, ModelState
 
 __all__ = ["ApDevice"]
 
@@ -49,7 +53,7 @@ class ApDevice(Device):
         self._changes = 0
 
     def populate(self, backend: Backend, environment: Environment) -> ApModel:
-        """Read what it has, and arm its interrupts. See :meth:`Device.populate`."""
+        """Read what it has. See :meth:`Device.populate`."""
         info = backend.info()
         if not info.flags & vfio.DeviceFlags.AP:
             raise CommandError(f"{backend.name} is not an AP device: driver vfio-ap cannot serve it", errno="EINVAL")
@@ -61,10 +65,21 @@ class ApDevice(Device):
         own = OwnInterrupts(self.name, indexes)
         known = {int(one) for one in ApIrq}
         notices = Notices(self.name, backend, tuple(one for one in indexes if one.info.count and one.index in known))
-        notices.arm()
         return ApModel(
             backend, info, Regions(self.name, backend, regions, no_mmap=True), own, notices, migratable=False, own=own
         )
+
+    def keep_model(self, model: Model, given: Given) -> ApState:
+        """See :meth:`Device.keep_model`."""
+        from vfiod.server.state.machine import ApState
+
+        return ApState(heard=cast("ApModel", model).own.keep(), changes=self._changes)
+
+    def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
+        """See :meth:`Device.adopt_model`."""
+        kept = cast("ApState", state)
+        cast("ApModel", model).own.adopt(kept.heard)
+        self._changes = kept.changes
 
     def _noticed(self, one: IrqIndex, count: int) -> None:
         cast("ApModel", self._active()).own.heard(one, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.errors import CommandError
@@ -12,6 +13,10 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
 from vfiod.server.devices.vectors import Counts, Vector
 from vfiod.server.interrupts.modes import choose_mode
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ParkedState
 
 __all__ = ["Binder", "Parked"]
 
@@ -135,6 +140,27 @@ class Binder:
     def forget_index(self, index: int | None = None) -> None:
         """Close what is parked for an index; for all when None."""
         self.forget([key for key in self._parked if index in (None, key[0])])
+
+    def keep(self, owner: str, given: Given) -> list[ParkedState]:
+        """Describe what is parked."""
+        from vfiod.server.state.machine import ParkedState
+
+        return [
+            ParkedState(
+                index=index,
+                vector=vector,
+                mode=parked.mode.value,
+                trigger=given.give(parked.trigger, f"{owner}/irq{index}.{vector} parked trigger"),
+                resample=given.perhaps(parked.resample, f"{owner}/irq{index}.{vector} parked resample"),
+            )
+            for (index, vector), parked in self._parked.items()
+        ]
+
+    def adopt(self, states: Iterable[ParkedState], taken: Taken) -> None:
+        """Have what :meth:`keep` described."""
+        for one in states:
+            parked = Parked(IrqMode(one.mode), taken.take(one.trigger), taken.perhaps(one.resample))
+            self._parked[one.index, one.vector] = parked
 
     def fds(self) -> list[tuple[tuple[int, int], str, FileDescriptor]]:
         """Parked eventfds: (index, vector), role, fd."""

@@ -61,11 +61,11 @@ class CcwModel(Model, frozen=True, kw_only=True):
 
 
 def open_subchannel(device: str, backend: Backend) -> CcwModel:
-    """Read a subchannel, and arm its interrupts. Blocks; in a worker.
+    """Read a subchannel. Blocks; in a worker.
 
     Args:
         device: what it is called, for messages.
-        backend: where it comes from; left open when this fails, and nothing is armed then.
+        backend: where it comes from; left open when this fails.
 
     Raises CommandError: it is no CCW device, has less than one must have, or a region of a wrong size; OperationFailed.
 
@@ -85,7 +85,6 @@ def open_subchannel(device: str, backend: Backend) -> CcwModel:
         raise CommandError(f"{backend.name} has no I/O interrupt: no request could end", errno="EINVAL")
     own = OwnInterrupts(device, indexes)
     notices = Notices(device, backend, tuple(one for one in indexes if one.info.count and one.index in _KNOWN))
-    notices.arm()
     return CcwModel(
         backend,
         info,

@@ -19,10 +19,8 @@ from __future__ import annotations
 import asyncio
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar, Final, TypeVar
-
-from msgspec import Struct
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import (
@@ -53,9 +51,14 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.claims import Claim
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
-from vfiod.server.devices.model import Interrupts, Model, Options
+from vfiod.server.devices.model import Interrupts, Model, Options, Quiesced
 from vfiod.server.devices.regions import Region, Regions
 from vfiod.server.lanes import Lane, Turn
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import BackendState, ModelState
+    from vfiod.server.state.machine import DeviceState as DeviceState_
 
 __all__ = ["Device", "Quiesced"]
 
@@ -176,6 +179,7 @@ class Device(ABC):
         backend.watch_return(self._came_back)
         try:
             model = self.populate(backend, self._environment)
+            self.set_up(model)
         except BaseException:
             self.state = DeviceState.FAILED
             backend.close()
@@ -185,11 +189,15 @@ class Device(ABC):
 
     @abstractmethod
     def populate(self, backend: Backend, environment: Environment) -> Model:
-        """Read what the device has, and arm its notices. Blocks; in a worker.
+        """Read what the device has; change nothing. Blocks; in a worker.
 
-        On failure nothing is armed, and the backend stays open. CommandError: it is no device of this class, or has
-        less than one must have; OperationFailed.
+        On failure the backend stays open. CommandError: it is no device of this class, or has less than one must have;
+        OperationFailed.
         """
+
+    def set_up(self, model: Model) -> None:
+        """Arm what a device has from the beginning: its notices. Blocks; in a worker. On failure nothing is armed."""
+        model.notices.arm()
 
     def start(self) -> None:
         """Begin to listen; state ``running``. On the loop, once, after :meth:`realize`."""
@@ -197,6 +205,53 @@ class Device(ABC):
         model.notices.start(self._environment, self._noticed)
         model.regions.look_again()
         self.state = DeviceState.RUNNING
+
+    # --- over a change of the process: on the loop, which does nothing else meanwhile ---------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """What is being done to it, for a person; None: nothing, it could be described."""
+        if self._model is None or self.state is DeviceState.REALIZING:
+            return f"device '{self.name}' is {self.state}"
+        pending = self.lane.pending()
+        return f"{pending[0]} of device '{self.name}'" if pending else None
+
+    def keep(self, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState_:
+        """Describe it, while nothing is under way.
+
+        Args:
+            given: takes the fds.
+            new: what only the machine knows of it.
+            backend: where it comes from, described.
+
+        """
+        from vfiod.server.devices.keeping import keep_device
+
+        return keep_device(self, given, new=new, backend=backend)
+
+    def keep_model(self, model: Model, given: Given) -> ModelState:
+        """Describe what only devices of this class have. CannotKeep."""
+        from vfiod.server.state.format import CannotKeep
+
+        raise CannotKeep(f"Device '{self.name}': devices of driver {self.driver} cannot be handed over")
+
+    def adopt(self, backend: Backend, state: DeviceState_, taken: Taken) -> None:
+        """Instead of :meth:`realize`: read what is constant, and have the rest as it was. Arms and changes nothing."""
+        from vfiod.server.devices.keeping import adopt_device
+
+        adopt_device(self, backend, state, taken)
+
+    def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
+        """Have what :meth:`keep_model` described."""
+        raise NotImplementedError(f"Devices of driver {self.driver}")
+
+    def start_again(self) -> None:
+        """Instead of :meth:`start`, after :meth:`adopt`: listen. What was signalled meanwhile is still to be heard."""
+        self.start()
+        self.go_on(self._active())
+
+    def go_on(self, model: Model) -> None:  # noqa: B027 - most have no more than notices
+        """Listen to what only devices of this class have."""
 
     def stop(self) -> None:
         """Listen to nothing any more, cancel timers. On the loop."""
@@ -639,18 +694,3 @@ class Device(ABC):
     def _decodes(self, model: Model) -> bool:
         """Whether the device answers accesses to its mapped regions now. Never raises."""
         return True
-
-
-class Quiesced(Struct, frozen=True):
-    """A device between :meth:`Device.quiesce` and :meth:`Device.revive`.
-
-    Attributes:
-        model: what it has.
-        saved: what a reset may lose, by the model's own account.
-        method: how it is reset.
-
-    """
-
-    model: Model
-    saved: Any
-    method: str

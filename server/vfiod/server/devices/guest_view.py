@@ -115,17 +115,21 @@ def lay_over(
     environment: Environment,
     *,
     read: Read,
-) -> None:
-    """Put the guest's configuration space and MSI-X table over the device's, and let them drive its interrupts."""
+) -> MsixTable | None:
+    """Put the guest's configuration space and MSI-X table over the device's, and let them drive its interrupts.
+
+    Gives the table; None: it has none.
+    """
     place = config.msix if interrupts.indexes[MSIX].info.count else None
     table = None if place is None else MsixTable(place.vectors)
     guest = GuestInterrupts(device, config, table, interrupts, environment)
     regions[CONFIG].overlay = ConfigOverlay(config, guest.config_written, read)
     if place is None or table is None:
-        return
+        return None
     for bar in {place.table_bar, place.pba_bar}:
         regions[bar].overlay = MsixOverlay(place, bar, table, lambda: config.guest.masked, guest.table_written)
     region = regions[place.table_bar]
     if not region.info.msix_mappable:
         why = "the MSI-X table takes all of its pages, and the host lets nobody map it (no MSIX_MAPPABLE)"
         region.leave_out(place.table_offset, place.table_size, why)
+    return table

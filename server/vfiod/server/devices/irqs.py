@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
@@ -30,6 +30,10 @@ from vfiod.server.devices.relay import Relay
 from vfiod.server.devices.vectors import Vector
 from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.modes import NOTHING, plan
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import InterruptsState
 
 __all__ = ["DeviceInterrupts"]
 
@@ -471,6 +475,43 @@ class DeviceInterrupts:
         for vector in bound.vectors.values():
             vector.close()
         self._binder.forget_index()
+
+    # --- over a change of the process -------------------------------------------------------------------
+
+    def keep(self, given: Given) -> InterruptsState:
+        """Describe what is bound and parked, and what has been counted."""
+        from vfiod.server.devices.keeping import keep_bound, keep_counts
+        from vfiod.server.state.machine import InterruptsState
+
+        owner = f"device:{self.device}"
+        return InterruptsState(
+            bound=keep_bound(self._bound, owner, given),
+            parked=self._binder.keep(owner, given),
+            counts=keep_counts(self._binder.counts),
+            numbers=[(index, vector, number) for (index, vector), number in self._numbers.items()],
+            unrouted=self._unrouted,
+        )
+
+    def adopt(self, state: InterruptsState, taken: Taken) -> None:
+        """Have what :meth:`keep` described. The kernel has it, and is told nothing; :meth:`listen` begins to hear."""
+        from vfiod.server.devices.keeping import counts_from, take_bound
+
+        self._binder.counts.update(counts_from(state.counts))
+        index = None if state.bound is None else state.bound.index
+        counts = {vector: one for (of, vector), one in self._binder.counts.items() if of == index}
+        one = None if index is None else self.indexes[index]
+        self._bound = take_bound(state.bound, one, counts, taken, timed=self._timed)
+        self._binder.adopt(state.parked, taken)
+        self._numbers.update({(of, vector): number for of, vector, number in state.numbers})
+        self._unrouted = state.unrouted
+
+    def listen(self) -> None:
+        """Hear what was adopted. On the loop, once."""
+        bound = self._bound
+        for vector in bound.vectors.values():
+            self._relay.listen(bound.index, vector, bound.line)
+        if bound.line is not None:
+            self._relay.go_on(bound.line)
 
     # --- changing: all or nothing -----------------------------------------------------------------------
 

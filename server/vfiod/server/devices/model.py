@@ -7,7 +7,7 @@ the class of its options. :mod:`vfiod.server.devices.models` is the table of all
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
@@ -25,7 +25,7 @@ from vfiod.server.devices.regions import Regions
 if TYPE_CHECKING:
     from vfiod.server.devices.romfile import RomFile
 
-__all__ = ["Interrupts", "Model", "Options"]
+__all__ = ["Interrupts", "Model", "Options", "Quiesced"]
 
 
 class Options(Struct, frozen=True):
@@ -150,3 +150,18 @@ class Model(Struct, frozen=True):
     interrupts: Interrupts
     notices: Notices
     migratable: bool
+
+
+class Quiesced(Struct, frozen=True):
+    """A device between its ``quiesce`` and its ``revive``.
+
+    Attributes:
+        model: what it has.
+        saved: what a reset may lose, by the model's own account.
+        method: how it is reset.
+
+    """
+
+    model: Model
+    saved: Any
+    method: str

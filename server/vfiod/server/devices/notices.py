@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError
@@ -16,6 +16,9 @@ from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Place, Taken
 
 __all__ = ["Notices"]
 
@@ -49,6 +52,17 @@ class Notices:
         except BaseException:
             self.close()
             raise
+
+    def keep(self, given: Given) -> list[tuple[int, Place]]:
+        """Describe what is armed: index and eventfd."""
+        owner = f"device:{self._device}"
+        return [(one.index, given.give(fd, f"{owner}/{one.name}")) for one, fd in self._armed.items()]
+
+    def adopt(self, armed: list[tuple[int, Place]], taken: Taken) -> None:
+        """Instead of :meth:`arm`: the kernel has these eventfds already, and goes on signalling them."""
+        known = {one.index: one for one in self._indexes}
+        for index, place in armed:
+            self._armed[known[index]] = taken.take(place)
 
     def start(self, environment: Environment, hear: Callable[[IrqIndex, int], None]) -> None:
         """Listen; ``hear`` gets the index and how many came. On the loop."""

@@ -72,6 +72,14 @@ class OwnInterrupts:
         """Count what came."""
         self._heard[one.index] += count
 
+    def keep(self) -> list[tuple[int, int]]:
+        """What was counted, by index."""
+        return list(self._heard.items())
+
+    def adopt(self, heard: list[tuple[int, int]]) -> None:
+        """Have that again."""
+        self._heard.update(heard)
+
     def find(self, wanted: int | str) -> IrqIndex:
         """By number or name; InvalidArgument says what there is."""
         for one in self.indexes:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from msgspec.structs import replace
 
 from vfiod.protocol.catalogue.devices import DeviceInfo, Driver
+from vfiod.protocol.catalogue.words import IrqKind
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.guest_view import AS_QEMU, Shown
+from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.devices.model import Model, Options
 from vfiod.server.devices.pci_config import Saved
 from vfiod.server.devices.populate import PciModel, populate
 from vfiod.server.devices.regions import CONFIG, Region
 from vfiod.server.devices.romfile import RomFile
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ModelState, PciState
 
 __all__ = ["PciDevice", "PciOptions"]
 
@@ -43,7 +49,7 @@ class PciDevice(Device):
     hot_resettable: ClassVar[bool] = True
 
     def populate(self, backend: Backend, environment: Environment) -> PciModel:
-        """Read a PCI device: configuration space, BARs, ROM, INTx, MSI, MSI-X; ERR and REQ are armed."""
+        """Read a PCI device: configuration space, BARs, ROM, INTx, MSI, MSI-X."""
         options = self.options
         return populate(
             self.name,
@@ -54,6 +60,35 @@ class PciDevice(Device):
             shown=options.shown if isinstance(options, PciOptions) else AS_QEMU,
             on_trap=self._trap,
         )
+
+    # --- over a change of the process -------------------------------------------------------------
+
+    def keep_model(self, model: Model, given: Given) -> PciState:
+        """See :meth:`Device.keep_model`."""
+        from vfiod.server.state.machine import PciState
+
+        pci, interrupts = _pci(model), model.interrupts
+        assert isinstance(interrupts, DeviceInterrupts)  # noqa: S101 - populate made it
+        values, kind = pci.virtual.keep()
+        table = None if pci.table is None else pci.table.read(0, len(pci.table))
+        return PciState(config=values, kind=kind.value, table=table, interrupts=interrupts.keep(given))
+
+    def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
+        """See :meth:`Device.adopt_model`."""
+        from vfiod.server.state.machine import PciState
+
+        pci, interrupts = _pci(model), model.interrupts
+        assert isinstance(state, PciState)  # noqa: S101 - of a device of this driver
+        assert isinstance(interrupts, DeviceInterrupts)  # noqa: S101 - populate made it
+        pci.virtual.adopt(state.config, IrqKind(state.kind))
+        if pci.table is not None and state.table is not None:
+            pci.table.adopt(state.table)
+        interrupts.adopt(state.interrupts, taken)
+
+    def go_on(self, model: Model) -> None:
+        """See :meth:`Device.go_on`."""
+        assert isinstance(model.interrupts, DeviceInterrupts)  # noqa: S101 - populate made it
+        model.interrupts.listen()
 
     def info(self) -> DeviceInfo:
         """For ``query-devices``: with the ids of configuration space."""

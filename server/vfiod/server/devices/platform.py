@@ -6,7 +6,7 @@ Regions and interrupts are discovered: as many as the device says, none of them 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import Driver
@@ -21,6 +21,10 @@ from vfiod.server.devices.notices import Notices
 from vfiod.server.devices.platform_irqs import PlatformInterrupts
 from vfiod.server.devices.platform_messages import MessageIndex, PlatformMessages
 from vfiod.server.devices.regions import Region, Regions, describe
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ModelState, PlatformState
 
 __all__ = ["PlatformDevice", "PlatformModel", "PlatformOptions"]
 
@@ -54,7 +58,7 @@ class PlatformDevice(Device):
     on_platform_bus: ClassVar[bool] = True
 
     def populate(self, backend: Backend, environment: Environment) -> PlatformModel:
-        """Read a platform device, and set its interrupts up. On failure nothing of it is left."""
+        """Read a platform device. See :meth:`Device.populate`."""
         info = backend.info()
         if not info.flags & vfio.DeviceFlags.PLATFORM:
             raise CommandError(
@@ -74,7 +78,6 @@ class PlatformDevice(Device):
             on_trap=self._trap,
             messages=None if found is None else PlatformMessages(backend, found),
         )
-        interrupts.prepare()
         return PlatformModel(
             backend,
             info,
@@ -84,6 +87,24 @@ class PlatformDevice(Device):
             False,
             platform=interrupts,
         )
+
+    def set_up(self, model: Model) -> None:
+        """Make the eventfds of its interrupts. On failure none is there."""
+        _platform(model).platform.prepare()
+
+    # --- over a change of the process -------------------------------------------------------------
+
+    def keep_model(self, model: Model, given: Given) -> PlatformState:
+        """See :meth:`Device.keep_model`."""
+        return _platform(model).platform.keep(given)
+
+    def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
+        """See :meth:`Device.adopt_model`."""
+        _platform(model).platform.adopt(cast("PlatformState", state), taken)
+
+    def go_on(self, model: Model) -> None:
+        """See :meth:`Device.go_on`."""
+        _platform(model).platform.listen()
 
     def _region(self, backend: Backend, index: int) -> Region:
         info = backend.region_info(index)
@@ -104,7 +125,10 @@ class PlatformDevice(Device):
     @property
     def platform(self) -> PlatformInterrupts:
         """Its interrupts. DeviceNotActive while they are not bound: it is being added, or goes."""
-        model = self._active()
-        if not isinstance(model, PlatformModel):
-            raise TypeError(f"A platform device was populated as a {type(model).__name__}")
-        return model.platform
+        return _platform(self._active()).platform
+
+
+def _platform(model: Model) -> PlatformModel:
+    if not isinstance(model, PlatformModel):
+        raise TypeError(f"A platform device was populated as a {type(model).__name__}")
+    return model

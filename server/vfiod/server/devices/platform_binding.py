@@ -6,7 +6,8 @@ They stay the same over stopping and starting; what the hypervisor brings goes b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
@@ -16,6 +17,10 @@ from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.server.devices import eventfds
 from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
 from vfiod.server.devices.vectors import Counts, Vector
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ParkedState
 
 __all__ = ["PlatformBinder", "Request"]
 
@@ -92,6 +97,31 @@ class PlatformBinder:
         return [
             (f"irq{index} set-up {role}", fd) for index, made in tuple(self._made.items()) for role, fd in made.fds()
         ]
+
+    def keep(self, owner: str, given: Given) -> list[ParkedState]:
+        """Describe what :meth:`prepare` made."""
+        from vfiod.server.state.machine import ParkedState
+
+        return [
+            ParkedState(
+                index=index,
+                vector=0,
+                mode="",
+                trigger=given.give(made.trigger, f"{owner}/irq{index} set-up trigger"),
+                resample=given.perhaps(made.resample, f"{owner}/irq{index} set-up resample"),
+            )
+            for index, made in self._made.items()
+        ]
+
+    def adopt(self, states: list[ParkedState], counts: Mapping[tuple[int, int], Counts], taken: Taken) -> None:
+        """Instead of :meth:`prepare`: have what :meth:`keep` described."""
+        for one in states:
+            self._made[one.index] = _Made(taken.take(one.trigger), taken.perhaps(one.resample))
+        self._counts.update({index: one for (index, _), one in counts.items()})
+
+    def all_counts(self) -> dict[tuple[int, int], Counts]:
+        """The counts of all, by index and vector."""
+        return {(index, 0): one for index, one in self._counts.items()}
 
     def counts(self, one: IrqIndex) -> Counts | None:
         """What an interrupt has seen in its whole life; None when it never was started."""

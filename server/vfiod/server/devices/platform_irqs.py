@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.catalogue.devices import DeviceError
 from vfiod.protocol.catalogue.interrupts import IrqInfo, IrqModeChanged
@@ -26,7 +26,11 @@ from vfiod.server.devices.platform_binding import PlatformBinder, Request
 from vfiod.server.devices.platform_infos import platform_irq_info
 from vfiod.server.devices.platform_messages import PlatformMessages
 from vfiod.server.devices.platform_relay import PlatformRelay
-from vfiod.server.devices.vectors import Vector
+from vfiod.server.devices.vectors import Counts, Vector
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import LinesState, PlatformState
 
 __all__ = ["PlatformInterrupts", "Request"]
 
@@ -72,6 +76,7 @@ class PlatformInterrupts:
         self._bound: dict[int, Vector] = {}
         self._numbers: dict[int, int] = {}
         self._unrouted: set[int] = set()  # would be direct, but the route is disabled
+        self._kept_lines: LinesState | None = None  # adopted, and not heard yet
 
     def prepare(self) -> None:
         """Set every index up: make its eventfds. Blocks; in a worker. OperationFailed, and then none is set up."""
@@ -452,6 +457,48 @@ class PlatformInterrupts:
         if self.messages is not None:
             self.messages.close()
         self._binder.forget()
+
+    # --- over a change of the process ----------------------------------------------------------------------
+
+    def keep(self, given: Given) -> PlatformState:
+        """Describe what was set up, what is bound, and where its lines are."""
+        from vfiod.server.devices.keeping import keep_counts, keep_vector
+        from vfiod.server.state.machine import PlatformState
+
+        owner = f"device:{self.device}"
+        messages, numbers = ([], []) if self.messages is None else self.messages.keep(owner, given)
+        return PlatformState(
+            made=self._binder.keep(owner, given),
+            bound=[keep_vector(vector, index, owner, given) for index, vector in self._bound.items()],
+            counts=keep_counts(self._binder.all_counts()),
+            numbers=list(self._numbers.items()),
+            unrouted=sorted(self._unrouted),
+            lines=self._relay.lines.keep(),
+            messages=messages,
+            message_numbers=numbers,
+        )
+
+    def adopt(self, state: PlatformState, taken: Taken) -> None:
+        """Have what :meth:`keep` described. The kernel has it, and is told nothing; :meth:`listen` begins to hear."""
+        from vfiod.server.devices.keeping import counts_from, take_vector
+
+        self._binder.adopt(state.made, counts_from(state.counts), taken)
+        for one in state.bound:
+            counts = self._binder.counts(self.indexes[one.index]) or Counts()
+            self._bound[one.index] = take_vector(one, counts, taken)
+        self._numbers.update(state.numbers)
+        self._unrouted.update(state.unrouted)
+        self._kept_lines = state.lines
+        if self.messages is not None:
+            self.messages.adopt(state.messages, state.message_numbers, taken)
+
+    def listen(self) -> None:
+        """Hear what was adopted. On the loop, once."""
+        for one, vector in self._each():
+            self._relay.listen(one, vector)
+        if self._kept_lines is not None:
+            self._relay.go_on(self._kept_lines)
+            self._kept_lines = None
 
     # --- telling --------------------------------------------------------------------------------------------
 

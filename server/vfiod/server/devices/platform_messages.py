@@ -8,7 +8,7 @@ device's sources with the messages is the caller: vfiod reports them, and knows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, IrqMessage, VectorInfo
@@ -19,6 +19,9 @@ from vfiod.server.backends.base import Backend, FewerVectors
 from vfiod.server.devices import eventfds
 from vfiod.server.devices.irq_index import IrqIndex, Started, Wanted
 from vfiod.server.interrupts.extended import Act, BlockRefused, MessageBlock
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Place, Taken
 
 __all__ = ["MESSAGES", "MessageIndex", "PlatformMessages"]
 
@@ -243,6 +246,18 @@ class PlatformMessages:
     def fds(self) -> list[tuple[str, FileDescriptor]]:
         """Every eventfd, with a name that tells what it does."""
         return [(f"{self.index.name}{vector} trigger", fd) for vector, fd in enumerate(tuple(self._triggers))]
+
+    def keep(self, owner: str, given: Given) -> tuple[list[Place], list[tuple[int, int]]]:
+        """Describe the eventfds by vector, and the interrupt numbers."""
+        triggers = [given.give(fd, f"{owner}/{MESSAGES}{vector}") for vector, fd in enumerate(self._triggers)]
+        return triggers, list(self._numbers.items())
+
+    def adopt(self, triggers: list[Place], numbers: list[tuple[int, int]], taken: Taken) -> None:
+        """Have that again: the block stays granted, and the device says what its messages are. OperationFailed."""
+        self._triggers = [taken.take(place) for place in triggers]
+        self._numbers.update(numbers)
+        if self._triggers:
+            self._block.granted(self._backend.irq_info(self.index.index).messages[: len(self._triggers)])
 
     def close(self) -> None:
         """Release the block, whatever fails, and close every eventfd. May be called in a thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.devices import DeviceError
@@ -20,8 +20,11 @@ from vfiod.server.devices.environment import Environment, Timer
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.relay import tell_delivered, tell_fired
 from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import Action
+from vfiod.server.interrupts.intx import Action, FastState
 from vfiod.server.interrupts.platform import Act, IrqState, Line, PlatformLines
+
+if TYPE_CHECKING:
+    from vfiod.server.state.machine import LinesState
 
 __all__ = ["PlatformRelay"]
 
@@ -133,6 +136,14 @@ class PlatformRelay:
         """What arrived for a former binding of this edge interrupt: it fires now."""
         if count and not one.info.automasked:
             self._do(self.lines.fired(one.index), one.index)
+
+    def go_on(self, state: LinesState) -> None:
+        """Lines that another process kept: who is active stays so, who waits too, and the timer begins anew."""
+        self.lines.adopt(state)
+        if self.lines.fast_path is FastState.OFF:
+            self._fast_path(Action.FAST_PATH_OFF)
+            if self.lines.timed:
+                self._fast_path(Action.START_TIMER)
 
     def stop_by_access(self) -> None:
         """From now on accesses complete nothing."""

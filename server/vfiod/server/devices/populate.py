@@ -14,6 +14,8 @@ from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
+from vfiod.server.devices.config.space import VirtualConfig
+from vfiod.server.devices.config.table import MsixTable
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.guest_view import Shown, lay_over, place_rom, virtual_config
 from vfiod.server.devices.irq_index import INTX, IRQ_NAMES, PciIrqIndex
@@ -39,10 +41,14 @@ class PciModel(Model, frozen=True, kw_only=True):
 
     Attributes:
         config: configuration space.
+        virtual: the same as the guest sees it.
+        table: the guest's MSI-X table; None: it has none that is virtualised.
 
     """
 
     config: ConfigSpace
+    virtual: VirtualConfig
+    table: MsixTable | None
 
 
 def populate(
@@ -55,7 +61,7 @@ def populate(
     on_trap: Callable[[bool], None],
     shown: Shown,
 ) -> PciModel:
-    """Read a device and arm its REQ and ERR. Blocks; in a worker. On failure nothing is armed; the backend stays open.
+    """Read a device. Blocks; in a worker. Nothing is armed; the backend stays open when it fails.
 
     Raises CommandError: it is no PCI device, or has less than one must have; OperationFailed.
     """
@@ -86,7 +92,7 @@ def populate(
         on_trap=on_trap,
         on_kind=virtual.sync,
     )
-    lay_over(
+    table = lay_over(
         device,
         regions,
         virtual,
@@ -95,8 +101,9 @@ def populate(
         read=lambda offset, length: backend.region_read(CONFIG, offset, length),
     )
     notices = Notices(device, backend, tuple(one for one in indexes if one.reserved and one.info.count))
-    notices.arm()
-    return PciModel(backend, info, model_regions, interrupts, notices, migratable, config=config)
+    return PciModel(
+        backend, info, model_regions, interrupts, notices, migratable, config=config, virtual=virtual, table=table
+    )
 
 
 def _region(device: str, backend: Backend, index: int) -> Region:

@@ -21,7 +21,7 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.environment import Environment, Timer
 from vfiod.server.devices.irq_index import INTX
 from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import Action, IntxLine, LineState
+from vfiod.server.interrupts.intx import Action, FastState, IntxLine, LineState
 
 __all__ = ["Relay", "tell_delivered", "tell_fired"]
 
@@ -165,6 +165,13 @@ class Relay:
                     trace.irq_pending_injected(device=self._device, index=INTX)
             elif action not in _KERNEL:
                 self._perform(line, action)
+
+    def go_on(self, line: IntxLine) -> None:
+        """A line that another process kept: the fast path stays off if it was, and its timer begins anew."""
+        if line.fast_path is FastState.OFF:
+            self._perform(line, Action.FAST_PATH_OFF)
+            if line.timed:
+                self._perform(line, Action.START_TIMER)
 
     def release(self, line: IntxLine) -> None:
         """Known state: nothing pending, line down, fast path on, no timer. Tells the kernel nothing."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 from msgspec import structs
 
@@ -29,7 +29,12 @@ from vfiod.server.devices.ccw_layout import CcwModel, open_subchannel
 from vfiod.server.devices.ccw_words import control_refused, controlled, crw_info, decoded
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.model import Model
 from vfiod.server.devices.subchannel import Requests, State
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import CcwState, ModelState
 
 __all__ = ["RETRY_S", "Subchannel"]
 
@@ -63,8 +68,28 @@ class Subchannel(Device):
         self._crws: deque[Crw] = deque(maxlen=MAX_CRWS)
 
     def populate(self, backend: Backend, environment: Environment) -> CcwModel:
-        """Read a subchannel, and arm its interrupts. See :meth:`Device.populate`."""
+        """Read a subchannel. See :meth:`Device.populate`."""
         return open_subchannel(self.name, backend)
+
+    @property
+    def under_way(self) -> str | None:
+        """See :attr:`Device.under_way`: a request that waits for its interrupt is, too."""
+        if self._requests.pending or self.waiting or self._aside:
+            return f"a channel program or function of device '{self.name}'"
+        return super().under_way
+
+    def keep_model(self, model: Model, given: Given) -> CcwState:
+        """See :meth:`Device.keep_model`."""
+        from vfiod.server.state.machine import CcwState
+
+        own = cast("CcwModel", model).own
+        return CcwState(heard=own.keep(), owed=self._requests.owed, started=self._started)
+
+    def adopt_model(self, model: Model, state: ModelState, taken: Taken) -> None:
+        """See :meth:`Device.adopt_model`."""
+        kept = cast("CcwState", state)
+        cast("CcwModel", model).own.adopt(kept.heard)
+        self._requests.owed, self._started = kept.owed, kept.started
 
     @property
     def waiting(self) -> int:

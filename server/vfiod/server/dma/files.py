@@ -5,13 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server.kernel.memory import SharedMemory
 
-__all__ = ["MEMORY_KINDS", "open_memory"]
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import MemoryState
+
+__all__ = ["MEMORY_KINDS", "keep_memory", "open_memory", "take_memory"]
 
 MEMORY_KINDS: Final = (FdKind.MEMFD, FdKind.FILE)
 """Kinds of fd that hold memory. A hugetlbfs file is a file; both kinds are mapped shared."""
@@ -63,3 +67,21 @@ def _check_access(fd: FileDescriptor, readonly: bool) -> None:
         raise InvalidArgument(
             "Parameter 'readonly' expects true: the memfd is sealed against writing, and devices could not write to it"
         )
+
+
+def keep_memory(memory: SharedMemory, given: Given) -> MemoryState:
+    """Describe a file of guest memory."""
+    from vfiod.server.state.machine import MemoryState
+
+    place = given.give(memory.number, f"memory {memory.name}")
+    return MemoryState(fd=place, size=memory.size, name=memory.name, readonly=memory.readonly)
+
+
+def take_memory(state: MemoryState, taken: Taken) -> SharedMemory:
+    """Make it again. It is mapped anew when its address is needed: the pages are the file's."""
+    fd = taken.take(state.fd)
+    try:
+        return SharedMemory(fd, size=state.size, readonly=state.readonly, name=state.name)
+    except BaseException:
+        fd.close()
+        raise

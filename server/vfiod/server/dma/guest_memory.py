@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
     from vfiod.server.dma.clients import ClientMappings
     from vfiod.server.kernel.memory import SharedMemory
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import MappingState
 
 __all__ = ["GuestMemory", "MappedRange", "clip"]
 
@@ -279,6 +281,60 @@ class GuestMemory:
                 memory.unmap()
             raise
         self._spaces = (*self._spaces, space)
+
+    def adopt_space(self, space: AddressSpace) -> None:
+        """Know an address space that has every mapping already: the kernel kept them while the process changed."""
+        self._spaces = (*self._spaces, space)
+
+    # --- over a change of the process ---------------------------------------------------------------------
+
+    def mappings_of(self, space: AddressSpace) -> list[Mapping]:
+        """All that is in an address space: the machine's mappings, and those of clients there."""
+        own = [one.mapping for one in self._ranges]
+        return own if self._clients is None else own + self._clients.mappings_of(space)
+
+    def keep(self, given: Given) -> list[MappingState]:
+        """Describe every mapping of the machine's own."""
+        from vfiod.server.dma.files import keep_memory
+        from vfiod.server.kernel.memory import SharedMemory
+        from vfiod.server.state.machine import MappingState
+
+        states = []
+        for one in self.ranges():
+            mapping, memory = one.mapping, one.mapping.memory
+            states.append(
+                MappingState(
+                    iova=mapping.iova,
+                    size=mapping.size,
+                    offset=mapping.offset,
+                    readonly=mapping.readonly,
+                    backend=one.backend,
+                    memory=keep_memory(memory, given)
+                    if one.backend is None and isinstance(memory, SharedMemory)
+                    else None,
+                )
+            )
+        return states
+
+    def adopt(self, states: list[MappingState], memory_of: Callable[[str], SharedMemory], taken: Taken) -> None:
+        """Make the list of mappings again, before there is any address space.
+
+        Args:
+            states: what :meth:`keep` gave.
+            memory_of: the memory of an object, by its id.
+            taken: the fds.
+
+        """
+        from vfiod.server.backends.base import Mapping
+        from vfiod.server.dma.files import take_memory
+
+        for state in states:
+            memory = memory_of(state.backend or "") if state.memory is None else take_memory(state.memory, taken)
+            mapping = Mapping(state.iova, state.size, memory, state.offset, state.readonly)
+            self._ranges.append(MappedRange(mapping, state.backend))
+            self._bytes += state.size
+            if state.backend is not None:
+                self._backends[state.backend] = self._backends.get(state.backend, 0) + 1
 
     def detach(self, space: AddressSpace) -> None:
         """Forget an address space that is about to end, with all its mappings. One that is not ours is passed over."""

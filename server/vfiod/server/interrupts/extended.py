@@ -125,6 +125,10 @@ class MessageBlock:
         self.wanted = count
         return act
 
+    def granted(self, messages: tuple[MsiMessage, ...]) -> None:
+        """Another process was granted these: they stay so."""
+        self.state, self.messages, self.wanted = Block.GRANTED, messages, len(messages)
+
     def release(self) -> Act:
         """Give all of them back."""
         return self._take(Answer.RELEASE)

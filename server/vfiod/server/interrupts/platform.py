@@ -18,11 +18,14 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
 from vfiod.server.interrupts.intx import FAST_PATH, Action, FastEvent, FastState
+
+if TYPE_CHECKING:
+    from vfiod.server.state.machine import LinesState
 
 __all__ = ["RELAYED", "Act", "IrqEvent", "IrqState", "Line", "Mark", "PlatformLines"]
 
@@ -165,6 +168,29 @@ class PlatformLines:
         self.masked = mark.masked
         self.fast_path = mark.fast_path
         self._again = mark.again
+
+    # --- over a change of the process -------------------------------------------------------------------
+
+    def keep(self) -> LinesState:
+        """Where everything stands, as a value."""
+        from vfiod.server.state.machine import LinesState
+
+        return LinesState(
+            active=self.active,
+            waiting=list(self.waiting),
+            masked=sorted(self.masked),
+            fast_path=self.fast_path.name,
+            again=self._again,
+            by_access=self.by_access,
+        )
+
+    def adopt(self, state: LinesState) -> None:
+        """Have that again, after every interrupt that is relayed was added."""
+        mark = Mark(
+            state.active, tuple(state.waiting), frozenset(state.masked), FastState[state.fast_path], state.again
+        )
+        self.go_back(mark)
+        self.by_access = state.by_access
 
     # --- what there is ----------------------------------------------------------------------------------
 

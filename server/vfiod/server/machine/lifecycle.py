@@ -46,6 +46,9 @@ if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.devices.model import Options
     from vfiod.server.devices.regions import Region
     from vfiod.server.machine.completion import Completion
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import BackendState
+    from vfiod.server.state.machine import DeviceState as DeviceState_
 
 __all__ = ["Devices", "NewDevice"]
 
@@ -123,6 +126,7 @@ class Devices:
 
     Attributes:
         completion: how devices are started that are added after the machine was complete; None: it is not yet.
+        anonymous: how many devices without an id have been added.
 
     """
 
@@ -142,8 +146,10 @@ class Devices:
         self._added: dict[str, _Added] = {}  # by name, oldest first
         self._tasks: set[asyncio.Task[Any]] = set()
         self.completion: Completion | None = None
-        self._anonymous = 0
+        self.anonymous = 0
         self._refusal: CommandError | None = None
+        self.before_close: Callable[[Device], Awaitable[None]] | None = None
+        """Awaited before a device is stopped and closed: somebody else may hold its fds. Never raises."""
         self.on_gone: Callable[[str], None] | None = None
         """Called on the loop with the name of each device that is closed, before its ``DEVICE_DELETED``."""
 
@@ -192,18 +198,20 @@ class Devices:
             Check(name="devices", ok=not full, detail=f"{len(self._added)} of at most {MAX_DEVICES} devices are there"),
         )
 
-    def _reserve(self, new: NewDevice) -> _Added:
+    def _reserve(self, new: NewDevice, path: str | None = None) -> _Added:
         if self._refusal is not None:
             raise self._refusal
         if new.id and new.id in self._added:
             raise CommandError(f"Duplicate device ID '{new.id}'")
         if len(self._added) >= MAX_DEVICES:
             raise CommandError(f"This machine has {MAX_DEVICES} devices, no more are allowed: device_del some first")
-        if new.id:
+        if path is not None:
+            pass  # it had one in another process
+        elif new.id:
             path = PERIPHERAL + new.id
         else:
-            path = ANONYMOUS.format(self._anonymous)
-            self._anonymous += 1
+            path = ANONYMOUS.format(self.anonymous)
+            self.anonymous += 1
         name = new.id or path
         from vfiod.server.devices.models import device_class
 
@@ -260,6 +268,48 @@ class Devices:
         if trace.device_realized.on:
             trace.device_realized(device=device.name)
         return device
+
+    # --- over a change of the process: on the loop, which does nothing else meanwhile -------------------
+
+    def keep(self, given: Given, keep_backend: Callable[[Backend, Given], BackendState]) -> list[DeviceState_]:
+        """Describe every device. CommandError: one that cannot be."""
+        return [self._kept(added, given, keep_backend) for added in self._added.values()]
+
+    def keep_one(self, name: str, given: Given, keep_backend: Callable[[Backend, Given], BackendState]) -> DeviceState_:
+        """Describe one device. CommandError: it cannot be."""
+        return self._kept(self._added[name], given, keep_backend)
+
+    def _kept(
+        self, added: _Added, given: Given, keep_backend: Callable[[Backend, Given], BackendState]
+    ) -> DeviceState_:
+        from vfiod.server.state.machine import UnplugState
+
+        unplug = added.unplug
+        new = {
+            "in_workers": added.new.in_workers,
+            "on_request_timeout_ms": added.new.on_request_timeout_ms,
+            "unplug": None
+            if unplug is None
+            else UnplugState(
+                left_ms=max(0, round((unplug.deadline - self._loop.time()) * 1000)),
+                force=unplug.force,
+                insist=unplug.insist,
+            ),
+        }
+        return added.device.keep(given, new=new, backend=keep_backend(added.device.backend, given))
+
+    def adopt(self, new: NewDevice, backend: Backend, state: DeviceState_, taken: Taken) -> None:
+        """Have a device again that was open in another process, and listen. CommandError."""
+        added = self._reserve(new, state.path)
+        try:
+            added.device.adopt(backend, state, taken)
+            added.device.start_again()
+        except BaseException:
+            self._forget(added)
+            raise
+        if state.unplug is not None:
+            kept = state.unplug
+            self._begin(added, _Unplug(self._loop.time() + kept.left_ms / 1000, force=kept.force, insist=kept.insist))
 
     # --- removing -------------------------------------------------------------------------------------
 
@@ -359,6 +409,8 @@ class Devices:
     async def _shut(self, added: _Added, turn: Turn) -> bool:
         """Stop and close it, whatever fails on the way. Returns whether the kernel let it go."""
         device = added.device
+        if self.before_close is not None:
+            await self.before_close(device)
         try:
             device.stop()
         except Exception:  # noqa: BLE001 - what it was is logged; closing goes on

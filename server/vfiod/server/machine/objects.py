@@ -6,7 +6,7 @@ Changed in the ``topology`` lane only; looked at from anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
@@ -17,6 +17,10 @@ from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.protocol.limits import MAX_OBJECTS
 from vfiod.server.dma.guest_memory import GuestMemory
 from vfiod.server.kernel.memory import SharedMemory
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ObjectState
 
 __all__ = ["ContainerObject", "IommufdObject", "MachineObject", "MemoryObject", "Objects"]
 
@@ -111,6 +115,37 @@ class Objects:
             except (OSError, BufferError) as error:
                 problems.append(f"Closing object {one.id} failed: {error}")
         return problems
+
+    # --- over a change of the process -----------------------------------------------------------------
+
+    def keep(self, given: Given) -> list[ObjectState]:
+        """Describe all."""
+        from vfiod.server.dma.files import keep_memory
+        from vfiod.server.state.machine import ObjectState
+
+        states = []
+        for one in self._objects.values():
+            if isinstance(one, MemoryObject):
+                memory = keep_memory(one.memory, given)
+                states.append(ObjectState(id=one.id, type=ObjectType.MEMORY_BACKEND_FD, memory=memory))
+            else:
+                place = given.give(one.fd, f"object:{one.id}")
+                states.append(ObjectState(id=one.id, type=_TYPES[type(one)][0], fd=place))
+        return states
+
+    def adopt(self, states: list[ObjectState], taken: Taken) -> None:
+        """Make all again."""
+        from vfiod.server.dma.files import take_memory
+        from vfiod.server.kernel.kinds import kind_of
+
+        kinds = {kind[0]: made for made, kind in _TYPES.items()}
+        for state in states:
+            if state.memory is not None:
+                memory = take_memory(state.memory, taken)
+                self._objects[state.id] = MemoryObject(state.id, memory, kind_of(memory.number))
+            elif state.fd is not None:
+                made = kinds[ObjectType(state.type)]
+                self._objects[state.id] = made(state.id, taken.take(state.fd))  # type: ignore[arg-type, call-arg]
 
     # --- looking --------------------------------------------------------------------------------------
 

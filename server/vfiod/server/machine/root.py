@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
+from vfiod.protocol.catalogue.devices import Check, DeviceInfo, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.memory import DmaUnmapped
-from vfiod.protocol.catalogue.monitor import Stat, StatsResult, StatusInfo
+from vfiod.protocol.catalogue.monitor import MachineRestored, Stat, StatsResult, StatusInfo
+from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import DeviceNotActive, OperationFailed
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.protocol.limits import CLOSE_TIMEOUT_MS, WORKER_THREADS
@@ -78,6 +79,8 @@ class Machine:
         sources: where devices come from.
         allow_uid: as given.
         doors: exports; None until the first is made.
+        restored: what was taken over of a server that died; None: this one began with nothing.
+        started: when it began, in the loop's (monotonic) time.
 
     """
 
@@ -97,6 +100,7 @@ class Machine:
         self.allow_open = allow_open
         self.allow_uid = allow_uid
         self.doors: Doors | None = None
+        self.restored: MachineRestored | None = None
         self.loop = asyncio.get_running_loop()
         self.executor = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="vfiod-worker")
         self.topology = Lane("topology", self.executor)
@@ -106,7 +110,7 @@ class Machine:
         self.objects = Objects(self.memory, self.sources.container_users, self._devices_on)
         self.fdsets = FdSets()
         self.devices = Devices(self.loop, hub, self.executor, self.topology, self._device_deleted)
-        self._started = self.loop.time()
+        self.started = self.loop.time()
         self._sweeper: asyncio.TimerHandle | None = None
         self._ended: asyncio.Task[list[str]] | None = None
         self._stuck = False
@@ -134,6 +138,12 @@ class Machine:
     def device(self, name: str) -> Device:
         """The device with this id or path. Raises DeviceNotFound."""
         return self.devices.get(name)
+
+    def device_info(self, device: Device) -> DeviceInfo:
+        """For ``query-devices``: with what the mediated bus knows of it, where it came from there."""
+        info = device.info()
+        mdev = self.mdevs.info(str(info.host)) if info.backend == "mdev" else None
+        return info if mdev is None else replace(info, mdev=mdev)
 
     def add_device(self, new: NewDevice) -> Awaitable[Device]:
         """See :meth:`Devices.add`."""
@@ -275,7 +285,7 @@ class Machine:
             name=self.name,
             uuid=self.uuid,
             status=status,
-            devices=[device.info() for device in devices],
+            devices=[self.device_info(device) for device in devices],
             irqs=[irq for device in devices for irq in device.irq_infos()],
             objects=self.objects.infos(),
             containers=list(self.sources.containers()),
@@ -284,6 +294,7 @@ class Machine:
             fdsets=self.fdsets.infos(),
             mdevs=self.sources.mdevs(),
             sessions=sessions,
+            restored=UNSET if self.restored is None else self.restored,
         )
 
     async def topology_graph(self) -> tuple[list[TopologyNode], list[TopologyEdge]]:
@@ -335,7 +346,7 @@ class Machine:
     def stats(self) -> list[StatsResult]:
         """Counters and gauges of the machine, for ``query-stats`` of target ``vm``."""
         now: dict[str, int | float] = {
-            "uptime-seconds": round(self.loop.time() - self._started, 3),
+            "uptime-seconds": round(self.loop.time() - self.started, 3),
             "devices": len(self.devices),
             "objects": len(self.objects),
             "mappings": len(self.memory),

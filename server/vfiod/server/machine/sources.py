@@ -20,11 +20,15 @@ from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.onloop import OnLoop
 
 if TYPE_CHECKING:
+    from vfiod.protocol.fd import FileDescriptor
+    from vfiod.server.backends.base import Backend
     from vfiod.server.backends.cdev import IoasInfo, KernelCdevs
     from vfiod.server.backends.group import HeldFd, KernelGroups
     from vfiod.server.backends.mediated import MediatedDevices
     from vfiod.server.backends.vfio_user.source import VfioUserDevices
     from vfiod.server.mdev.bus import MdevBus
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import BackendState, KernelState, MdevState
 
 __all__ = ["Sources"]
 
@@ -179,6 +183,78 @@ class Sources:
         """The fds that mediated devices have open themselves."""
         if self._mediation:
             yield from self._mediation[0].fd_infos()
+
+    # --- over a change of the process -------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """What is being made or taken apart on the mediated bus; None: nothing."""
+        return self._mediation[0].under_way if self._mediation else None
+
+    def keep(self, given: Given) -> KernelState | None:
+        """Describe what is open of the kernel's; None: nothing ever was."""
+        if self._kernel is None:
+            return None
+        from vfiod.server.state.machine import KernelState
+
+        groups, cdevs = self._kernel
+        containers, following, kept = groups.keep(given)
+        return KernelState(containers=containers, next_container=following, groups=kept, iommufds=cdevs.keep())
+
+    def keep_mediated(self, given: Given) -> list[MdevState]:
+        """Describe the mediated devices. CommandError."""
+        return self._mediation[0].keep(given) if self._mediation else []
+
+    def keep_backend(self, backend: Backend, given: Given) -> BackendState:
+        """Describe where an open device comes from. CannotKeep."""
+        from vfiod.server.backends.cdev import KernelCdev
+        from vfiod.server.backends.device import KernelDevice
+        from vfiod.server.state.format import CannotKeep
+        from vfiod.server.state.machine import BackendState
+
+        if isinstance(backend, KernelCdev):
+            return self.cdevs.keep_device(backend, given)
+        if isinstance(backend, KernelDevice):
+            return self.groups.keep_device(backend, given)
+        if backend.kind == "mdev":
+            return BackendState(kind=backend.kind, name=backend.name)
+        raise CannotKeep(f"{backend.name} is a device of another program ({backend.kind}): remove it first")
+
+    def adopt(self, state: KernelState, iommufd_of: Callable[[str], FileDescriptor], taken: Taken) -> None:
+        """Have what was open of the kernel's again. OperationFailed."""
+        groups, cdevs = self._need_kernel()
+        groups.adopt(state.containers, state.next_container, state.groups, taken, self._memory.adopt_space)
+        cdevs.adopt(state.iommufds, iommufd_of, self._memory.adopt_space)
+
+    def closes_with(self, backend: Backend) -> list[FileDescriptor]:
+        """The kernel's fds that are closed with a device: its own; its group's and container's when it is the last."""
+        from vfiod.server.backends.device import KernelDevice
+
+        if not isinstance(backend, KernelDevice):
+            return []
+        return [backend.fd] + ([] if backend.group is None else self.groups.closes_with(backend))
+
+    def settle(self) -> list[str]:
+        """What the kernel has mapped is what the list says, and nothing else. Blocks. Returns what cannot be done."""
+        problems = []
+        for space in self._memory.spaces:
+            if self._kernel is not None and (settle := getattr(space, "settle", None)) is not None:
+                problems += settle(self._memory.mappings_of(space))
+        return problems
+
+    def rehome(self) -> list[str]:
+        """What another process mapped is this one's now. Returns what the kernel cannot do of that, in sentences."""
+        if self._kernel is None:
+            return []
+        from vfiod.server.backends.container import Type1Space
+
+        cdevs = self._kernel[1]
+        problems = []
+        for space in self._memory.spaces:
+            if isinstance(space, Type1Space):
+                problem = space.rehome(self._memory.mappings_of(space))
+                problems += [problem] if problem is not None else []
+        return problems + cdevs.rehome()
 
     # --- the end ----------------------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.fds import FdInfo
-from vfiod.protocol.catalogue.mediated import MdevRemoved, MdevTypeInfo
+from vfiod.protocol.catalogue.mediated import MdevInfo, MdevRemoved, MdevTypeInfo
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNotFound, InvalidArgument, OperationFailed
 from vfiod.protocol.limits import MDEV_CALL_MS
@@ -39,9 +39,13 @@ from vfiod.server.mdev.calls import guarded
 from vfiod.server.mdev.discovery import Discovery, find_type
 from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost
 from vfiod.server.mdev.leaving import Leaving
-from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent
-from vfiod.server.mdev.registered import CallLimits, Registered
+from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent, Saved
+from vfiod.server.mdev.registered import CallLimits, Registered, info_of
 from vfiod.server.mdev.starting import Starting
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import MdevState
 
 __all__ = ["BUILT_IN", "MdevBus"]
 
@@ -248,6 +252,59 @@ class MdevBus:
         with self._lock:
             return self._get(uuid)
 
+    def knows(self, parent: str, mdev_type: str) -> bool:
+        """Whether there is such a type, after :meth:`discover`."""
+        record = self._parents.get(parent)
+        return record is not None and mdev_type in record.types
+
+    # --- over a change of the process: on the loop, which does nothing else meanwhile ---------------
+
+    @property
+    def under_way(self) -> str | None:
+        """What is being made or taken apart, for a person; None: nothing."""
+        busy = next((one.lane.current for one in self._parents.values() if one.lane.busy), None)
+        return busy if busy is not None else "a mediated device comes or goes" if self._tasks else None
+
+    def keep(self, given: Given) -> list[MdevState]:
+        """Describe every device, by its own account. CommandError: one cannot be saved, or is being taken away."""
+        from vfiod.server.state.machine import MdevState
+
+        states = []
+        for instance in self._visible.values():
+            if instance.gone is not None:
+                raise DeviceNotActive(f"{instance.what} is gone ({instance.gone}): it cannot be handed over")
+            saved = instance.call("save", instance.device.save)
+            states.append(
+                MdevState(
+                    uuid=instance.uuid,
+                    parent=instance.parent,
+                    type=instance.mdev_type.id,
+                    parameters=dict(instance.parameters),
+                    group=instance.group,
+                    vm=instance.vm,
+                    values=saved.values,
+                    fds={name: given.give(fd, f"mdev:{instance.uuid}/{name}") for name, fd in saved.fds.items()},
+                )
+            )
+        return states
+
+    def adopt(self, states: list[MdevState], taken: Taken) -> None:
+        """Make them again, and start those that were started. After :meth:`discover`. CommandError."""
+        started: dict[tuple[str, str], list[Instance]] = {}
+        for state in states:
+            record, made_of = self._find(state.parent, state.type)
+            host = MdevHost(f"mdev {state.uuid} of parent '{record.name}'", asyncio.get_running_loop())
+            saved = Saved(state.values, {name: taken.take(place) for name, place in state.fds.items()})
+            instance = record.remake(host, made_of, state, saved, tuple(self._drivers))
+            self._names.add(state.uuid)
+            self._groups.add(state.group)
+            record.devices[state.uuid] = self._visible[state.uuid] = instance
+            if state.vm is not None:
+                instance.vm = state.vm
+                started.setdefault((record.name, state.vm), []).append(instance)
+        for (name, vm), instances in started.items():
+            self._parents[name].start(vm, instances)
+
     # --- looking: never waits ----------------------------------------------------------------------
 
     def types(self) -> list[MdevTypeInfo]:
@@ -263,6 +320,11 @@ class MdevBus:
         records = tuple(self._parents.values())
         await asyncio.gather(*(loop.run_in_executor(self._executor, record.ask) for record in records))
         return self.types()
+
+    def info(self, uuid: str) -> MdevInfo | None:
+        """One visible device, as ``query-devices`` shows it; None when there is none of that name."""
+        instance = self._visible.get(uuid)
+        return None if instance is None else info_of(instance)
 
     def uuids(self) -> list[str]:
         """The visible devices' names."""

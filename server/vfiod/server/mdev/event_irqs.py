@@ -10,6 +10,7 @@ import errno
 import threading
 from collections.abc import Mapping
 
+from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import IrqAction, IrqData, SetIrqs
 from vfiod.server.mdev.eventfds import EventFd
 from vfiod.server.mdev.parent import IrqInfo
@@ -60,6 +61,18 @@ class EventIrqs:
             if trigger is not None:
                 trigger.signal()
             return trigger is not None
+
+    def save(self) -> dict[str, FileDescriptor]:
+        """The eventfds by index, lent."""
+        with self._lock:
+            return {f"irq{index}": one.fd for index, one in self._triggers.items()}
+
+    def restore(self, fds: Mapping[str, FileDescriptor]) -> None:
+        """Have those again; other names are passed over."""
+        with self._lock:
+            for name, fd in fds.items():
+                if name.startswith("irq"):
+                    self._triggers[int(name.removeprefix("irq"))] = EventFd.of(fd)
 
     def close(self) -> None:
         """Let every eventfd go."""

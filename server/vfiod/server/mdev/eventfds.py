@@ -33,6 +33,18 @@ class EventFd:
         self._poll = select.poll()
         self._poll.register(self._fd.number, select.POLLOUT)
 
+    @classmethod
+    def of(cls, fd: FileDescriptor) -> EventFd:
+        """One that is ours already: it is taken over."""
+        made = cls(fd.number)
+        fd.close()
+        return made
+
+    @property
+    def fd(self) -> FileDescriptor:
+        """The duplicate, lent."""
+        return self._fd
+
     @property
     def number(self) -> int:
         """The duplicate's number, lent; -1 once it is closed."""

@@ -26,6 +26,7 @@ absent                                  means
 ``MediatedDevice.memory_mapped``        every mapping of guest memory is welcome
 ``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
 ``MediatedDevice.request``              cannot tell its user that it must go: it just goes
+``MediatedDevice.save``                 vfiod cannot be replaced while such a device exists (``--take-over``)
 ``MediatedDevice.attributes``           nothing to publish
 ``MediatedDevice.fds``                  ``query-fds`` lists those it watches through its host, and no others
 ======================================  ==============================================================
@@ -76,6 +77,7 @@ __all__ = [
     "MediatedDevice",
     "Parent",
     "Pin",
+    "Saved",
     "SetIrqs",
     "RegionInfo",
     "Watch",
@@ -175,6 +177,19 @@ class Doorbell(Struct, frozen=True):
     region: int
     offset: int
     data: bytes
+
+
+class Saved(Struct, frozen=True):
+    """A device's own account of itself (:meth:`MediatedDevice.save`).
+
+    Attributes:
+        values: what JSON can hold: numbers, strings, lists, mappings of strings. Bytes as hexadecimal.
+        fds: its fds by name: those it has open, and the eventfds it was given.
+
+    """
+
+    values: dict[str, Any]
+    fds: dict[str, FileDescriptor]
 
 
 class MapRequest(Struct, frozen=True):
@@ -359,6 +374,21 @@ class MediatedDevice(ABC):
     def request(self, count: int) -> None:
         """Ask the user to give the device back (the REQ interrupt); the ``count``-th time, from 0."""
 
+    def save(self) -> Saved:
+        """Its whole state, open or not, for another process to go on with it; changes nothing.
+
+        The fds are lent. What it got by SET_IRQS is part of it: nobody will set that up again. What it pinned is not:
+        guest memory is mapped again by :meth:`memory_mapped`, and pinned anew then. Raise ``EOPNOTSUPP`` to refuse.
+        """
+        raise OSError(errno.EOPNOTSUPP, "its parent cannot save it: it has no 'save' (MediatedDevice.save)")
+
+    def restore(self, saved: Saved) -> None:
+        """Be as :meth:`save` told in another process; called once, after ``create``, and nothing was open before.
+
+        The fds of ``saved`` belong to the device from here on; on failure it may leave them, or take them.
+        """
+        raise OSError(errno.EOPNOTSUPP, "its parent cannot restore it: it has no 'restore' (MediatedDevice.restore)")
+
     def attributes(self) -> Mapping[str, str]:
         """What to publish of this device."""
         return {}
@@ -384,6 +414,17 @@ class Parent(ABC):
     @abstractmethod
     def create(self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any]) -> MediatedDevice:
         """Make a device. The values of ``parameters`` are JSON from a stranger: check them."""
+
+    def restore(
+        self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any], saved: Saved
+    ) -> MediatedDevice:
+        """Make a device again that another process saved. Whoever opens things in :meth:`create` does otherwise here.
+
+        :meth:`start` follows, with the VM it was started for.
+        """
+        device = self.create(host, uuid, mdev_type, parameters)
+        device.restore(saved)
+        return device
 
     def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
         """Take a device apart. Raise to refuse, unless ``forced``: then it is gone whatever this says."""

@@ -22,9 +22,10 @@ import errno
 import threading
 from collections.abc import Callable, Mapping
 
+from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, IrqAction, IrqData, PciIrq, SetIrqs
 from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
-from vfiod.server.mdev.parent import Host, IrqInfo, Watch
+from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PciIrqs"]
 
@@ -69,6 +70,7 @@ class PciIrqs:
         # INTx
         self._trigger: EventFd | None = None
         self._unmask: Watch | None = None
+        self._unmask_fd: FileDescriptor | None = None  # the watch's
         self._masked = False
         self._line = False
         self._intx_disable = False
@@ -120,6 +122,46 @@ class PciIrqs:
             raise OSError(errno.ENOTTY, f"index {index} cannot do {request.action.name}")
         with self._lock:
             return handler(request)
+
+    # --- over a change of the process ---------------------------------------------------------------
+
+    def save(self) -> Saved:
+        """What SET_IRQS set up, and what the device says meanwhile."""
+        with self._lock:
+            fds = {} if self._trigger is None else {"intx": self._trigger.fd}
+            if self._unmask_fd is not None:
+                fds["unmask"] = self._unmask_fd
+            fds |= {f"vector{number}": one.fd for number, one in enumerate(self._vectors) if one is not None}
+            fds |= {f"single{index}": one.fd for index, one in self._single.items()}
+            return Saved(
+                {
+                    "kind": None if self._kind is None else int(self._kind),
+                    "masked": self._masked,
+                    "line": self._line,
+                    "intx_disable": self._intx_disable,
+                    "vectors": len(self._vectors),
+                    "pending": sorted(self._pending),
+                },
+                fds,
+            )
+
+    def restore(self, saved: Saved) -> None:
+        """Be as saved. Nothing fires by that: what was to fire has fired."""
+        values, fds = saved.values, saved.fds
+        with self._lock:
+            self._kind = None if values["kind"] is None else PciIrq(values["kind"])
+            self._masked, self._line, self._intx_disable = values["masked"], values["line"], values["intx_disable"]
+            self._vectors = [None] * values["vectors"]
+            self._pending = set(values["pending"])
+            for name, fd in fds.items():
+                if name == "intx":
+                    self._trigger = EventFd.of(fd)
+                elif name == "unmask":
+                    self._watch_fd(fd)
+                elif name.startswith("vector"):
+                    self._vectors[int(name.removeprefix("vector"))] = EventFd.of(fd)
+                else:
+                    self._single[int(name.removeprefix("single"))] = EventFd.of(fd)
 
     # --- the device's side ------------------------------------------------------------------------
 
@@ -238,13 +280,15 @@ class PciIrqs:
 
     def _watch_unmask(self, number: int) -> None:
         if number < 0:
-            watch, self._unmask = self._unmask, None
+            watch, self._unmask, self._unmask_fd = self._unmask, None, None
             if watch is not None:
                 watch.cancel()
             return
         if self._unmask is not None:
             raise OSError(errno.EBUSY, "INTx has an eventfd that unmasks it: take it away with -1 first")
-        fd = duplicate(number)
+        self._watch_fd(duplicate(number))
+
+    def _watch_fd(self, fd: FileDescriptor) -> None:
         lent = fd.number
 
         def ready() -> None:
@@ -253,6 +297,7 @@ class PciIrqs:
                 if self._unmask is watch and drain(lent):
                     self._do_unmask()
 
+        self._unmask_fd = fd
         watch = self._unmask = self._host.watch(fd, ready)
 
     def _disable_intx(self) -> None:

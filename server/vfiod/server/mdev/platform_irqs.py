@@ -24,9 +24,10 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import IrqAction, IrqData, IrqType, IrqTypeCap, MsiMessage, SetIrqs
 from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
-from vfiod.server.mdev.parent import Host, IrqInfo, Watch
+from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PlatformIrqs"]
 
@@ -40,7 +41,7 @@ FIRST_DATA: Final = 0x50
 class _Irq:
     """One interrupt: ``struct vfio_platform_irq``."""
 
-    __slots__ = ("level", "line", "masked", "pending", "trigger", "watches")
+    __slots__ = ("level", "line", "masked", "pending", "trigger", "watched", "watches")
 
     def __init__(self, level: bool) -> None:
         self.level = level
@@ -49,6 +50,7 @@ class _Irq:
         self.line = False
         self.pending = False  # an edge came while it was disabled (IRQS_PENDING of the kernel's irq core)
         self.watches: dict[IrqAction, Watch] = {}
+        self.watched: dict[IrqAction, FileDescriptor] = {}  # the watches'
 
     def fire(self) -> None:
         """``vfio_automasked_irq_handler`` or ``vfio_irq_handler``."""
@@ -121,6 +123,35 @@ class PlatformIrqs:
                 self._set_mask(irq, request)
             return 0
 
+    # --- over a change of the process ---------------------------------------------------------------
+
+    def save(self) -> Saved:
+        """What SET_IRQS set up, and what the device says meanwhile."""
+        fds: dict[str, FileDescriptor] = {}
+        with self._lock:
+            for index, irq in enumerate(self._irqs):
+                if irq.trigger is not None:
+                    fds[f"irq{index}"] = irq.trigger.fd
+                fds |= {f"watch{index}.{int(action)}": fd for action, fd in irq.watched.items()}
+            fds |= {f"vector{number}": one.fd for number, one in enumerate(self._vectors) if one is not None}
+            irqs = [[irq.masked, irq.line, irq.pending] for irq in self._irqs]
+            return Saved({"irqs": irqs, "vectors": len(self._vectors)}, fds)
+
+    def restore(self, saved: Saved) -> None:
+        """Be as saved. Nothing fires by that: what was to fire has fired."""
+        with self._lock:
+            for irq, (masked, line, pending) in zip(self._irqs, saved.values["irqs"], strict=True):
+                irq.masked, irq.line, irq.pending = masked, line, pending
+            self._vectors = [None] * saved.values["vectors"]
+            for name, fd in saved.fds.items():
+                if name.startswith("vector"):
+                    self._vectors[int(name.removeprefix("vector"))] = EventFd.of(fd)
+                elif name.startswith("irq"):
+                    self._irqs[int(name.removeprefix("irq"))].trigger = EventFd.of(fd)
+                else:
+                    index, _, action = name.removeprefix("watch").partition(".")
+                    self._watch_fd(self._irqs[int(index)], IrqAction(int(action)), fd)
+
     # --- the device's side ------------------------------------------------------------------------
 
     def line(self, index: int) -> bool:
@@ -163,6 +194,7 @@ class PlatformIrqs:
                 for watch in irq.watches.values():
                     watch.cancel()
                 irq.watches.clear()
+                irq.watched.clear()
                 if irq.trigger is not None:
                     irq.trigger.close()
                 irq.trigger, irq.masked, irq.pending, irq.line = None, False, False, False
@@ -206,6 +238,7 @@ class PlatformIrqs:
         action, number = request.action, request.fds[0]
         if number < 0:
             gone = irq.watches.pop(action, None)
+            irq.watched.pop(action, None)
             if gone is not None:
                 gone.cancel()
             return
@@ -213,7 +246,9 @@ class PlatformIrqs:
             raise OSError(
                 errno.EBUSY, f"index {request.index} has an eventfd for {action.name}: take it away with -1 first"
             )
-        fd = duplicate(number)
+        self._watch_fd(irq, action, duplicate(number))
+
+    def _watch_fd(self, irq: _Irq, action: IrqAction, fd: FileDescriptor) -> None:
         lent = fd.number
 
         def ready() -> None:
@@ -222,6 +257,7 @@ class PlatformIrqs:
                 if irq.watches.get(action) is watch and drain(lent):
                     _mask(irq, action)
 
+        irq.watched[action] = fd
         watch = irq.watches[action] = self._host.watch(fd, ready)
 
     # --- messages -------------------------------------------------------------------------------------

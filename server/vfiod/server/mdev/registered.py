@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vfiod.protocol.catalogue.mediated import DeviceApi, MdevInfo, MdevTypeInfo
 from vfiod.protocol.catalogue.words import ID_PATTERN, UNSET
@@ -19,9 +19,12 @@ from vfiod.protocol.limits import MAX_ID, MAX_MDEVS, MDEV_LOOK_MS
 from vfiod.server.lanes import Lane
 from vfiod.server.mdev.calls import Calls, CallThreads, guarded, published, quietly
 from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost
-from vfiod.server.mdev.parent import MdevType, MediatedDevice, Parent
+from vfiod.server.mdev.parent import MdevType, MediatedDevice, Parent, Saved
 
-__all__ = ["CallLimits", "Registered"]
+if TYPE_CHECKING:
+    from vfiod.server.state.machine import MdevState
+
+__all__ = ["CallLimits", "Registered", "info_of"]
 
 LOOK_S = MDEV_LOOK_MS / 1000
 
@@ -131,7 +134,7 @@ class Registered:
             available_instances=self.available(mdev_type),
             parameters=dict(mdev_type.parameters),
             parent_attributes=self.told,
-            devices=[_info(one) for one in self.instances(mdev_type) if one.uuid in visible],
+            devices=[info_of(one) for one in self.instances(mdev_type) if one.uuid in visible],
         )
 
     # --- in a worker's thread -------------------------------------------------------------------------
@@ -193,6 +196,22 @@ class Registered:
         instance.attributes()
         return instance
 
+    def remake(
+        self, host: MdevHost, mdev_type: MdevType, state: MdevState, saved: Saved, drivers: Sequence[MdevDriver]
+    ) -> Instance:
+        """Make a device again that another process saved. CommandError; what was made is dropped, not destroyed."""
+        device = self.calls.run(
+            "restore", host.what, lambda: self.parent.restore(host, state.uuid, mdev_type, state.parameters, saved)
+        )
+        if not isinstance(device, MediatedDevice):
+            raise OperationFailed(
+                "restore", self.what, errno="EIO", advice=f"it gave {type(device).__name__}, not a MediatedDevice"
+            )
+        calls = self.limits.of(host.what, quick=device.quick)
+        instance = Instance(state.uuid, self.name, mdev_type, state.parameters, device, host, calls, state.group)
+        _bind(instance, drivers)
+        return instance
+
     def full(self, mdev_type: MdevType, uuid: str) -> OperationFailed:
         """There is no room for another one."""
         has = len(self.instances(mdev_type))
@@ -243,7 +262,8 @@ class Registered:
         self.parent.destroy(instance.uuid, instance.device, forced=forced)
 
 
-def _info(instance: Instance) -> MdevInfo:
+def info_of(instance: Instance) -> MdevInfo:
+    """One device, as queries show it: of a parent that may wait, what it said last."""
     told = instance.told if instance.calls.waits else instance.attributes()
     return MdevInfo(
         uuid=instance.uuid,

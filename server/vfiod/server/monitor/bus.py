@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
@@ -41,6 +41,30 @@ TURN: Final = 64
 
 DIALECT: Final = "msgpack"
 """What :attr:`Event.encoded` keeps our bytes under."""
+
+
+# As plain numbers: pyzmq looks its own constants up anew at each use.
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
+_NOW: Final = int(zmq.DONTWAIT)
+_NOW_AND_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
+
+
+def _received(socket: zmq.Socket[bytes]) -> list[bytes]:
+    """One message, which is there. A frame knows whether more follow; ``recv_multipart`` asks the socket each time."""
+    frame = socket.recv(_NOW, copy=False)
+    frames = [frame.bytes]
+    while frame.more:
+        frame = socket.recv(_NOW, copy=False)
+        frames.append(frame.bytes)
+    return frames
+
+
+def _send_frames(socket: zmq.Socket[bytes], first: Iterable[bytes], last: bytes) -> None:
+    """One message, without waiting. Raises ZMQError, at the first frame if at all: the rest goes where that went."""
+    for frame in first:
+        socket.send(frame, _NOW_AND_MORE)
+    socket.send(last, _NOW)
 
 
 class _Job:
@@ -113,6 +137,7 @@ class Bus:
             "bus-errors": self.errors,
             "bus-in-flight": self._in_flight,
             "bus-replies-dropped": self.replies_dropped,
+            **self._place.stats(),
         }
 
     # --- messages in ----------------------------------------------------------------------------
@@ -130,14 +155,14 @@ class Bus:
         """Take messages as long as there are any, for one turn."""
         if self._closed:
             return
+        socket = self._socket
         for _ in range(TURN):
             if self._in_flight >= MAX_BUS_CALLS:
                 return  # a call that ends looks again
-            try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
+            # Asked last, after every send of ours: if it has nothing now, the fd will tell when it has.
+            if not int(socket.getsockopt(_EVENTS)) & _POLLIN:
                 return
-            self._take(frames)
+            self._take(_received(socket))
         self._later()
 
     def _take(self, frames: list[bytes]) -> None:
@@ -243,12 +268,11 @@ class Bus:
 
     def _send(self, envelope: list[bytes], payload: bytes) -> None:
         try:
-            self._socket.send_multipart([*envelope, payload], zmq.DONTWAIT)
+            _send_frames(self._socket, envelope, payload)
         except zmq.ZMQError as error:
             # EAGAIN: a client that does not read; EHOSTUNREACH: one that is gone. Nobody else waits for either.
             self.replies_dropped += 1
             _log.debug("A reply on the bus was dropped: %s", error)
-        self._later()
 
     def close(self) -> None:
         """Take no further call; answers that wait have a moment to leave."""
@@ -291,7 +315,7 @@ class EventBus:
 
     def stats(self) -> dict[str, int]:
         """For ``query-stats``."""
-        return {"bus-events": self.published}
+        return {"bus-events": self.published, **self._place.stats()}
 
     def _publish(self, event: Event) -> None:
         payload = event.encoded.get(DIALECT)
@@ -301,7 +325,7 @@ class EventBus:
             )
         self.published += 1
         # Never waits: a reader whose queue is full misses it, and nobody else does.
-        self._socket.send_multipart([packed.topic_of(event.data), payload], zmq.DONTWAIT)
+        _send_frames(self._socket, (packed.topic_of(event.data),), payload)
 
     def close(self) -> None:
         """Publish no more; what waits has a moment to leave."""

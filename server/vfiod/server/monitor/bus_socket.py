@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import zmq
 from msgspec import Struct, structs
 
-from vfiod.protocol.limits import BUS_QUEUE
+from vfiod.protocol.limits import BUS_HANDSHAKE_MS, BUS_QUEUE
+from vfiod.server.monitor.bus_gate import Gate
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.listener import ListenError
 
@@ -59,6 +60,7 @@ class BusSocket:
     Attributes:
         address: as given; once bound with the port it has got.
         socket: the socket, with high-water marks set.
+        gate: keeps its connections few.
 
     """
 
@@ -70,6 +72,8 @@ class BusSocket:
         self.socket.setsockopt(zmq.SNDHWM, BUS_QUEUE)
         self.socket.setsockopt(zmq.RCVHWM, BUS_QUEUE)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, BUS_HANDSHAKE_MS)
+        self.gate: Final = Gate(self.socket, self._context, str(address))
         self._authenticator: AsyncioAuthenticator | None = None
         self._file: listener.SocketFile | None = None
 
@@ -96,6 +100,7 @@ class BusSocket:
             self.socket.setsockopt(zmq.USE_FD, listening.fileno())
             for uid in {0, os.geteuid(), *self.address.uids}:
                 self.socket.setsockopt(zmq.IPC_FILTER_UID, uid)
+            self.gate.place = listening.getsockname()
             self.socket.bind(f"ipc://{path}")
         except BaseException:
             listening.close()
@@ -125,17 +130,23 @@ class BusSocket:
         self.socket.bind(f"tcp://{self.address.host}:{self.address.port}")
         port = int(self.endpoint.rpartition(":")[2])  # port 0 gets a free one
         self.address = structs.replace(self.address, port=port)
+        self.gate.place = port
 
     @property
     def endpoint(self) -> str:
         """Where ZeroMQ says that it listens."""
         return bytes(self.socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
+    def stats(self) -> dict[str, int]:
+        """For ``query-stats``."""
+        return {"bus-connections": self.gate.connections, "bus-connections-refused": self.gate.refused}
+
     def close(self, linger_ms: int = 0) -> None:
         """Close it, and remove its file; what waits for peers may take so many milliseconds to leave."""
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
+        self.gate.close()
         self.socket.close(linger_ms)
         self._context.term()
         if self._file is not None:

@@ -94,6 +94,8 @@ BUS: Final = (
     _gauge("bus-in-flight", "Calls of the bus under way."),
     _counter("bus-replies-dropped", "Replies whose client did not read, or was gone."),
     _counter("bus-events", "Events published."),
+    _gauge("bus-connections", "Connections to the bus."),
+    _counter("bus-connections-refused", "Connections that were too many."),
 )
 METRICS: Final = (*VM, *DEVICE, *SESSION, *BUS)
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from vfiod.protocol.limits import MAX_SCRAPE_REQUEST, MAX_SCRAPERS, SCRAPE_TIMEOUT_MS
+from vfiod.protocol.limits import MAX_SCRAPE_REQUEST, MAX_SCRAPER_CONNECTIONS, MAX_SCRAPERS, SCRAPE_TIMEOUT_MS
 from vfiod.server.monitor.metrics import CONTENT_TYPE
 from vfiod.server.sockets import listener
 from vfiod.server.sockets.access import Access, peer_of
@@ -40,7 +40,8 @@ class MetricsDoor:
         self._text: Final = text
         self._server: asyncio.Server | None = None
         self._file: listener.SocketFile | None = None
-        self._busy = 0
+        self._open: Final[dict[asyncio.StreamWriter, None]] = {}  # oldest first
+        self._asked: Final[dict[asyncio.StreamWriter, None]] = {}  # those of them that are being answered
 
     async def listen_path(self, path: str, gid: int | None) -> None:
         """Listen on a Unix socket, 0600 or 0660. Raises ListenError."""
@@ -57,7 +58,7 @@ class MetricsDoor:
             raise ListenError(f"Cannot serve metrics on {host}:{port}: {os.strerror(error.errno or 0)}") from error
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._busy += 1
+        _join(self._open, writer, MAX_SCRAPER_CONNECTIONS)
         try:
             async with asyncio.timeout(SCRAPE_TIMEOUT_MS / 1000):
                 writer.write(await self._answer(reader, writer))
@@ -65,7 +66,8 @@ class MetricsDoor:
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             _log.debug("A scraper was hung up on: %r", error)
         finally:
-            self._busy -= 1
+            self._open.pop(writer, None)
+            self._asked.pop(writer, None)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
@@ -76,8 +78,7 @@ class MetricsDoor:
             refusal = self._access.refusal(peer_of(connection))
             if refusal is not None:
                 return _response("403 Forbidden", refusal)
-        if self._busy > MAX_SCRAPERS:
-            return _response("503 Service Unavailable", f"{MAX_SCRAPERS} scrapers at once are enough")
+        _join(self._asked, writer, MAX_SCRAPERS)
         words = head.split(b"\r\n", 1)[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             return _response("400 Bad Request", "Ask in HTTP/1.1: GET /metrics")
@@ -95,6 +96,15 @@ class MetricsDoor:
             if self._file is not None:
                 self._file.remove()
             self._server = None
+
+
+def _join(those: dict[asyncio.StreamWriter, None], writer: asyncio.StreamWriter, most: int) -> None:
+    """One more; the oldest is hung up on when there are too many. So a crowd that idles keeps nobody out."""
+    those[writer] = None
+    if len(those) > most:
+        oldest = next(iter(those))
+        del those[oldest]
+        oldest.transport.abort()
 
 
 def _response(status: str, text: str, *headers: str, kind: str = PLAIN, body: bool = True) -> bytes:

@@ -10,7 +10,7 @@ from typing import Final
 
 from msgspec import Struct
 
-__all__ = ["ALLOWED", "DEADLY", "MACHINES", "Machine", "numbers_of"]
+__all__ = ["ALLOWED", "BUS", "DEADLY", "MACHINES", "Machine", "numbers_of"]
 
 
 class Machine(Struct, frozen=True):
@@ -53,6 +53,9 @@ ALLOWED: Final = """
     gettimeofday time getrandom
 """
 """Whatever their arguments are. Files are Landlock's to judge."""
+
+BUS: Final = "sched_getparam sched_getscheduler"
+"""ZeroMQ's threads ask for these when they begin, which may be after the filter came; refused, ZeroMQ aborts."""
 
 DEADLY: Final = """
     execve execveat ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd mount umount2 pivot_root
@@ -205,6 +208,9 @@ rt_sigaction 13 134 174
 rt_sigprocmask 14 135 175
 rt_sigreturn 15 139 173
 sched_getaffinity 204 123 240
+sched_getparam 143 121 155
+sched_getscheduler 145 120 157
+sched_setscheduler 144 119 156
 sched_yield 24 124 158
 seccomp 317 277 348
 select 23 - 142

@@ -9,9 +9,18 @@ from collections.abc import Iterable
 from typing import Final
 
 import vfiod
-from vfiod.server.sandbox.landlock import MAKE, READ, READ_WRITE, USE_DEVICE, Rule
+from vfiod.server.sandbox.landlock import KEEP, MAKE, READ, USE_DEVICE, Rule
 
-__all__ = ["OPTION", "for_devices", "for_names", "for_paths", "for_python", "for_sockets", "is_shared"]
+__all__ = [
+    "OPTION",
+    "for_configuration",
+    "for_devices",
+    "for_names",
+    "for_paths",
+    "for_python",
+    "for_sockets",
+    "is_shared",
+]
 
 OPTION: Final = "--allow-path"
 
@@ -32,8 +41,9 @@ HOST_FACTS: Final = (
 LIBRARIES: Final = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
 """Where extensions that are imported later find the libraries they want."""
 
-TERMINALS: Final = ("/dev/ptmx", "/dev/pts")
-"""The lines of mediated serial ports and displays are pseudo-terminals unless told otherwise."""
+DEVICES: Final = ("/dev/ptmx", "/dev/pts", "/dev/vfio/vfio")
+"""The lines of mediated serial ports and displays are pseudo-terminals unless told otherwise. A container of VFIO is
+opened for a group that came without one; alone it is nothing, and everybody may open it (``container``)."""
 
 DEVICE_NODES: Final = ("/dev/vfio", "/dev/iommu")
 """With ``--allow-open``."""
@@ -53,7 +63,7 @@ def for_python() -> list[Rule]:
 
 def for_devices(*, allow_open: bool) -> list[Rule]:
     """Device nodes."""
-    places = TERMINALS + (DEVICE_NODES if allow_open else ())
+    places = DEVICES + (DEVICE_NODES if allow_open else ())
     return [Rule(place, USE_DEVICE) for place in places]
 
 
@@ -69,11 +79,14 @@ def for_names() -> list[Rule]:
 
 
 def for_paths(paths: Iterable[str]) -> list[Rule]:
-    """What ``--allow-path`` names: to be read and written; sockets and links may be made there. ``ro:PATH``: read."""
-    return [
-        Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, READ_WRITE | MAKE)
-        for path in paths
-    ]
+    """What ``--allow-path`` names: files, sockets, links may be read, written, made, removed. ``ro:PATH``: read."""
+    return [Rule(path.removeprefix("ro:"), READ) if path.startswith("ro:") else Rule(path, KEEP) for path in paths]
+
+
+def for_configuration(path: str) -> list[Rule]:
+    """A file that is read again: with its directory, since editors put another in its place. In shared ones alone."""
+    directory = os.path.dirname(os.path.realpath(path))
+    return [Rule(path if is_shared(directory) else directory, READ)]
 
 
 def is_shared(directory: str) -> bool:

@@ -11,13 +11,14 @@ from typing import Final
 
 from msgspec import Struct
 
-__all__ = ["BIND_TCP", "MAKE", "READ", "READ_WRITE", "Rule", "USE_DEVICE", "file_rights", "ruleset"]
+__all__ = ["BIND_TCP", "KEEP", "MAKE", "READ", "READ_WRITE", "Rule", "USE_DEVICE", "file_rights", "ruleset"]
 
 _EXECUTE: Final = 1 << 0
 _WRITE_FILE: Final = 1 << 1
 _READ_FILE: Final = 1 << 2
 _READ_DIR: Final = 1 << 3
 _REMOVE_FILE: Final = 1 << 5
+_MAKE_FILE: Final = 1 << 8
 _MAKE_SOCK: Final = 1 << 9
 _MAKE_SYM: Final = 1 << 12
 _TRUNCATE: Final = 1 << 14
@@ -28,6 +29,9 @@ READ: Final = _READ_FILE | _READ_DIR
 
 READ_WRITE: Final = READ | _WRITE_FILE
 """Write existing files too."""
+
+KEEP: Final = READ_WRITE | _TRUNCATE | _MAKE_FILE | _MAKE_SOCK | _MAKE_SYM | _REMOVE_FILE
+"""Read, write, make and remove files, sockets and symbolic links."""
 
 MAKE: Final = _READ_DIR | _REMOVE_FILE | _MAKE_SOCK | _MAKE_SYM
 """Make sockets and symbolic links, and remove them."""

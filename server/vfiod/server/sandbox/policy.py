@@ -11,7 +11,7 @@ import errno
 from typing import Final
 
 from vfiod.server.sandbox.bpf import Test, program, refuse
-from vfiod.server.sandbox.calls import ALLOWED, DEADLY, MACHINES, Machine, numbers_of
+from vfiod.server.sandbox.calls import ALLOWED, BUS, DEADLY, MACHINES, Machine, numbers_of
 
 __all__ = ["seccomp_filter"]
 
@@ -62,6 +62,7 @@ PRCTLS: Final = {"PR_SET_NAME": 15, "PR_GET_NAME": 16, "PR_SET_VMA": 0x53564D41}
 _PROT_WRITE, _PROT_EXEC = 2, 4
 _MAP_PRIVATE, _MAP_KIND, _MAP_ANONYMOUS = 0x02, 0x0F, 0x20
 _AF_UNIX, _SOCK_STREAM, _SOCK_KIND = 1, 1, 0x0F
+_SCHED_OTHER: Final = 0
 
 _THREAD: Final = 0x00000100 | 0x00000800 | 0x00010000
 """CLONE_VM, CLONE_SIGHAND, CLONE_THREAD (``<linux/sched.h>``)."""
@@ -70,7 +71,7 @@ _NEW_NAMESPACES: Final = 0x7E020080
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME."""
 
 
-def seccomp_filter(name: str, pid: int, *, connect: bool, gids: frozenset[int]) -> bytes | None:
+def seccomp_filter(name: str, pid: int, *, connect: bool, gids: frozenset[int], bus: bool = False) -> bytes | None:
     """Make the filter for a machine (``uname -m``); None when its numbers are not known.
 
     Args:
@@ -78,14 +79,20 @@ def seccomp_filter(name: str, pid: int, *, connect: bool, gids: frozenset[int]) 
         pid: this process.
         connect: sockets may be connected, too: Unix ones, as no others can be made.
         gids: files may be given to these groups.
+        bus: ZeroMQ is in use.
 
     """
     machine = MACHINES.get(name)
     if machine is None:
         return None
     numbers = numbers_of(machine)
-    judged = {numbers[call]: tests for call, tests in _judged(machine, pid, gids).items() if call in numbers}
-    allowed = [*ALLOWED.split(), *(["connect"] if connect else []), *(["mmap"] if machine.mmap_in_memory else [])]
+    judged = {numbers[call]: tests for call, tests in _judged(machine, pid, gids, bus=bus).items() if call in numbers}
+    allowed = [
+        *ALLOWED.split(),
+        *(["connect"] if connect else []),
+        *(BUS.split() if bus else []),
+        *(["mmap"] if machine.mmap_in_memory else []),
+    ]
     return program(
         machine,
         [numbers[call] for call in allowed if call in numbers],
@@ -96,7 +103,7 @@ def seccomp_filter(name: str, pid: int, *, connect: bool, gids: frozenset[int]) 
     )
 
 
-def _judged(machine: Machine, pid: int, gids: frozenset[int]) -> dict[str, list[list[Test]]]:
+def _judged(machine: Machine, pid: int, gids: frozenset[int], *, bus: bool) -> dict[str, list[list[Test]]]:
     unix_stream = [[Test(0, _AF_UNIX), Test(1, _SOCK_STREAM, _SOCK_KIND)]]
     judged = {
         # An extension that is imported later is mapped as ld.so does it: a file's, private, not writable. Which file,
@@ -118,6 +125,8 @@ def _judged(machine: Machine, pid: int, gids: frozenset[int]) -> dict[str, list[
         "kcmp": [[Test(0, pid), Test(1, pid)]],
         "fchownat": [[Test(2, 0xFFFFFFFF), Test(3, gid)] for gid in sorted(gids)],
     }
+    if bus:
+        judged["sched_setscheduler"] = [[Test(1, _SCHED_OTHER)]]  # a thread of ZeroMQ, of itself, when it begins
     if machine.mmap_in_memory:
         del judged["mmap"]
     return judged

@@ -78,10 +78,10 @@ def confine(rules: Iterable[Rule], *, ports: Iterable[int] = (), gid: int | None
     return problems
 
 
-def restrict(*, connect: bool, gids: Iterable[int] = ()) -> list[str]:
+def restrict(*, connect: bool, gids: Iterable[int] = (), bus: bool = False) -> list[str]:
     """Install the filter of system calls, in every thread. Returns what could not be done."""
     name = os.uname().machine
-    code = seccomp_filter(name, os.getpid(), connect=connect, gids=frozenset(gids))
+    code = seccomp_filter(name, os.getpid(), connect=connect, gids=frozenset(gids), bus=bus)
     if code is None:
         return []  # confine() said so
     filters = bytearray(code)

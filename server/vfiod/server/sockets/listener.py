@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.errors import VfiodError
-from vfiod.server.kernel import confinement
+from vfiod.server.kernel import confinement, open_files
 
 if TYPE_CHECKING:
     import asyncio
@@ -204,8 +204,13 @@ class Listener:
         loop.add_reader(listening.fileno(), self._readable)
 
     def remove_at_close(self, path: str) -> None:
-        """Remove the socket file when this closes, if it is still the one that is there now."""
+        """Remove the socket file when this closes, if it is still the one that is there now. OSError: none is."""
         self._file = SocketFile(path)
+
+    @property
+    def path(self) -> str | None:
+        """The socket file that is ours; None: it was inherited."""
+        return None if self._file is None else self._file.path
 
     @property
     def name(self) -> str:
@@ -227,12 +232,19 @@ class Listener:
             except OSError as error:
                 # EMFILE, ENFILE, ENOMEM: the connection stays in the queue, and the socket stays readable. Leave it
                 # alone for a moment, or this would spin.
-                _log.error("Cannot accept a connection on %s: %s", self.name, error)
-                self._loop.remove_reader(self._listening.fileno())
-                self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
+                self._wait(str(error))
+                return
+            if open_files.are_scarce((connection.fileno(),)):
+                connection.close()
+                self._wait("the open files that are left are reserved for the bus")
                 return
             connection.setblocking(False)
             self._admit(connection)
+
+    def _wait(self, why: str) -> None:
+        _log.error("Cannot accept a connection on %s: %s", self.name, why)
+        self._loop.remove_reader(self._listening.fileno())
+        self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
 
     def _resume(self) -> None:
         self._retry = None

@@ -13,7 +13,7 @@ from vfiod.protocol.catalogue.devices import DeviceAdd, DeviceAdded, DeviceDel, 
 from vfiod.protocol.catalogue.interrupts import IrqStart
 from vfiod.protocol.catalogue.regions import RegionReadResult, RegionWrite
 from vfiod.protocol.errors import InvalidArgument, InvalidRequest
-from vfiod.protocol.limits import MAX_REGION_TRANSFER
+from vfiod.protocol.limits import MAX_COLLECTIONS, MAX_REGION_TRANSFER
 from vfiod.protocol.wire.arguments import decode_arguments, decode_event_data, decode_result
 
 
@@ -222,3 +222,9 @@ def test_an_interrupt_number_has_32_bits(number: int) -> None:
         decode_arguments(
             COMMANDS["irq-start"], json.dumps({"device": "n0", "routes": [{"index": 0, "number": number}]}).encode()
         )
+
+
+def test_what_is_wrong_with_a_crowd_is_not_looked_for() -> None:
+    """Its values would be made, each sixty times as large as the byte that says it."""
+    assert "Parameter 'a' is unexpected" in complaint("query-name", a=[[]] * (MAX_COLLECTIONS - 2))
+    assert f"hold more than {MAX_COLLECTIONS} lists and objects" in complaint("query-name", a=[[]] * MAX_COLLECTIONS)

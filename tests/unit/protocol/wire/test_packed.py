@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from vfiod.protocol.catalogue import COMMANDS
+from vfiod.protocol.catalogue import COMMANDS, EVENTS
 from vfiod.protocol.catalogue.devices import DeviceAdded
 from vfiod.protocol.catalogue.monitor import Shutdown, ShutdownCause
 from vfiod.protocol.catalogue.regions import RegionReadResult
@@ -23,7 +25,7 @@ from vfiod.protocol.errors import (
     OperationFailed,
     WireError,
 )
-from vfiod.protocol.limits import MAX_MESSAGE_BYTES
+from vfiod.protocol.limits import MAX_COLLECTIONS, MAX_MESSAGE_BYTES
 from vfiod.protocol.wire import packed
 from vfiod.protocol.wire.arguments import convert_arguments
 
@@ -69,6 +71,23 @@ def test_events_and_topics() -> None:
     assert packed.topic_of(Shutdown(guest=False, reason=ShutdownCause.HOST_SIGNAL)) == b"SHUTDOWN/"
     notice = packed.decode_notice(packed.encode_notice(added, 7, 11, 13))
     assert notice == packed.Notice("DEVICE_ADDED", {"device": "n0", "path": "/p"}, 7, 11, 13)
+    assert packed.encode_notice(added, 7, 11, 13) == msgpack.packb(
+        {
+            "jsonrpc": "2.0",
+            "method": "DEVICE_ADDED",
+            "params": {
+                **msgspec.to_builtins(added, order="sorted"),
+                "seq": 7,
+                "timestamp": {"seconds": 11, "microseconds": 13},
+            },
+        }
+    )
+
+
+def test_every_event_has_room_for_its_number_and_time() -> None:
+    """Its members and those two are a map whose length is in its first byte."""
+    for spec in EVENTS.values():
+        assert len(msgspec.structs.fields(spec.data)) + 2 <= 15, spec.name
 
 
 @pytest.mark.parametrize(
@@ -125,3 +144,27 @@ def test_arguments_in_the_same_words() -> None:
         with pytest.raises(InvalidArgument) as refused:
             convert_arguments(write, values)
         assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("one", [[], {}])
+def test_no_more_lists_and_maps_than_the_limit(one: Any) -> None:
+    def call(count: int) -> packed.Call | packed.Refused:
+        return packed.decode_call(msgpack.packb({"jsonrpc": "2.0", "method": "a", "params": {"x": [one] * count}}))
+
+    assert isinstance(call(MAX_COLLECTIONS - 3), packed.Call)
+    refused = call(MAX_COLLECTIONS - 2)
+    assert isinstance(refused, packed.Refused)
+    assert str(refused.error) == f"A call holds at most {MAX_COLLECTIONS} lists and maps"
+
+
+@pytest.mark.parametrize("member", [{"code": "x"}, {"code": []}, {"code": 1.5}])
+def test_an_error_whose_code_is_no_number_is_refused(member: dict[str, Any]) -> None:
+    """Found by the fuzzer: it was a TypeError or a ValueError of the client's caller."""
+    with pytest.raises(InvalidRequest, match="where a whole number belongs"):
+        packed.decode_answer(msgpack.packb({"jsonrpc": "2.0", "id": 1, "error": {"message": "no", **member}}))
+
+
+@pytest.mark.parametrize("stamp", [{"seconds": "x"}, {"seconds": float("inf")}, {"microseconds": None}])
+def test_an_event_whose_time_is_no_number_is_refused(stamp: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="where a whole number belongs"):
+        packed.decode_notice(msgpack.packb({"method": "A", "params": {"seq": 1, "timestamp": stamp}}))

@@ -241,6 +241,19 @@ class VirtualConfig:
             self._values[where] = flags | (at.MSIX_ENABLE >> 8 if kind is IrqKind.MSIX else 0)
         self._kind = kind
 
+    # --- over a change of the process -----------------------------------------------------------------
+
+    def keep(self) -> tuple[bytes, IrqKind]:
+        """The emulated bits as they are, and the kind of interrupt that is shown as active."""
+        return bytes(self._values), self._kind
+
+    def adopt(self, values: bytes, kind: IrqKind) -> None:
+        """Have them again. ValueError: of a configuration space of another size."""
+        if len(values) != len(self._values):
+            raise ValueError(f"The configuration space has {len(self._values)} bytes, {len(values)} were kept")
+        self._values[:] = values
+        self._kind = kind
+
     def _limit_msi(self) -> None:
         """More MSI vectors than the device has are cut to what it has."""
         if self._msi is None:

@@ -25,6 +25,16 @@ class MsixTable:
         self.vectors = vectors
         self._bytes = bytearray((bytes(ENTRY_CONTROL) + ENTRY_MASKED.to_bytes(4, "little")) * vectors)
 
+    def __len__(self) -> int:
+        """Bytes of it."""
+        return len(self._bytes)
+
+    def adopt(self, data: bytes) -> None:
+        """Have it as it was kept. ValueError: of another size."""
+        if len(data) != len(self._bytes):
+            raise ValueError(f"The MSI-X table has {len(self._bytes)} bytes, {len(data)} were kept")
+        self._bytes[:] = data
+
     def masked(self, vector: int) -> bool:
         """Whether the guest has this vector masked."""
         return bool(self._bytes[vector * ENTRY_SIZE + ENTRY_CONTROL] & ENTRY_MASKED)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["ConfigSpace"]
 
@@ -109,6 +109,15 @@ class ConfigSpace:
     def reset(self) -> None:
         """As after power-on."""
         self._bytes[:] = self._power_on
+
+    def save(self) -> dict[str, Any]:
+        """Its bytes, and what SET_IRQS switched on."""
+        return {"bytes": self._bytes.hex(), "msi_on": self.msi_on, "msix_on": self.msix_on}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Be as saved."""
+        self._bytes[:] = bytes.fromhex(saved["bytes"])
+        self.msi_on, self.msix_on = saved["msi_on"], saved["msix_on"]
 
     @property
     def bus_master(self) -> bool:

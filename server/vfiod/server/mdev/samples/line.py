@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.kernel import confinement
 from vfiod.server.mdev.parent import Host, Watch
 
 __all__ = ["Line", "PtyLine", "SocketLine", "open_line"]
@@ -192,4 +193,5 @@ def open_line(name: str, text: object, host: Host, ready: Callable[[], None], ca
             return SocketLine(host, ready, carrier, path)
         return PtyLine(host, ready, carrier, path if colon else None)
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, f"'{name}': {text}: {error.strerror or error}") from error
+        why = f"{error.strerror or error}{confinement.advice(error.errno)}"
+        raise OSError(error.errno or errno.EIO, f"'{name}': {text}: {why}") from error

@@ -67,6 +67,7 @@ from vfiod.server.mdev.parent import (
     MediatedDevice,
     Parent,
     RegionInfo,
+    Saved,
 )
 from vfiod.server.mdev.pci_irqs import PciIrqs
 from vfiod.server.mdev.samples.config_space import ConfigSpace
@@ -194,6 +195,27 @@ class PrimerDevice(MediatedDevice):
     def request(self, count: int) -> None:
         """Ask the user by the REQ interrupt."""
         self._irqs.request()
+
+    def save(self) -> Saved:
+        """Registers, configuration space, interrupts; BAR2's memory goes along as the file it is."""
+        irqs = self._irqs.save()
+        values = {
+            "registers": {str(at): value for at, value in self._registers.items()},
+            "accesses": self._accesses,
+            "status": self._status,
+            "config": self._config.save(),
+            "irqs": irqs.values,
+        }
+        return Saved(values, irqs.fds if self._memory is None else {"bar2": self._memory, **irqs.fds})
+
+    def restore(self, saved: Saved) -> None:
+        """Be as saved."""
+        values, fds = saved.values, dict(saved.fds)
+        self._memory = fds.pop("bar2", None)
+        self._registers = {int(at): value for at, value in values["registers"].items()}
+        self._accesses, self._status = values["accesses"], values["status"]
+        self._config.restore(values["config"])
+        self._irqs.restore(Saved(values["irqs"], fds))
 
     # --- what it has ---------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from typing import Any, Final
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import Area, SetIrqs
-from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo
+from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo, Saved
 from vfiod.server.mdev.platform_irqs import PlatformIrqs
 
 __all__ = ["Platform", "PlatformDevice"]
@@ -133,6 +133,26 @@ class PlatformDevice(MediatedDevice):
         """Registers as after power-on, lines down. Memory and eventfds stay."""
         self._power_on()
         self._irqs.quiet()
+
+    def save(self) -> Saved:
+        """Registers and interrupts; the memory goes along as the file it is."""
+        irqs = self._irqs.save()
+        values = {
+            "scratch": self._scratch,
+            "accesses": self._accesses,
+            "lost": self._lost,
+            "programmed": self._programmed,
+            "irqs": irqs.values,
+        }
+        return Saved(values, irqs.fds if self._memory is None else {"memory": self._memory, **irqs.fds})
+
+    def restore(self, saved: Saved) -> None:
+        """Be as saved."""
+        values, fds = saved.values, dict(saved.fds)
+        self._memory = fds.pop("memory", None)
+        self._scratch, self._accesses, self._lost = values["scratch"], values["accesses"], values["lost"]
+        self._programmed = list(values["programmed"])
+        self._irqs.restore(Saved(values["irqs"], fds))
 
     # --- what it has ---------------------------------------------------------------------------------
 
