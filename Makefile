@@ -34,9 +34,12 @@ bench: $(READY)  ## Ratios to peers measured in the same run; no pass or fail
 bench-lab: $(READY) ## The same to the kernel's own VFIO, in the lab's machine "bench"
 	$(BIN)/python -m tests.lab run bench -- 'python -m tests.bench --only kernel'
 
-docs: $(READY)   ## Write the command reference again from the catalogue, and the tables of platform interrupts
+docs: $(READY)   ## Write again what is written from the code: references, manual pages, the schema
 	$(BIN)/python -m vfiod.protocol.reference > docs/commands.md
 	$(BIN)/python -m vfiod.server.interrupts.tables > docs/platform-interrupts.md
+	$(BIN)/python -m vfiod.protocol.settings_reference markdown > docs/configuration.md
+	$(BIN)/python -m vfiod.protocol.settings_reference schema > docs/vfiod.schema.json
+	$(BIN)/python -m vfiod.client.manual docs/man
 
 fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twenty minutes); by atheris if it is there
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect as python_inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, Final
@@ -15,9 +16,10 @@ from vfiod.protocol.catalogue.declare import COMMANDS, EVENTS, CommandSpec, Even
 from vfiod.protocol.examples import of_command, of_event
 from vfiod.protocol.introspection import documented_fields
 
-__all__ = ["markdown"]
+__all__ = ["markdown", "types_in_words"]
 
 TEST: Final = "tests/integration/pages/test_commands.py::test_every_example"
+_EVENT_NAMES: Final = {event.data.__name__: event.name for event in EVENTS.values()}
 LAB_TEST: Final = "tests/lab/guest/test_reset.py::test_the_examples_of_the_reference"
 
 _INTRODUCTION = """\
@@ -162,6 +164,8 @@ def _link(info: inspect.Type) -> str:
         if isinstance(info, inspect.StructType) and not info.fields:
             return "`{}`"
         name = info.cls.__name__
+        if name in _EVENT_NAMES:
+            return f"[the data of {_EVENT_NAMES[name]}](#{_EVENT_NAMES[name].lower()})"
         return f"[{name}](#{name.lower()})"
     if isinstance(info, inspect.ListType | inspect.VarTupleType):
         return f"a list of {_link(info.item_type)}"
@@ -181,6 +185,15 @@ def _link(info: inspect.Type) -> str:
         if isinstance(info, kinds):
             return name
     return "any value"
+
+
+def types_in_words(declared: type[msgspec.Struct]) -> dict[str, str]:
+    """The type of each member, by its name on the wire, in words with no links; for the manual pages."""
+    fields = inspect.type_info(declared).fields  # type: ignore[attr-defined]
+    return {
+        field.encode_name: re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", _link(field.type)).replace("`", "")
+        for field in fields
+    }
 
 
 def _types() -> set[type]:

@@ -33,17 +33,18 @@ RAISE, ACKNOWLEDGE, SCRATCH = 0x14, 0x18, 0x04
 class Kept:
     """A vfiod under a keeper."""
 
-    def __init__(self, place: Path, *options: str, keeper: tuple[str, ...] = ("--restarts", "1000")) -> None:
+    def __init__(self, place: Path, *options: str, environment: dict[str, str] | None = None) -> None:
         self.path = place / "qmp.sock"
         self.place = place
         self._log = (place / "log").open("w+")
         self.keeper = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vfiod.client.program", "keeper", *keeper, "--"),
+                *(sys.executable, "-m", "vfiod.client.program", "keeper", "--restarts", "1000", "--"),
                 *("--name", "vm1", "--qmp", f"unix:{self.path}", *options),
             ],
             stdin=subprocess.DEVNULL,
             stderr=self._log,
+            env=environment,
         )
         self.dead: set[int] = set()
         self.pid = self.wait_new()
@@ -373,3 +374,49 @@ def test_the_death_of_the_keeper_is_said_and_no_more(tmp_path: Path) -> None:
         client.quit()
     until(lambda: not kept.path.exists())
     kept.forget()
+
+
+def test_a_state_that_kills_is_not_tried_for_ever(tmp_path: Path) -> None:
+    """Servers that die while they begin: each is counted in the state's memory, and the fourth begins with nothing."""
+    place = tmp_path / "parent"
+    place.mkdir()
+    (place / "deadly.py").write_text(DEADLY)
+    about = place / "deadly-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: deadly\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[vfiod.mdev_parents]\ndeadly = deadly:Deadly\n")
+    environment = os.environ | {"PYTHONPATH": ":".join([str(place), *filter(None, sys.path)]), "DEADLY": str(place)}
+    kept = Kept(tmp_path, "--sandbox", "off", environment=environment)
+    try:
+        with kept.client() as client:
+            uuid = client.mdev_create(parent="deadly", type="primer-pci").uuid
+            client.device_add(driver="vfio-pci", id="a", mdev=uuid)
+        (place / "kill").touch()
+        kept.dead.add(kept.pid)
+        os.kill(kept.pid, signal.SIGKILL)
+        kept.pid = kept.wait_new()
+        with kept.client() as client:
+            assert client.query_devices() == []
+            [sentence] = restored(client).lost
+            assert sentence == "everything: 3 servers have died while they began with it"
+        assert kept.log().count("vfiod was killed by signal 9: starting it again") == 4
+    finally:
+        kept.close()
+
+
+DEADLY = """
+import os
+import signal
+from pathlib import Path
+
+from vfiod.server.mdev.samples.pci import Primer
+
+
+class Deadly(Primer):
+    name = "deadly"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        if (Path(os.environ["DEADLY"]) / "kill").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+"""

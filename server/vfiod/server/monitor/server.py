@@ -14,7 +14,7 @@ from vfiod.protocol.catalogue.devices import SessionInfo
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, Stat, StatsResult, StatusInfo
 from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
-from vfiod.protocol.limits import MAX_SESSIONS
+from vfiod.protocol.limits import MAX_OTHER_SESSIONS, MAX_SESSIONS
 from vfiod.server.commands.call import Call, Handler
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
@@ -122,6 +122,11 @@ class MonitorServer:
             refusal = PermissionRefused(sentence)
         elif len(self._sessions) >= MAX_SESSIONS:
             refusal = Busy(f"There are {MAX_SESSIONS} monitor sessions, no more are allowed: close one first")
+        elif methods.role.name != OPERATOR and self._others() >= MAX_OTHER_SESSIONS:
+            refusal = Busy(
+                f"There are {MAX_OTHER_SESSIONS} monitor sessions of roles like '{methods.role.name}', no more are "
+                "allowed beside operators: close one first"
+            )
         if refusal is not None:
             _log.warning(
                 "Refused a %s session of uid %d, pid %d: %s", session_type.dialect, peer.uid, peer.pid, refusal
@@ -132,6 +137,10 @@ class MonitorServer:
         session = session_type(self._number, connection, peer, self, methods)
         self._sessions[session.id] = session
         session.start()
+
+    def _others(self) -> int:
+        """How many sessions are no operators'."""
+        return sum(session.role != OPERATOR for session in self._sessions.values())
 
     def ended(self, session: Session) -> None:
         """A session has ended."""

@@ -151,6 +151,11 @@ class Session(ABC):
             role=self._methods.role.name,
         )
 
+    @property
+    def role(self) -> str:
+        """The name of its socket's role."""
+        return self._methods.role.name
+
     def allows(self, command: str) -> bool:
         """Whether the socket's role may run a command."""
         return command in self._methods
