@@ -252,6 +252,11 @@ class MdevBus:
         with self._lock:
             return self._get(uuid)
 
+    def knows(self, parent: str, mdev_type: str) -> bool:
+        """Whether there is such a type, after :meth:`discover`."""
+        record = self._parents.get(parent)
+        return record is not None and mdev_type in record.types
+
     # --- over a change of the process: on the loop, which does nothing else meanwhile ---------------
 
     @property
