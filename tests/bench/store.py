@@ -1,4 +1,4 @@
-"""What the store of fds costs, and how long a server that was killed is away: to one without, and to one that starts."""
+"""What the store of fds costs, and how long a server that was killed is away: to one without, to one that starts."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def open_fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-KILLS = int(os.environ.get("VFIOD_KILLS", "22"))
+KILLS = int(os.environ.get("VFIOD_KILLS", "20"))
 
 
 def test_killed_at_random_moments_nothing_that_was_answered_is_lost(kept: Kept) -> None:
