@@ -36,6 +36,9 @@ READ_CHUNK: Final = 256 * 1024
 MAX_SESSIONS: Final = 64
 """Monitor sessions at once, all sockets together (SPDK's number; a manager needs one or two)."""
 
+MAX_OTHER_SESSIONS: Final = 48
+"""Of them, sessions that are no operators': however many observers come, a manager finds room."""
+
 MAX_INBAND_QUEUE: Final = 8
 """In-band QMP commands in flight per session; beyond it the session is not read
 (``QMP_REQ_QUEUE_LEN_MAX``, QEMU ``monitor/qmp.c``)."""
@@ -88,6 +91,20 @@ MAX_EVENT_BACKLOG: Final = 1024
 
 NEGOTIATION_TIMEOUT: Final = 0
 """Seconds a session may stay silent: 0, without end. People sit at monitors; sessions are bounded in number."""
+
+# --- take-over ------------------------------------------------------------------------------------
+TAKE_OVER_MS: Final = 30_000
+"""How long either end of a hand-over may be silent. Making everything anew takes a tenth of a second; a host that
+swaps takes seconds, and giving up costs nothing but the new process."""
+
+TAKE_OVER_QUIET_MS: Final = 10_000
+"""How long a hand-over waits for what is under way: a reset or a large mapping takes a second or two."""
+
+MAX_STATE_BYTES: Final = 256 * 1024 * 1024
+"""Bytes of a state: 100,000 mappings are 10 MiB, a device is 10 KiB."""
+
+MAX_STATE_FDS: Final = 1 << 20
+"""fds of a state: the most a process may have open by default (``fs.nr_open``)."""
 
 # --- file descriptors ---------------------------------------------------------------------------
 MAX_FDS_PER_MESSAGE: Final = 253
@@ -218,6 +235,10 @@ VFIO_USER_MAX_INFO: Final = 64 * 1024
 DEFAULT_MSG_TIMEOUT_MS: Final = 5_000
 """Milliseconds a vfio-user server has for a reply: QEMU's ``x-msg-timeout`` (1,000 were too few with many VMs starting
 at once, SPDK#2392)."""
+
+VFIO_USER_PATIENCE: Final = 4
+"""So many times ``x-msg-timeout`` a vfio-user server has for all that it is asked when it is connected, some 30 to 170
+questions: one that answers each just in time would hold up every other change of the machine for minutes."""
 
 VFIO_USER_MAX_UNREAD: Final = 8 * 1024 * 1024
 """Bytes that wait to be sent to a vfio-user peer. More: it does not read, and the connection ends."""

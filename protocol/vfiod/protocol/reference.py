@@ -19,6 +19,7 @@ from vfiod.protocol.introspection import documented_fields
 __all__ = ["markdown", "types_in_words"]
 
 TEST: Final = "tests/integration/pages/test_commands.py::test_every_example"
+_EVENT_NAMES: Final = {event.data.__name__: event.name for event in EVENTS.values()}
 LAB_TEST: Final = "tests/lab/guest/test_reset.py::test_the_examples_of_the_reference"
 
 _INTRODUCTION = """\
@@ -163,6 +164,8 @@ def _link(info: inspect.Type) -> str:
         if isinstance(info, inspect.StructType) and not info.fields:
             return "`{}`"
         name = info.cls.__name__
+        if name in _EVENT_NAMES:
+            return f"[the data of {_EVENT_NAMES[name]}](#{_EVENT_NAMES[name].lower()})"
         return f"[{name}](#{name.lower()})"
     if isinstance(info, inspect.ListType | inspect.VarTupleType):
         return f"a list of {_link(info.item_type)}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue import COMMANDS
 from vfiod.protocol.errors import RemoteError
+from vfiod.protocol.limits import MAX_OTHER_SESSIONS
 
 
 @pytest.fixture
@@ -55,6 +58,25 @@ def test_an_observer_looks_and_changes_nothing(server: OwnServer, name: str, dia
         assert "vm1" in client.human_monitor_command(command_line="info name")
         [mine] = [one for one in client.query_machine().sessions if one.dialect == dialect]
         assert mine.role == "observer"
+
+
+def test_observers_leave_room_for_operators(server: OwnServer) -> None:
+    """However many come."""
+    observers: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        while True:
+            one = stack.enter_context(socket.socket(socket.AF_UNIX))
+            one.settimeout(120)
+            one.connect(str(server.path.parent / ("look", "irq")[len(observers) % 2]))
+            said = json.loads(one.recv(65536))
+            if "QMP" not in said:
+                break
+            observers.append(one)
+            assert len(observers) <= MAX_OTHER_SESSIONS
+        assert f"There are {MAX_OTHER_SESSIONS} monitor sessions of roles like" in said["error"]["desc"]
+        assert len(observers) == MAX_OTHER_SESSIONS
+        with Client.connect(server.path) as client:
+            assert client.query_name().name == "vm1"
 
 
 def test_a_role_of_ones_own(server: OwnServer) -> None:

@@ -1,6 +1,7 @@
 """A vfio-user server, as another program would be one: a PCI device in a hundred lines, on a real socket.
 
-``python program.py --socket-path=PATH | --fd=N [--twin] [--no-fds] [--id=N] [--once] [--memory=PATH]``
+``python program.py --socket-path=PATH | --fd=N [--twin] [--no-fds] [--id=N] [--once] [--memory=PATH]
+[--slow=SECONDS]``
 
 It has registers in BAR 0, memory that can be mapped in BAR 2, an INTx, forty MSI-X vectors, and does DMA. Some
 registers make it misbehave.
@@ -156,6 +157,7 @@ class Client:
     def answer(self, request: vu.Request) -> None:
         while self.hung:
             time.sleep(60)
+        time.sleep(self.program.options.slow)
         try:
             reply = self.obey(request)
         except OSError as error:
@@ -343,6 +345,7 @@ def main() -> None:
     parser.add_argument("--no-fds", action="store_true")
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--memory")
+    parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--id", type=lambda text: int(text, 0), default=0x0042)
     options = parser.parse_args()
     program = Program(options)

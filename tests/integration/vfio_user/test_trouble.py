@@ -190,6 +190,16 @@ def test_vfiod_ends_while_it_tries_to_connect_again(bench: Bench) -> None:
     bench.wait("DEVICE_ERROR")
 
 
+def test_a_server_that_answers_each_question_just_in_time_is_given_up(bench: Bench) -> None:
+    """It is asked some thirty times: without a bound of the whole, it holds up every other change as often."""
+    bench.start("--slow=0.15")
+    # On a machine that is busy, one answer may be late as well.
+    with pytest.raises(RemoteError, match=r"4 times x-msg-timeout were not enough|not answered within") as refused:
+        bench.add(x_msg_timeout=600)
+    assert refused.value.errno == "ETIMEDOUT"
+    assert bench.client.query_devices() == []
+
+
 def test_a_socket_on_which_nobody_speaks_vfio_user(bench: Bench) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(RemoteError, match="not answered within 100 ms"):

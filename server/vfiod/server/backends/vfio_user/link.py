@@ -31,7 +31,7 @@ from msgspec import Struct
 from vfiod.protocol import vfio_user
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FD_BYTES, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all, rights_of
-from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK, VFIO_USER_MAX_UNREAD
+from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK, VFIO_USER_MAX_UNREAD, VFIO_USER_PATIENCE
 from vfiod.protocol.vfio_user import Broken, Channel, Command, Failure, Outgoing, Payload, Rejected, Reply, Request
 from vfiod.server.kernel import open_files
 
@@ -129,6 +129,9 @@ class Link:
         serve: does what the server asks for.
         lost: called once with the reason, in any thread, when the connection is lost; not by :meth:`close`.
 
+    Attributes:
+        until: when its time for all that is asked now is over (``time.monotonic``), besides that for each reply.
+
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Link:
         self._timeout = timeout_ms / 1000
         self._timeout_ms = timeout_ms
         self._serve = serve
+        self.until = float("inf")
         self.on_lost = lost
         self._main = _Socket(sock, Channel.client())
         self._twin: _Socket | None = None
@@ -218,7 +222,7 @@ class Link:
         reply that makes no sense.
         """
         waiting = _Waiting(command or vfio_user.COMMAND_OF[type(payload)])
-        deadline = time.monotonic() + self._timeout
+        deadline = min(time.monotonic() + self._timeout, self.until)
         id = self._begin(payload, fds, waiting)
         outcome = self._await(id, waiting, deadline)
         if isinstance(outcome, Failure):
@@ -314,6 +318,8 @@ class Link:
             self._main.channel.forget(id)
             self._overdue = self._overdue or (asked, id)
         advice = f"the server has not answered within {self._timeout_ms} ms (x-msg-timeout)"
+        if time.monotonic() >= self.until:
+            advice = f"the server is too slow: {VFIO_USER_PATIENCE} times x-msg-timeout were not enough to look at it"
         return self._failed(asked, "ETIMEDOUT", advice)
 
     # --- reading --------------------------------------------------------------------------------------------

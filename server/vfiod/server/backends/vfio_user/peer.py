@@ -19,6 +19,7 @@ import contextlib
 import enum
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Final
@@ -30,6 +31,7 @@ from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.devices import DeviceError, DeviceReconnected
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.protocol.limits import VFIO_USER_PATIENCE
 from vfiod.protocol.vfio_user import (
     Agreement,
     BadMessage,
@@ -273,14 +275,17 @@ class Peer:
         self._making = link
         if self._state is _State.CLOSED:
             link.hang_up()
+        link.until = time.monotonic() + VFIO_USER_PATIENCE * self._timeout_ms / 1000
         try:
             agreement = _shake_hands(link)
-            return link, agreement, look(link, takes_fds=agreement.send_fds > 0)
+            facts = look(link, takes_fds=agreement.send_fds > 0)
+            link.until = float("inf")
         except BaseException:
             link.close()
             raise
         finally:
             self._making = None
+        return link, agreement, facts
 
     def _watch(self, link: Link) -> None:
         def watch() -> None:
