@@ -18,6 +18,7 @@ from tests.bench import (
     platforms,
     sandbox,
     served,
+    store,
     subchannel,
     takeover,
     vectors,
@@ -47,6 +48,7 @@ def main() -> None:
             "sandbox",
             "takeover",
             "served",
+            "store",
             "kernel",
             "subchannel",
         ],
@@ -75,6 +77,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("mediated", mediated),
         ("sandbox", sandbox),
         ("takeover", takeover),
+        ("store", store),
     ):
         if only in (None, name):
             yield from part.lines(scale)
