@@ -18,6 +18,7 @@ from tests.bench import (
     platforms,
     sandbox,
     served,
+    store,
     subchannel,
     vectors,
 )
@@ -45,6 +46,7 @@ def main() -> None:
             "mediated",
             "sandbox",
             "served",
+            "store",
             "kernel",
             "subchannel",
         ],
@@ -72,6 +74,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("served", served),
         ("mediated", mediated),
         ("sandbox", sandbox),
+        ("store", store),
     ):
         if only in (None, name):
             yield from part.lines(scale)

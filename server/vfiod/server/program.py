@@ -126,6 +126,9 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
         metrics: MetricsDoor | None = None
         store: Current | None = None
         try:
+            # Before the doors: who finds one may ask for the end at once, and that is an orderly one.
+            for number in ENDING_SIGNALS:
+                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             # The bus and the metrics have threads, and come after what is a thread's own (confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
             kept = None if taking else _kept(options, supervised.notifier)
@@ -150,8 +153,6 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
                 _hand_over_at(server, listener.open_path(options.hand_over), options.hand_over, kept=store is not None)
             if not threads:
                 confine(wanted)
-            for number in ENDING_SIGNALS:
-                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
             restrict(wanted)
