@@ -12,6 +12,7 @@ from tests.bench import (
     channel,
     devices,
     exports,
+    fuzzing,
     kernel,
     mediated,
     monitor,
@@ -43,6 +44,7 @@ def main() -> None:
             "channel",
             "exports",
             "mediated",
+            "fuzzing",
             "sandbox",
             "served",
             "kernel",
@@ -71,6 +73,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("exports", exports),
         ("served", served),
         ("mediated", mediated),
+        ("fuzzing", fuzzing),
         ("sandbox", sandbox),
     ):
         if only in (None, name):
