@@ -46,8 +46,8 @@ fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twen
 	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
 	$(BIN)/python -m tests.fuzz --seconds 60
 
-soak: $(READY)   ## 100,000 hotplugs, interrupts and mappings on one server (ten minutes to half an hour); draws docs/soak.svg
-	$(BIN)/python -m tests.soak --svg docs/soak.svg
+soak: $(READY)   ## 100,000 hotplugs, interrupts and mappings on one server (ten minutes to half an hour); draws docs/pictures/soak.svg
+	$(BIN)/python -m tests.soak --svg docs/pictures/soak.svg
 
 minimum:         ## The tests on the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv .venv-minimum

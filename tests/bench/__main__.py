@@ -19,6 +19,7 @@ from tests.bench import (
     platforms,
     sandbox,
     served,
+    store,
     subchannel,
     vectors,
 )
@@ -47,6 +48,7 @@ def main() -> None:
             "fuzzing",
             "sandbox",
             "served",
+            "store",
             "kernel",
             "subchannel",
         ],
@@ -75,6 +77,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("mediated", mediated),
         ("fuzzing", fuzzing),
         ("sandbox", sandbox),
+        ("store", store),
     ):
         if only in (None, name):
             yield from part.lines(scale)

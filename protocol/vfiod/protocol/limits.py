@@ -92,6 +92,20 @@ MAX_EVENT_BACKLOG: Final = 1024
 NEGOTIATION_TIMEOUT: Final = 0
 """Seconds a session may stay silent: 0, without end. People sit at monitors; sessions are bounded in number."""
 
+# --- take-over ------------------------------------------------------------------------------------
+TAKE_OVER_MS: Final = 30_000
+"""How long either end of a hand-over may be silent. Making everything anew takes a tenth of a second; a host that
+swaps takes seconds, and giving up costs nothing but the new process."""
+
+TAKE_OVER_QUIET_MS: Final = 10_000
+"""How long a hand-over waits for what is under way: a reset or a large mapping takes a second or two."""
+
+MAX_STATE_BYTES: Final = 256 * 1024 * 1024
+"""Bytes of a state: 100,000 mappings are 10 MiB, a device is 10 KiB."""
+
+MAX_STATE_FDS: Final = 1 << 20
+"""fds of a state: the most a process may have open by default (``fs.nr_open``)."""
+
 # --- file descriptors ---------------------------------------------------------------------------
 MAX_FDS_PER_MESSAGE: Final = 253
 """fds in one ``sendmsg``: the kernel's ``SCM_MAX_FD`` (``include/net/scm.h``)."""

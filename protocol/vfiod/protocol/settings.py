@@ -218,6 +218,17 @@ SERVE: Final = (
         "is $NOTIFY_SOCKET, for an earlier systemd with FileDescriptorStoreMax=.",
     ),
     Setting(
+        name="hand-over", metavar="unix:PATH", pattern=r"^unix:[\s\S]+$(?!\n)", expects="unix:PATH",
+        help="let a new vfiod serve --take-over take everything over here",
+        example='"unix:/run/vfiod/vm1/hand-over"', offers="file",
+        more="Mode 0600; root and our own user may come in.",
+    ),
+    Setting(
+        name="take-over", metavar="unix:PATH", pattern=r"^unix:[\s\S]+$(?!\n)", expects="unix:PATH", in_file=False,
+        help="take the place of the running server that hands over here", offers="file",
+        more="Its sockets, sessions, exports and devices go on here; --name and sockets may then be left out.",
+    ),
+    Setting(
         name="config", metavar="FILE.toml", help="take options from a file; those given here win", offers="file",
         in_file=False, more="Its keys are these options without their dashes; see vfiod.toml(5).",
     ),

@@ -32,9 +32,10 @@ log-level = "loud"
 ```
 
 ```console
-$ vfiod serve --config wrong.toml
+$ vfiod serve --config wrong.toml || echo "status $?"
 vfiod: wrong.toml:3: unknown key 'alow_open': did you mean 'allow-open'?
 vfiod: wrong.toml:4: 'log-level' expects one of debug, info, warning, error, got 'loud'
+status 2
 ```
 
 Editors check it as you type with [`vfiod.schema.json`](vfiod.schema.json) (JSON Schema): put `#:schema .../vfiod.schema.json` in the first

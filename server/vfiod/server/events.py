@@ -200,6 +200,15 @@ class Backlog:
         """So many queued events have left."""
         self.waiting -= count
 
+    def keep(self) -> tuple[int, int] | None:
+        """The first and last number dropped that nobody was told of yet."""
+        return (self._first, self._last) if self._first else None
+
+    def adopt(self, lost_total: int, lost: tuple[int, int] | None) -> None:
+        """Have another process's account."""
+        self.lost_total = lost_total
+        self._first, self._last = lost or (0, 0)
+
     def take_lost(self) -> tuple[int, int] | None:
         """The first and last number dropped, once nothing waits any more; None when nothing was dropped."""
         if self._first == 0 or self.waiting:

@@ -103,6 +103,8 @@ class Options(Struct, frozen=True):
     said: frozenset[str] = frozenset()
     file_values: Mapping[str, Any] = {}
     log_format: str = "auto"
+    hand_over: str | None = None
+    take_over: str | None = None
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -158,8 +160,10 @@ class _Reader:
     def options(self, config: str | None) -> Options:
         """Raises OptionError when they do not fit together."""
         name = self._values.get("name")
-        if not name:
+        taking = self._values.get("take-over")
+        if not name and not taking:
             raise OptionError("--name is missing: give the VM's name")
+        name = name or ""  # that of the server whose place is taken
         if not name.isprintable():
             self._refuse("name", f"expects 1 to {MAX_NAME} printable characters, got {name!r}")
         uuid = self._values.get("uuid")
@@ -168,7 +172,7 @@ class _Reader:
             if option.fd is None and not option.path:
                 self._refuse(option.dialect, "expects unix:PATH or fd=N, got 'unix:'")
         bus, events = (self._bus(key) for key in ("bus", "events"))
-        if not sockets and bus is None:
+        if not sockets and bus is None and not taking:
             raise OptionError(
                 "No socket to serve: give --qmp or --jsonrpc with unix:PATH or fd=N, or --bus with ipc:PATH"
             )
@@ -206,6 +210,8 @@ class _Reader:
             said=frozenset(self._said),
             file_values=self._file_values,
             log_format=self._said_or_standard("log-format").lower(),
+            hand_over=self._path("hand-over"),
+            take_over=self._path("take-over"),
         )
 
     @staticmethod
@@ -225,6 +231,10 @@ class _Reader:
 
     def _said_or_standard(self, key: str) -> str:
         return str(self._values.get(key) or next(one.standard for one in SERVE if one.name == key))
+
+    def _path(self, key: str) -> str | None:
+        text = self._values.get(key)
+        return None if text is None else str(text).removeprefix("unix:")
 
     def _flag(self, key: str) -> bool:
         return bool(self._values.get(key, False))

@@ -14,9 +14,10 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
 from vfiod.protocol.errors import VfiodError
@@ -27,7 +28,7 @@ from vfiod.server.kernel import signalling
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
-from vfiod.server.monitor.server import MonitorServer
+from vfiod.server.monitor.server import MonitorServer, belongs_to
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 from vfiod.server.sandbox.entry import Wanted, confine, restrict
 from vfiod.server.sockets import listener
@@ -35,13 +36,12 @@ from vfiod.server.sockets.access import Access, overflow_uid
 from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
-    import socket
-
     from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
     from vfiod.server.notify import Notifier
     from vfiod.server.store.current import Current
+    from vfiod.server.takeover.taker import TakingOver
 
 __all__ = ["main", "serve"]
 
@@ -115,7 +115,9 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
     """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
-        pidfile = None if options.pidfile is None else stack.enter_context(Pidfile(options.pidfile))
+        taking = _taking(options, stack)
+        # The pidfile of the server whose place is taken is free when that has ended.
+        pidfile = None if options.pidfile is None or taking else stack.enter_context(Pidfile(options.pidfile))
         hub = EventHub(loop.call_later)
         machine = _machine(options, hub)
         audit = _audit(options, stack, journal)
@@ -126,24 +128,33 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
         metrics: MetricsDoor | None = None
         store: Current | None = None
         try:
+            # Before the doors: who finds one may ask for the end at once, and that is an orderly one.
+            for number in ENDING_SIGNALS:
+                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             # The bus and the metrics have threads, and come after what is a thread's own (confine). They come first of
             # the doors, too: who finds the monitor finds all of it. Without them, sockets are made with all rights.
-            kept = _kept(options, supervised.notifier)
-            threads = bool(kept or options.bus or options.events or options.metrics_path or options.metrics_port)
-            wanted = _sandbox(options, to_be_made=threads)
+            kept = None if taking else _kept(options, supervised.notifier)
+            threads = bool(
+                taking or kept or options.bus or options.events or options.metrics_path or options.metrics_port
+            )
+            wanted = _sandbox(options, to_be_made=threads, taken=() if taking is None else taking.welcome.paths)
             if threads:
                 confine(wanted)
             if kept is not None:
                 store = await _begin(machine, kept)
                 server.on_change = store.ended
+            if taking is not None:
+                await _take(taking, server, options)
+                if options.pidfile is not None:
+                    pidfile = stack.enter_context(Pidfile(options.pidfile))
             _listen_bus(server, options)
             metrics = await _listen_metrics(server, machine, access, options)
             for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
                 _listen(server, option, options.socket_gid)
+            if options.hand_over is not None and not server.listens_at(options.hand_over):
+                _hand_over_at(server, listener.open_path(options.hand_over), options.hand_over, kept=store is not None)
             if not threads:
                 confine(wanted)
-            for number in ENDING_SIGNALS:
-                loop.add_signal_handler(number, server.shut_down, ShutdownCause.HOST_SIGNAL)
             if pidfile is not None:
                 pidfile.write()
             restrict(wanted)
@@ -197,16 +208,83 @@ async def _begin(machine: Machine, kept: socket.socket) -> Current:
     return await begin(machine, kept, f"{triple.major}.{triple.minor}.{triple.micro}")
 
 
-def _sandbox(options: Options, *, to_be_made: bool) -> Wanted:
+def _taking(options: Options, stack: contextlib.ExitStack) -> TakingOver | None:
+    """Connect to the server whose place is taken, if one is: before the sandbox closes, and before anything is made."""
+    if options.take_over is None:
+        return None
+    from vfiod.server.takeover.taker import TakingOver
+
+    taking = TakingOver(options.take_over)
+    stack.callback(taking.close)
+    return taking
+
+
+async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> None:
+    """Take everything over. StartError, Refused: the other server keeps it."""
+    from vfiod.server.machine.keeping import rehome
+    from vfiod.server.state.fds import Taken
+    from vfiod.server.state.format import decode
+    from vfiod.server.takeover.server import adopt_everything, missing
+
+    if any(need.startswith("mdev:") for need in taking.welcome.needs):
+        await server.machine.mdevs.discover()
+    reason = missing(server, taking.welcome, options.name or None)
+    if reason is not None:
+        taking.refuse(reason)
+        raise StartError(reason)
+    data, fds = taking.receive()
+    taken = Taken(fds)
+    try:
+        state = decode(data)
+        adopt_everything(server, state, taken)
+        for one in () if state.monitor is None else state.monitor.listeners:
+            if one.dialect == HAND_OVER:
+                handing = socket.socket(fileno=taken.take(one.fd).give_away())
+                _hand_over_at(server, handing, one.path, kept=False)
+        taking.own()
+    except BaseException as error:  # noqa: BLE001 - whatever it is: nothing here may be closed, it is another's
+        taking.refuse(str(error))
+        logs.complain(f"Taking over failed, the running server goes on: {error}")
+        logging.shutdown()
+        os._exit(1)
+    taken.close()
+    taking.wait_for_end()
+    taking.close()
+    for problem in rehome(server.machine):
+        _log.warning("%s", problem)
+    _log.info("Took over the VM '%s' from vfiod %s", server.machine.name, taking.welcome.program)
+
+
+HAND_OVER: Final = "take-over"
+"""What a hand-over's listening socket is called among those of the monitor."""
+
+
+def _hand_over_at(server: MonitorServer, listening: socket.socket, path: str | None, *, kept: bool) -> None:
+    """Let a new process take everything over by this socket."""
+    from vfiod.server.takeover.giver import HandOver
+
+    def leave() -> NoReturn:
+        # Everything is the other process's: whatever is closed or told here would be closed or told for it.
+        logging.shutdown()
+        os._exit(0)
+
+    reason = "its fds are kept in a store (--fd-store): restart the service instead" if kept else None
+    made = server.listen_for(listening, HAND_OVER, HandOver(server, leave, reason).admit)
+    belongs_to(made, path)
+
+
+def _sandbox(options: Options, *, to_be_made: bool, taken: Iterable[str] = ()) -> Wanted:
     """What the program keeps of its rights.
 
     Args:
         options: of the program.
         to_be_made: the sockets are not there yet, so their directories stay writable even when others use them, too.
+        taken: socket files that come from another server.
 
     """
     buses = [one for one in (options.bus, options.events) if one is not None]
-    doors = [*(one.path for one in options.sockets), *(one.path for one in buses), options.metrics_path]
+    doors = [*(one.path for one in options.sockets), *(one.path for one in buses), options.metrics_path, *taken]
+    doors.append(options.hand_over)
     ports = [one.port for one in buses if one.path is None]
     if options.metrics_port is not None:
         ports.append(options.metrics_port[1])
@@ -232,6 +310,8 @@ def _machine(options: Options, hub: EventHub) -> Machine:
 
 
 def _listen(server: MonitorServer, option: SocketOption, gid: int | None) -> None:
+    if option.path is not None and server.listens_at(option.path):
+        return  # it came from the server whose place was taken
     server.role(option.role)  # a wrong name is said before the socket is there
     if option.path is None:
         server.listen(listener.inherit(option.fd or 0), option.dialect, option.role)

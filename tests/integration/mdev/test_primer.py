@@ -74,6 +74,9 @@ def test_it_is_a_pci_device_like_any_other(manager: Manager) -> None:
     Primer(manager)
     [info] = manager.client.query_devices()
     assert (info.backend, info.vendor_id, info.device_id) == ("mdev", 0x1234, 0xF10D)
+    [made] = primers(manager, oob=True).devices
+    assert info.mdev == made and (made.type, made.parent) == ("primer-pci", "primer")
+    assert made.attributes["memory"] == "1048576"
     assert (info.regions, info.irq_indexes, info.reset) == (9, 5, True)
     irqs = {one.name: one for one in manager.client.query_irqs(device="dev0")}
     assert (irqs["intx"].count, irqs["msi"].count) == (1, 4)

@@ -93,6 +93,16 @@ def test_a_signal_ends_it_in_order_with_status_0(start: Start, tmp_path: Path, n
     assert list(tmp_path.iterdir()) == []  # sockets and pidfile are gone
 
 
+def test_a_signal_as_soon_as_the_first_door_is_there(start: Start, tmp_path: Path) -> None:
+    """A manager that gives up the moment it finds the socket leaves none behind."""
+    process = start("--name", "vm0", "--qmp", "unix:q", "--jsonrpc", "unix:j")
+    while not (tmp_path / "j").exists():  # doors are opened in reverse
+        assert process.poll() is None, _end(process)
+    process.terminate()
+    assert _end(process) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quit_ends_it_with_status_0(start: Start, tmp_path: Path) -> None:
     process = start("--name", "vm0", "--jsonrpc", "unix:j", "--uuid", "4dbf9fe8-0000-4000-8000-000000000001")
     with _connect(tmp_path / "j", process) as peer:

@@ -39,7 +39,7 @@ from typing import Final
 import msgspec
 
 REPO: Final = Path(__file__).parents[3]
-PAGES: Final = sorted([REPO / "README.md", REPO / "examples/README.md", *(REPO / "docs").glob("*.md")])
+PAGES: Final = sorted([*REPO.glob("*.md"), REPO / "examples/README.md", *(REPO / "docs").glob("*.md")])
 NAMES: Final = [str(page.relative_to(REPO)) for page in PAGES]
 
 HOW: Final = ("file", "of", "run-by", "not-run")

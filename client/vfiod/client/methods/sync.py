@@ -584,6 +584,79 @@ class Methods:
         """
         return self.call(QueryIrqs(device=device), oob=oob, timeout=timeout)
 
+    def query_mdev_types(self, *, oob: bool = False, timeout: float | None = None) -> list[MdevTypeInfo]:
+        """List what mediated devices can be made, and which exist.
+
+        Args:
+            oob: Run out of band, ahead of commands that wait.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(QueryMdevTypes(), oob=oob, timeout=timeout)
+
+    def mdev_create(
+        self,
+        *,
+        parent: str,
+        type: str,
+        uuid: str | UnsetType = UNSET,
+        parameters: dict[str, Any] | UnsetType = UNSET,
+        timeout: float | None = None,
+    ) -> MdevCreateResult:
+        """Make a mediated device. Refused beyond the type's available instances.
+
+        Args:
+            uuid: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(MdevCreate(parent=parent, type=type, uuid=uuid, parameters=parameters), timeout=timeout)
+
+    def mdev_destroy(self, *, uuid: str, timeout: float | None = None) -> Empty:
+        """Destroy a mediated device. Refused while it is added, or when its parent refuses.
+
+        Args:
+            uuid: A UUID in its 8-4-4-4-12 form (RFC 9562).
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(MdevDestroy(uuid=uuid), timeout=timeout)
+
+    def mdev_start(self, *, uuid: str | UnsetType = UNSET, timeout: float | None = None) -> Empty:
+        """Tell the parents of this VM's mediated devices that the VM is about to run. All start, or none.
+
+        Args:
+            uuid: The VM; default: this machine's.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(MdevStart(uuid=uuid), timeout=timeout)
+
+    def mdev_shutdown(self, *, uuid: str | UnsetType = UNSET, timeout: float | None = None) -> Empty:
+        """Tell the parents of this VM's mediated devices that the VM has stopped.
+
+        Args:
+            uuid: The VM; default: this machine's.
+            timeout: Seconds to wait for the answer; None: the client's own default.
+
+        Raises:
+            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
+
+        """
+        return self.call(MdevShutdown(uuid=uuid), timeout=timeout)
+
     def dma_map(
         self,
         *,
@@ -1160,79 +1233,6 @@ class Methods:
 
         """
         return self.call(QueryDeviceExports(), oob=oob, timeout=timeout)
-
-    def query_mdev_types(self, *, oob: bool = False, timeout: float | None = None) -> list[MdevTypeInfo]:
-        """List what mediated devices can be made, and which exist.
-
-        Args:
-            oob: Run out of band, ahead of commands that wait.
-            timeout: Seconds to wait for the answer; None: the client's own default.
-
-        Raises:
-            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
-
-        """
-        return self.call(QueryMdevTypes(), oob=oob, timeout=timeout)
-
-    def mdev_create(
-        self,
-        *,
-        parent: str,
-        type: str,
-        uuid: str | UnsetType = UNSET,
-        parameters: dict[str, Any] | UnsetType = UNSET,
-        timeout: float | None = None,
-    ) -> MdevCreateResult:
-        """Make a mediated device. Refused beyond the type's available instances.
-
-        Args:
-            uuid: A UUID in its 8-4-4-4-12 form (RFC 9562).
-            timeout: Seconds to wait for the answer; None: the client's own default.
-
-        Raises:
-            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
-
-        """
-        return self.call(MdevCreate(parent=parent, type=type, uuid=uuid, parameters=parameters), timeout=timeout)
-
-    def mdev_destroy(self, *, uuid: str, timeout: float | None = None) -> Empty:
-        """Destroy a mediated device. Refused while it is added, or when its parent refuses.
-
-        Args:
-            uuid: A UUID in its 8-4-4-4-12 form (RFC 9562).
-            timeout: Seconds to wait for the answer; None: the client's own default.
-
-        Raises:
-            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
-
-        """
-        return self.call(MdevDestroy(uuid=uuid), timeout=timeout)
-
-    def mdev_start(self, *, uuid: str | UnsetType = UNSET, timeout: float | None = None) -> Empty:
-        """Tell the parents of this VM's mediated devices that the VM is about to run. All start, or none.
-
-        Args:
-            uuid: The VM; default: this machine's.
-            timeout: Seconds to wait for the answer; None: the client's own default.
-
-        Raises:
-            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
-
-        """
-        return self.call(MdevStart(uuid=uuid), timeout=timeout)
-
-    def mdev_shutdown(self, *, uuid: str | UnsetType = UNSET, timeout: float | None = None) -> Empty:
-        """Tell the parents of this VM's mediated devices that the VM has stopped.
-
-        Args:
-            uuid: The VM; default: this machine's.
-            timeout: Seconds to wait for the answer; None: the client's own default.
-
-        Raises:
-            RemoteError: the server refuses, or failed. ConnectionLost, RequestTimedOut: no answer.
-
-        """
-        return self.call(MdevShutdown(uuid=uuid), timeout=timeout)
 
     def query_regions(
         self, *, device: str | UnsetType = UNSET, oob: bool = False, timeout: float | None = None

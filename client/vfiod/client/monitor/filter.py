@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vfiod.client.errors import ClientError
+from vfiod.client.errors import ClientError, ConnectionLost
 from vfiod.client.line import is_unfinished, parse_line
 from vfiod.client.monitor.local import open_named
 from vfiod.client.render import plain
@@ -112,7 +112,7 @@ def _answer(client: Client | Bus, text: str, options: argparse.Namespace) -> tup
     except RemoteError as error:
         print(json.dumps({"error": {"class": error.remote_class, "desc": error.desc}}), flush=True)
         return 1, False
-    except ConnectionError as error:
+    except ConnectionLost as error:
         print(f"vfiod monitor: {error}", file=sys.stderr)
         return 1, True
     except (ClientError, ValueError) as error:

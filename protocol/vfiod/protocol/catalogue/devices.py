@@ -11,6 +11,7 @@ from msgspec import Meta
 from vfiod.protocol.catalogue.declare import Arguments, Empty, EventData, Family, Result, command, event
 from vfiod.protocol.catalogue.fds import FdsetInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
+from vfiod.protocol.catalogue.mediated import MdevInfo
 from vfiod.protocol.catalogue.memory import MappingInfo
 from vfiod.protocol.catalogue.monitor import MachineRestored, StatusInfo
 from vfiod.protocol.catalogue.objects import ObjectInfo
@@ -222,6 +223,9 @@ class DeviceInfo(Result, kw_only=True):
     vendor_id: int | UnsetType = UNSET
     device_id: int | UnsetType = UNSET
     group: GroupInfo | UnsetType = UNSET
+    mdev: Annotated[
+        MdevInfo | UnsetType, Meta(description="Of a mediated device: its type, parent and attributes.")
+    ] = UNSET
     migratable: bool
     share_fd: bool
     fast_path: Annotated[bool, Meta(description="Whether mapped access is on at this moment.")]

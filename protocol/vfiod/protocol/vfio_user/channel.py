@@ -200,6 +200,25 @@ class Channel:
         """Drop what has not come whole, and close its fds."""
         self._framer.close()
 
+    # --- over a change of the process ---
+    def keep(self) -> tuple[bytes, list[FileDescriptor]]:
+        """What has come of a message that is not whole; the fds are lent."""
+        return self._framer.keep()
+
+    def adopt(self, wire: Wire | None, data: bytes, fds: list[FileDescriptor]) -> None:
+        """Begin where another process's channel stood, between two requests. Owns the fds from here on.
+
+        Args:
+            wire: what was agreed on; None: VERSION has not come.
+            data: what has come of the next message.
+            fds: what came with that.
+
+        """
+        if wire is not None:
+            self.wire = wire
+            self._awaits_version = False
+        self._framer.adopt(data, fds)
+
     # --- sending ---
     def request(
         self, payload: Payload, fds: Sequence[int] = (), *, command: Command | None = None, no_reply: bool = False

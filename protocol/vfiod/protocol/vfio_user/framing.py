@@ -129,6 +129,17 @@ class Framer:
             self._take(fds)
         return out
 
+    def keep(self) -> tuple[bytes, list[FileDescriptor]]:
+        """What has come of a message that is not whole; the fds are lent."""
+        return bytes(self._buffer), list(self._fds)
+
+    def adopt(self, data: bytes, fds: list[FileDescriptor]) -> None:
+        """Begin where another framer stood (:meth:`keep`). Owns the fds from here on."""
+        self._buffer += data
+        self._fds += fds
+        if len(data) >= HEADER_SIZE:
+            self._header = Header.unpack(memoryview(data)[:HEADER_SIZE])
+
     def close(self) -> None:
         """Drop what has not come whole, and close its fds. Nothing is received afterwards."""
         self._broken = True

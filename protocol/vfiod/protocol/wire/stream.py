@@ -199,6 +199,16 @@ class JsonStream:
         """Bytes kept of a text that is not complete; at most ``max_message_bytes``."""
         return 0 if self._discarding else self._size
 
+    @property
+    def unread(self) -> bytes | None:
+        """What was received of a text that is not complete: another stream that receives it stands where this one does.
+
+        None: there is no such thing, in the middle of what was refused.
+        """
+        if self._discarding or self._state == RECOVERY:
+            return None
+        return bytes(self._kept)
+
     def receive_data(self, data: bytes) -> list[bytes | WireError]:
         """Take what one read gave.
 

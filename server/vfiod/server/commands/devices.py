@@ -55,8 +55,8 @@ def device_del(call: Call, arguments: DeviceDel) -> Empty:
 def query_devices(call: Call, arguments: QueryDevices) -> list[DeviceInfo]:
     """List devices, or show one."""
     if arguments.id is not UNSET:
-        return [call.machine.device(arguments.id).info()]
-    return [device.info() for device in call.machine.devices.all()]
+        return [call.machine.device_info(call.machine.device(arguments.id))]
+    return [call.machine.device_info(device) for device in call.machine.devices.all()]
 
 
 def device_list_properties(call: Call, arguments: DeviceListProperties) -> list[PropertyInfo]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, field
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vfiod.server.dma.guest_memory import MappedRange
     from vfiod.server.kernel.memory import SharedMemory
     from vfiod.server.kernel.pins import PinnedMemory
+    from vfiod.server.state.doors import ClientRangeState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["Client", "ClientMappings", "ClientRange"]
 
@@ -210,6 +212,45 @@ class Client:
                 self._forget(one)
         self._clients.left(self, self._table)
 
+    def adopt(self, state: ClientRangeState, fd: FileDescriptor | None) -> None:
+        """Have a mapping again that another process made. The fd is taken over on every path. CommandError."""
+        space = self._table.space
+        # A device written in Python lives in this process: its space is as new. The kernel's has the mapping.
+        fresh = bool(getattr(space, "by_messages", False))
+        try:
+            if fd is None:
+                memory: GuestFile = self._remote or _Unreachable(self.name)
+                mapping = Mapping(state.iova, state.size, memory, state.iova, state.readonly)
+                one = ClientRange(mapping, ("messages", self), [self], reachable=self._remote is not None)
+                if one.reachable and fresh:
+                    space.map(mapping)
+                self._table.insert(one)
+                self.unreachable_bytes += state.size
+            else:
+                self._adopt_file(state, fd, fresh=fresh)
+        finally:
+            if fd is not None:
+                fd.close()
+        self.mappings += 1
+        self.mapped_bytes += state.size
+
+    def _adopt_file(self, state: ClientRangeState, fd: FileDescriptor, *, fresh: bool) -> None:
+        status = os.fstat(fd.number)
+        identity = ("file", status.st_dev, status.st_ino, state.offset, state.readonly)
+        there = self._table.exact(state.iova, state.size)
+        if there is not None and there.identity == identity:
+            there.owners.append(self)
+            return
+        machine = self._clients.machine_range(state.iova, state.size) if state.by_machine else None
+        if machine is not None:
+            self._table.insert(ClientRange(machine.mapping, identity, [self], by_machine=True))
+            return
+        memory = self._clients.open(self, fd, state.readonly, state.offset + state.size)
+        mapping = Mapping(state.iova, state.size, memory, state.offset, state.readonly)
+        if fresh:
+            self._table.space.map(mapping)
+        self._table.insert(ClientRange(mapping, identity, [self]))
+
     def ranges(self) -> Iterator[ClientRange]:
         """Its mappings, lowest address first."""
         return (one for one in tuple(self._table.ranges) if self in one.owners)
@@ -364,6 +405,31 @@ class ClientMappings:
     def clients(self) -> tuple[Client, ...]:
         """Those that are there."""
         return tuple(self._clients)
+
+    # --- over a change of the process -------------------------------------------------------------------
+
+    def keep(self, client: Client, given: Given) -> list[ClientRangeState]:
+        """Describe what a client has mapped."""
+        from vfiod.server.state.doors import ClientRangeState
+
+        return [
+            ClientRangeState(
+                iova=one.mapping.iova,
+                size=one.mapping.size,
+                offset=one.mapping.offset,
+                readonly=one.mapping.readonly,
+                file=given.give(one.mapping.memory.number, one.mapping.memory.name)
+                if one.identity[0] == "file"
+                else None,
+                by_machine=one.by_machine,
+            )
+            for one in client.ranges()
+        ]
+
+    def adopt(self, client: Client, states: Iterable[ClientRangeState], taken: Taken) -> None:
+        """Have them again, for a client that has just joined. What the kernel has mapped it is not told again."""
+        for state in states:
+            client.adopt(state, None if state.file is None else taken.take(state.file))
 
     # --- for the machine's own mappings -----------------------------------------------------------------
 

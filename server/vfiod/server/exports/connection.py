@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
@@ -32,6 +32,11 @@ from vfiod.protocol.limits import (
 )
 from vfiod.protocol.vfio_user import BadMessage, Broken, Channel, Outgoing, Rejected, Request
 from vfiod.server.kernel import open_files
+
+if TYPE_CHECKING:
+    from vfiod.server.state.doors import ClientState, OutgoingState
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import Place
 
 __all__ = ["DONE", "Answer", "Connection"]
 
@@ -105,6 +110,7 @@ class Connection:
         self._out: deque[tuple[memoryview, tuple[FileDescriptor, ...]]] = deque()
         self._backlog = 0  # bytes not sent yet
         self._reading = False
+        self._held = False  # nothing new is taken: a hand-over is near
         self._cut = False  # a message has not come whole
         self._asked: dict[int, Future[vfio_user.Payload]] = {}  # our own requests, by id
         self._parting: str | None = None  # ends when all is sent
@@ -168,13 +174,56 @@ class Connection:
         self._queue.clear()
         self._queued = 0
 
+    # --- over a change of the process -------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Take nothing more but answers to what we asked; what has come is executed."""
+        self._held = True
+        self._read_on()
+
+    def release(self) -> None:
+        """Take everything again."""
+        self._held = False
+        self._read_on()
+
+    @property
+    def under_way(self) -> str | None:
+        """What has begun, for a person; None: it is between two requests."""
+        if self._task is not None or self._queue:
+            return "a request of a client"
+        if self._asked:
+            return "a device's DMA by messages"
+        return "the parting of a client" if not self.open else None
+
+    def keep(self, owner: str, given: Given) -> tuple[bytes, list[Place], list[OutgoingState]]:
+        """Describe what has come of the next request, with its fds, and what has not left."""
+        from vfiod.server.state.doors import OutgoingState
+
+        data, fds = self.channel.keep()
+        out = [
+            OutgoingState(data=bytes(waiting), fds=[given.give(fd, f"{owner}/reply") for fd in with_it])
+            for waiting, with_it in self._out
+        ]
+        return data, [given.give(fd, f"{owner}/request") for fd in fds], out
+
+    def adopt(self, wire: vfio_user.Wire | None, state: ClientState, taken: Taken) -> None:
+        """Be where another process's connection stood, before :meth:`start`."""
+        self.requests, self.errors = state.requests, state.errors
+        self.channel.adopt(wire, state.input, [taken.take(place) for place in state.input_fds])
+        self._cut = bool(state.input)
+        for one in state.output:
+            self._out.append((memoryview(one.data), tuple(taken.take(place) for place in one.fds)))
+            self._backlog += len(one.data)
+        if self._out:
+            self._loop.add_writer(self._socket.fileno(), self._writable)
+
     # --- reading --------------------------------------------------------------------------------------
 
     def _read_on(self) -> None:
         """Read when there is room for what comes; else leave it to the kernel."""
         # While we ask, the answer may stand behind requests: those are read too, to a limit.
         room = self._queued < VFIO_USER_MAX_QUEUE and self._backlog < VFIO_USER_MAX_BACKLOG
-        wanted = self.open and (room or bool(self._asked))
+        wanted = self.open and ((room and not self._held) or bool(self._asked))
         if wanted is not self._reading:
             if wanted:
                 self._loop.add_reader(self._socket.fileno(), self._readable)

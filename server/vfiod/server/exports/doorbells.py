@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from vfiod.protocol.errors import CommandError
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -25,6 +25,10 @@ from vfiod.server.devices import eventfds
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.regions import Region
 from vfiod.server.exports.connection import Answer
+
+if TYPE_CHECKING:
+    from vfiod.server.state.doors import DoorbellState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["Doorbells"]
 
@@ -77,6 +81,26 @@ class Doorbells:
     def fds(self) -> list[FileDescriptor]:
         """Every eventfd, for ``query-fds``."""
         return list(self._fds.values())
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one that was rung is being written."""
+        return bool(self._tasks)
+
+    def keep(self, owner: str, given: Given) -> list[DoorbellState]:
+        """Describe those that were given."""
+        from vfiod.server.state.doors import DoorbellState
+
+        return [
+            DoorbellState(fd=given.give(fd, f"{owner}/doorbell"), region=region, offset=offset, data=data)
+            for (region, offset, data), fd in self._fds.items()
+        ]
+
+    def adopt(self, states: Iterable[DoorbellState], regions: Sequence[Region], taken: Taken) -> None:
+        """Have them again, and listen: what was rung meanwhile is still in the eventfd."""
+        for one in states:
+            fd = self._fds[one.region, one.offset, one.data] = taken.take(one.fd)
+            self._listen(fd, regions[one.region], one.offset, one.data)
 
     def close(self) -> None:
         """Hear nothing any more. Later calls do nothing."""

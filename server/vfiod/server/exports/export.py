@@ -35,11 +35,14 @@ from vfiod.protocol.fd import FdKind
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.exports.session import ClientSession
-from vfiod.server.sockets.access import Access, peer_of
+from vfiod.server.logs import about
+from vfiod.server.sockets.access import Access, Peer, peer_of
 from vfiod.server.sockets.listener import Listener
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
+    from vfiod.server.state.doors import ExportState as ExportState_
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["Export"]
 
@@ -110,8 +113,11 @@ class Export:
             return
         if self._listener is not None:
             self._listener.pause()  # the next waits in the kernel's queue until this one is gone
+        self._begin(connection, peer).start()
+
+    def _begin(self, connection: socket.socket, peer: Peer) -> ClientSession:
         self.state = ExportState.NEGOTIATING
-        self._session = ClientSession(
+        session = self._session = ClientSession(
             self._machine,
             self.device,
             self.name,
@@ -120,7 +126,7 @@ class Export:
             attached=self._on_attached,
             ended=self._on_ended,
         )
-        self._session.start()
+        return session
 
     # --- attached and detached ------------------------------------------------------------------------
 
@@ -132,14 +138,19 @@ class Export:
             raise Busy(f"Device '{device.name}' is attached to by the client of {device.claim.name}")
         if device.state is not DeviceState.RUNNING or self._closing:
             raise Busy(f"Device '{device.name}' is {device.state}: nobody can attach to it any more")
-        device.claim = self
-        if isinstance(device.interrupts, DeviceInterrupts):
-            device.interrupts.external = True
-        self.state = ExportState.ATTACHED
+        self._claim()
         self._attached += 1
         self._machine.hub.emit(
             DeviceExportAttached(id=self.id, device=device.name, pid=session.peer.pid, uid=session.peer.uid)
         )
+
+    def _claim(self) -> None:
+        """The device is the client's."""
+        device = self.device
+        device.claim = self
+        if isinstance(device.interrupts, DeviceInterrupts):
+            device.interrupts.external = True
+        self.state = ExportState.ATTACHED
 
     def _on_ended(self, reason: str) -> None:
         self.state = ExportState.DETACHING
@@ -182,10 +193,20 @@ class Export:
             try:
                 await self.device.lane.run(f"detaching the client of {self.name}", self.device.stop_dma)
             except CommandError as error:
-                _log.warning("Bus mastering of device '%s' could not be switched off: %s", self.device.name, error)
+                _log.warning(
+                    "Bus mastering of device '%s' could not be switched off: %s",
+                    self.device.name,
+                    error,
+                    extra=about(device=self.device.name),
+                )
             await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}", whatever=True)
         except CommandError as error:
-            _log.info("Device '%s' is not disarmed after its client: %s", self.device.name, error)
+            _log.info(
+                "Device '%s' is not disarmed after its client: %s",
+                self.device.name,
+                error,
+                extra=about(device=self.device.name),
+            )
 
     async def _release(self) -> None:
         """Its memory, in the lane where memory changes. When that is closed, the device's own end has done it."""
@@ -247,6 +268,60 @@ class Export:
         session = self._session
         if session is not None and session.memory is not None:
             session.memory.leave()
+
+    # --- over a change of the process -----------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Admit nobody, and take nothing more from who is there."""
+        if self._listener is not None and self._session is None:
+            self._listener.pause()
+        if self._session is not None:
+            self._session.hold()
+
+    def release(self) -> None:
+        """Go on."""
+        if self._session is not None:
+            self._session.release()
+        elif self._listener is not None and self._task is None:
+            self._listener.resume()
+
+    @property
+    def under_way(self) -> str | None:
+        """What has begun, for a person; None: it could be described."""
+        if self._task is not None or self._closing:
+            return f"the end of the client of {self.name}"
+        what = None if self._session is None else self._session.under_way
+        return None if what is None else f"{what} of {self.name}"
+
+    def keep(self, given: Given) -> ExportState_:
+        """Describe it, with its client."""
+        from vfiod.server.state.doors import ExportState as State
+
+        owner = f"export:{self.id}"
+        return State(
+            id=self.id,
+            device=self.device.name,
+            attached=self._attached,
+            fd=None if self._listener is None else given.give(self._listener.fileno(), owner),
+            path=self._path,
+            client=None if self._session is None else self._session.keep(owner, given),
+        )
+
+    def adopt(self, state: ExportState_, taken: Taken) -> None:
+        """Have the socket and the client again that another process had."""
+        self._attached = state.attached
+        if state.fd is not None:
+            self.listen(socket.socket(fileno=taken.take(state.fd).give_away()), state.path)
+        if state.client is None:
+            return
+        if self._listener is not None:
+            self._listener.pause()
+        connection = socket.socket(fileno=taken.take(state.client.fd).give_away())
+        connection.setblocking(False)
+        session = self._begin(connection, Peer(state.client.pid, state.client.uid))
+        if session.adopt(state.client, taken):
+            self._claim()
+        session.start()
 
     # --- looking --------------------------------------------------------------------------------------
 

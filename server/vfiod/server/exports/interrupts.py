@@ -14,8 +14,8 @@ device model makes the block grow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
@@ -27,6 +27,10 @@ from vfiod.server.devices.device import Device
 from vfiod.server.devices.irq_index import INTX, IrqIndex, Wanted
 from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.kernel.kinds import kind_of
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import Place
 
 __all__ = ["ClientInterrupts"]
 
@@ -172,6 +176,17 @@ class ClientInterrupts:
                 self._signal(one)
                 told = True
         return told
+
+    # --- over a change of the process -----------------------------------------------------------------
+
+    def keep(self, owner: str, given: Given) -> list[tuple[int, Place]]:
+        """Describe REQ and ERR; the rest is the device's."""
+        return [(index, given.give(one.fd, f"{owner}/notice")) for index, one in self._notices.items()]
+
+    def adopt(self, states: Iterable[tuple[int, Place]], taken: Taken) -> None:
+        """Have them again."""
+        for index, place in states:
+            self._notices[index] = eventfds.Consumer(taken.take(place))
 
     # --- the end --------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from vfiod.server.sockets.listener import ListenError, open_path
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
+    from vfiod.server.state.doors import DoorsState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["Exports", "NewExport", "exports_of"]
 
@@ -139,6 +141,36 @@ class Exports:
         self._exports.pop(export.id, None)
         if self.on_gone is not None:
             self.on_gone()
+
+    # --- over a change of the process -----------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Take nothing more from clients, and admit none."""
+        for export in self._exports.values():
+            export.hold()
+
+    def release(self) -> None:
+        """Go on with all."""
+        for export in self._exports.values():
+            export.release()
+
+    @property
+    def under_way(self) -> str | None:
+        """What has begun and has not ended, for a person; None: they could be described."""
+        return next((what for one in self._exports.values() if (what := one.under_way) is not None), None)
+
+    def keep(self, given: Given) -> DoorsState:
+        """Describe them, with their clients."""
+        from vfiod.server.state.doors import DoorsState
+
+        return DoorsState(exports=[export.keep(given) for export in self._exports.values()])
+
+    def adopt(self, state: DoorsState, taken: Taken) -> None:
+        """Have them again, after their devices. CommandError, OSError."""
+        for one in state.exports:
+            export = Export(self._machine, one.id, self._machine.device(one.device), self._access, self._gone)
+            self._exports[one.id] = export
+            export.adopt(one, taken)
 
     # --- for the machine (:class:`vfiod.server.machine.doors.Doors`) ------------------------------------
 

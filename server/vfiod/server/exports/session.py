@@ -33,6 +33,8 @@ from vfiod.server.sockets.access import Peer
 if TYPE_CHECKING:
     from vfiod.server.dma.clients import Client
     from vfiod.server.machine import Machine
+    from vfiod.server.state.doors import ClientState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["ClientSession"]
 
@@ -107,6 +109,7 @@ class ClientSession:
         self._name = name
         self._attached = attached
         self._ended = ended
+        self._room = 0  # bytes of its VERSION
         self._regions: tuple[Region, ...] = ()
         self._direct = 0  # regions that are accessed at once: all, of a device that waits for nobody
         self._handlers: Final[dict[Command, Callable[[Request], Answer | Awaitable[Answer]]]] = {
@@ -213,7 +216,8 @@ class ClientSession:
         if space is None:
             raise DeviceNotActive(f"Device '{self._device.name}' has no IOMMU: guest memory cannot be mapped for it")
         ours = replace(vfio_user.OURS, pgsizes=space.page_size)
-        reply, agreement = vfio_user.answer(proposed, ours, room=request.header.size - vfio_user.HEADER_SIZE)
+        room = request.header.size - vfio_user.HEADER_SIZE
+        reply, agreement = vfio_user.answer(proposed, ours, room=room)
         remote = RemoteMemory(f"memory of {self._name}", self._machine.loop, self) if _by_messages(space) else None
 
         await self._device.stop_interrupts(reason=f"a client attaches to {self._name}")
@@ -222,13 +226,8 @@ class ClientSession:
             if not self._connection.open:
                 raise DeviceNotActive("The client is gone")
             self.memory = clients.join(f"the client of {self._name}", space, remote)
-        self.version = proposed
+        self._have(proposed, room)
         self._connection.channel.wire = agreement.wire
-        self._regions = self._device.regions.all
-        self._direct = 0 if self._device.waits else len(self._regions)
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
         self._attached()
         return Answer(reply)
 
@@ -508,6 +507,74 @@ class ClientSession:
                 _log.warning("Write %d of %d of a REGION_WRITE_MULTI failed: %s", number, len(asked.writes), error)
                 return Answer(vfio_user.WroteMulti(number))
         return Answer(vfio_user.WroteMulti(len(asked.writes)))
+
+    # --- over a change of the process -----------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Take nothing more from it."""
+        self._connection.hold()
+
+    def release(self) -> None:
+        """Go on with it."""
+        self._connection.release()
+
+    @property
+    def under_way(self) -> str | None:
+        """What has begun, for a person; None: it could be described."""
+        return "a doorbell of a client" if self._doorbells.under_way else self._connection.under_way
+
+    def keep(self, owner: str, given: Given) -> ClientState:
+        """Describe it, between two requests."""
+        from vfiod.server.state.doors import ClientState
+
+        data, fds, out = self._connection.keep(owner, given)
+        clients = self._machine.memory.clients
+        return ClientState(
+            fd=given.give(self.fileno(), f"{owner}/client"),
+            pid=self.peer.pid,
+            uid=self.peer.uid,
+            version=None if self.version is None else self.version.pack(),
+            room=self._room,
+            input=data,
+            input_fds=fds,
+            output=out,
+            notices=self.interrupts.keep(owner, given),
+            doorbells=self._doorbells.keep(owner, given),
+            ranges=[] if self.memory is None else clients.keep(self.memory, given),
+            requests=self.requests,
+            errors=self.errors,
+            failed_reads=self.failed_reads,
+        )
+
+    def adopt(self, state: ClientState, taken: Taken) -> bool:
+        """Be where the other process's session stood, before :meth:`start`. Whether it is attached."""
+        self.failed_reads = state.failed_reads
+        if state.version is None:
+            self._connection.adopt(None, state, taken)
+            return False
+        proposed = vfio_user.Version.unpack(state.version)
+        space = self._device.backend.address_space
+        assert space is not None  # noqa: S101 - without one nobody attaches
+        ours = replace(vfio_user.OURS, pgsizes=space.page_size)
+        _, agreement = vfio_user.answer(proposed, ours, room=state.room)
+        clients = self._machine.memory.clients
+        remote = RemoteMemory(f"memory of {self._name}", self._machine.loop, self) if _by_messages(space) else None
+        self.memory = clients.join(f"the client of {self._name}", space, remote)
+        clients.adopt(self.memory, state.ranges, taken)
+        self._have(proposed, state.room)
+        self.interrupts.adopt(state.notices, taken)
+        self._doorbells.adopt(state.doorbells, self._regions, taken)
+        self._connection.adopt(agreement.wire, state, taken)
+        return True
+
+    def _have(self, proposed: vfio_user.Version, room: int) -> None:
+        """It is agreed: the device's regions are the client's."""
+        self.version, self._room = proposed, room
+        self._regions = self._device.regions.all
+        self._direct = 0 if self._device.waits else len(self._regions)
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     # --- the end --------------------------------------------------------------------------------------
 

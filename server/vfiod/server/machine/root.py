@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from vfiod.protocol.catalogue.devices import Check, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
+from vfiod.protocol.catalogue.devices import Check, DeviceInfo, MachineInfo, SessionInfo, TopologyEdge, TopologyNode
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.memory import DmaUnmapped
 from vfiod.protocol.catalogue.monitor import MachineRestored, Stat, StatsResult, StatusInfo
@@ -138,6 +138,12 @@ class Machine:
     def device(self, name: str) -> Device:
         """The device with this id or path. Raises DeviceNotFound."""
         return self.devices.get(name)
+
+    def device_info(self, device: Device) -> DeviceInfo:
+        """For ``query-devices``: with what the mediated bus knows of it, where it came from there."""
+        info = device.info()
+        mdev = self.mdevs.info(str(info.host)) if info.backend == "mdev" else None
+        return info if mdev is None else replace(info, mdev=mdev)
 
     def add_device(self, new: NewDevice) -> Awaitable[Device]:
         """See :meth:`Devices.add`."""
@@ -279,7 +285,7 @@ class Machine:
             name=self.name,
             uuid=self.uuid,
             status=status,
-            devices=[device.info() for device in devices],
+            devices=[self.device_info(device) for device in devices],
             irqs=[irq for device in devices for irq in device.irq_infos()],
             objects=self.objects.infos(),
             containers=list(self.sources.containers()),

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.fds import FdInfo
-from vfiod.protocol.catalogue.mediated import MdevRemoved, MdevTypeInfo
+from vfiod.protocol.catalogue.mediated import MdevInfo, MdevRemoved, MdevTypeInfo
 from vfiod.protocol.catalogue.words import UUID_PATTERN
 from vfiod.protocol.errors import Busy, CommandError, DeviceNotActive, DeviceNotFound, InvalidArgument, OperationFailed
 from vfiod.protocol.limits import MDEV_CALL_MS
@@ -40,7 +40,7 @@ from vfiod.server.mdev.discovery import Discovery, find_type
 from vfiod.server.mdev.instance import Instance, MdevDriver, MdevHost
 from vfiod.server.mdev.leaving import Leaving
 from vfiod.server.mdev.parent import ENTRY_POINTS, MdevType, Parent, Saved
-from vfiod.server.mdev.registered import CallLimits, Registered
+from vfiod.server.mdev.registered import CallLimits, Registered, info_of
 from vfiod.server.mdev.starting import Starting
 
 if TYPE_CHECKING:
@@ -252,6 +252,11 @@ class MdevBus:
         with self._lock:
             return self._get(uuid)
 
+    def knows(self, parent: str, mdev_type: str) -> bool:
+        """Whether there is such a type, after :meth:`discover`."""
+        record = self._parents.get(parent)
+        return record is not None and mdev_type in record.types
+
     # --- over a change of the process: on the loop, which does nothing else meanwhile ---------------
 
     @property
@@ -315,6 +320,11 @@ class MdevBus:
         records = tuple(self._parents.values())
         await asyncio.gather(*(loop.run_in_executor(self._executor, record.ask) for record in records))
         return self.types()
+
+    def info(self, uuid: str) -> MdevInfo | None:
+        """One visible device, as ``query-devices`` shows it; None when there is none of that name."""
+        instance = self._visible.get(uuid)
+        return None if instance is None else info_of(instance)
 
     def uuids(self) -> list[str]:
         """The visible devices' names."""

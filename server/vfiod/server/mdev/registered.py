@@ -24,7 +24,7 @@ from vfiod.server.mdev.parent import MdevType, MediatedDevice, Parent, Saved
 if TYPE_CHECKING:
     from vfiod.server.state.machine import MdevState
 
-__all__ = ["CallLimits", "Registered"]
+__all__ = ["CallLimits", "Registered", "info_of"]
 
 LOOK_S = MDEV_LOOK_MS / 1000
 
@@ -134,7 +134,7 @@ class Registered:
             available_instances=self.available(mdev_type),
             parameters=dict(mdev_type.parameters),
             parent_attributes=self.told,
-            devices=[_info(one) for one in self.instances(mdev_type) if one.uuid in visible],
+            devices=[info_of(one) for one in self.instances(mdev_type) if one.uuid in visible],
         )
 
     # --- in a worker's thread -------------------------------------------------------------------------
@@ -262,7 +262,8 @@ class Registered:
         self.parent.destroy(instance.uuid, instance.device, forced=forced)
 
 
-def _info(instance: Instance) -> MdevInfo:
+def info_of(instance: Instance) -> MdevInfo:
+    """One device, as queries show it: of a parent that may wait, what it said last."""
     told = instance.told if instance.calls.waits else instance.attributes()
     return MdevInfo(
         uuid=instance.uuid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from msgspec import UNSET, Raw, UnsetType
 
@@ -19,6 +19,10 @@ from vfiod.server.events import Event
 from vfiod.server.monitor import dispatch
 from vfiod.server.monitor.session import Session
 from vfiod.server.sockets.access import Peer
+
+if TYPE_CHECKING:
+    from vfiod.server.state.doors import SessionState
+    from vfiod.server.state.fds import Taken
 
 __all__ = ["QmpSession"]
 
@@ -56,6 +60,14 @@ class QmpSession(Session):
         self.negotiated = True
         self._oob_enabled = QmpCapability.OOB in enable
         self.subscribe()
+
+    def _oob(self) -> bool:
+        return self._oob_enabled
+
+    def adopt(self, state: SessionState, taken: Taken) -> None:
+        """See :meth:`Session.adopt`."""
+        self._oob_enabled = state.oob
+        super().adopt(state, taken)
 
     @property
     def _stalled(self) -> bool:

@@ -23,13 +23,15 @@ from vfiod.server.monitor.jsonrpc import JsonRpcSession
 from vfiod.server.monitor.qmp import QmpSession
 from vfiod.server.monitor.roles import OPERATOR, RoleError, build_roles
 from vfiod.server.monitor.session import Session
-from vfiod.server.sockets.access import Access, peer_of
+from vfiod.server.sockets.access import Access, Peer, peer_of
 from vfiod.server.sockets.listener import Listener
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
     from vfiod.server.monitor.audit import Asker, Audit
     from vfiod.server.monitor.bus import Bus, EventBus
+    from vfiod.server.state.doors import MonitorState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["DIALECTS", "MonitorServer"]
 
@@ -86,6 +88,8 @@ class MonitorServer:
         self._access: Final = access
         self._sessions: Final[dict[int, Session]] = {}
         self._listeners: Final[list[Listener]] = []
+        self._told: Final[dict[Listener, tuple[str, str]]] = {}  # dialect and role of each
+        self._held = False
         self._buses: Final[list[Bus | EventBus]] = []
         self._tasks: Final[set[asyncio.Future[None]]] = set()
         self._drained: asyncio.Future[None] | None = None
@@ -101,6 +105,7 @@ class MonitorServer:
         session_type, methods = DIALECTS[dialect], self.role(role)
         listener = Listener(self.loop, listening, lambda connection: self._admit(connection, session_type, methods))
         self._listeners.append(listener)
+        self._told[listener] = (dialect, role)
         return listener
 
     def role(self, name: str) -> RoleMethods:
@@ -152,6 +157,82 @@ class MonitorServer:
         """Hold on to a command's task, which asyncio itself does not."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    # --- over a change of the process -----------------------------------------------------------
+
+    def has_role(self, name: str) -> bool:
+        """Whether sockets may have this role."""
+        return name in self._roles
+
+    def listens_at(self, path: str) -> bool:
+        """Whether there is a listening socket whose file this is."""
+        return any(one.path == path for one in self._listeners)
+
+    def listen_for(self, listening: socket.socket, dialect: str, admit: Callable[[socket.socket], None]) -> Listener:
+        """Accept others than sessions on a listening socket: it is held, kept and closed with the rest."""
+        listener = Listener(self.loop, listening, admit)
+        self._listeners.append(listener)
+        self._told[listener] = (dialect, "")
+        return listener
+
+    @property
+    def held(self) -> bool:
+        """Whether sessions are not read, because everything is about to be handed over."""
+        return self._held
+
+    def hold(self) -> None:
+        """Read no session and admit nobody: what comes waits in the kernel."""
+        self._held = True
+        for listener in self._listeners:
+            listener.pause()
+        for session in self._sessions.values():
+            session.hold()
+
+    def release(self) -> None:
+        """Go on."""
+        self._held = False
+        for listener in self._listeners:
+            listener.resume()
+        for session in tuple(self._sessions.values()):
+            session.release()
+
+    @property
+    def under_way(self) -> str | None:
+        """What has begun and has not ended, for a person; None: the sessions could be described."""
+        if not all(bus.idle for bus in self._buses):
+            return "a command of the bus"
+        return next((what for one in self._sessions.values() if (what := one.under_way) is not None), None)
+
+    def describe(self, given: Given) -> MonitorState:
+        """Describe sessions and listening sockets."""
+        from vfiod.server.state.doors import ListenerState, MonitorState
+
+        sessions = [state for one in self._sessions.values() if (state := one.keep(given)) is not None]
+        listeners = [
+            ListenerState(
+                fd=given.give(one.fileno(), f"server/{one.name}"),
+                dialect=self._told[one][0],
+                role=self._told[one][1],
+                path=one.path,
+            )
+            for one in self._listeners
+        ]
+        return MonitorState(number=self._number, listeners=listeners, sessions=sessions)
+
+    def adopt(self, state: MonitorState, taken: Taken) -> None:
+        """Go on with the sessions and sockets of another process. Other dialects than ours are left to the caller."""
+        self._number = state.number
+        for one in state.listeners:
+            if one.dialect in DIALECTS:
+                listening = socket.socket(fileno=taken.take(one.fd).give_away())
+                belongs_to(self.listen(listening, one.dialect, one.role), one.path)
+        for kept in state.sessions:
+            connection = socket.socket(fileno=taken.take(kept.fd).give_away())
+            connection.setblocking(False)
+            peer = Peer(kept.pid, kept.uid)
+            session = DIALECTS[kept.dialect](kept.id, connection, peer, self, self.role(kept.role))
+            self._sessions[session.id] = session
+            session.adopt(kept, taken)
 
     # --- for commands ---------------------------------------------------------------------------
 
@@ -208,6 +289,7 @@ class MonitorServer:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        self._told.clear()
 
     async def drain(self, seconds: float) -> None:
         """Wait until every reply has left, at most so long: a reader that does not read must not keep us."""
@@ -248,3 +330,10 @@ def _bus_asker() -> Asker:
     from vfiod.server.monitor.audit import Asker
 
     return Asker(None, "bus", None, None, OPERATOR)
+
+
+def belongs_to(listener: Listener, path: str | None) -> None:
+    """The socket's file is ours to remove, if it still is there."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            listener.remove_at_close(path)

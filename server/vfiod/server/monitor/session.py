@@ -31,6 +31,8 @@ from vfiod.server.sockets.access import Peer
 if TYPE_CHECKING:
     from vfiod.server.monitor.audit import Asker
     from vfiod.server.monitor.server import MonitorServer
+    from vfiod.server.state.doors import SessionState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["Session"]
 
@@ -219,6 +221,78 @@ class Session(ABC):
     def _abandon(self) -> None:
         """Forget commands that have not begun."""
 
+    # --- over a change of the process -----------------------------------------------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """What has begun, for a person; None: it is between two requests."""
+        return f"a command of session {self.id}" if self.in_flight or self._inbox else None
+
+    def hold(self) -> None:
+        """Read nothing more; what was read is done."""
+        self._stop_reading()
+
+    def release(self) -> None:
+        """Read on."""
+        self._settle()
+
+    def keep(self, given: Given) -> SessionState | None:
+        """Describe it, between two requests; None: its reader has lost its place, it can only end."""
+        from vfiod.server.state.doors import SessionState
+
+        unread = self._stream.unread
+        if unread is None or self.closed:
+            return None
+        owner = f"session:{self.id}"
+        named, pending = self.names.keep(owner, given)
+        backlog = self._writer.backlog
+        return SessionState(
+            id=self.id,
+            dialect=self.dialect,
+            role=self._methods.role.name,
+            fd=given.give(self.fileno(), owner),
+            pid=self.peer.pid,
+            uid=self.peer.uid,
+            negotiated=self.negotiated,
+            oob=self._oob(),
+            subscribed=self._unsubscribe is not None,
+            input=unread,
+            output=self._writer.keep(owner, given),
+            named=named,
+            pending=pending,
+            commands=self.commands,
+            errors=self.errors,
+            events=self.events,
+            fds_received=self.fds_received,
+            bytes_received=self.bytes_received,
+            bytes_sent=self._writer.bytes_sent,
+            lost_total=backlog.lost_total,
+            lost=backlog.keep(),
+        )
+
+    def _oob(self) -> bool:
+        """Whether out-of-band commands were negotiated."""
+        return False
+
+    def adopt(self, state: SessionState, taken: Taken) -> None:
+        """Go on where the other process's session stood: without a greeting, with the events that follow."""
+        self.negotiated = state.negotiated
+        self.commands, self.errors, self.events = state.commands, state.errors, state.events
+        self.fds_received, self.bytes_received = state.fds_received, state.bytes_received
+        self.names.adopt(state.named, state.pending, taken)
+        self._stream.receive(state.input, self._decode)
+        self._writer.bytes_sent = state.bytes_sent
+        self._writer.adopt(state.output, taken)
+        self._writer.backlog.adopt(state.lost_total, state.lost)
+        if state.subscribed:
+            self.subscribe()
+        self._loop.call_soon(self._begin_again)
+
+    def _begin_again(self) -> None:
+        if not self.closed:
+            self._writer.flush()
+            self._settle()
+
     # --- events ---------------------------------------------------------------------------------
 
     def subscribe(self) -> None:
@@ -346,7 +420,9 @@ class Session(ABC):
         self._server.settled()
         if self.closed:
             return
-        if self._stalled or self._writer.full:
+        if self._server.held:
+            self._stop_reading()
+        elif self._stalled or self._writer.full:
             # What lets go calls _work again: a command that ends, or the writer that has drained.
             self._stop_reading()
         elif self._inbox:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vfiod.protocol.fd import SCM_RIGHTS, SOL_SOCKET, FileDescriptor, close_all
 from vfiod.protocol.limits import MAX_REPLY_BACKLOG
 from vfiod.server.events import Backlog
+
+if TYPE_CHECKING:
+    from vfiod.server.state.doors import OutgoingState
+    from vfiod.server.state.fds import Given, Taken
 
 __all__ = ["EVENTS_PER_SEND", "JOIN_BYTES", "SendLoop", "Writer"]
 
@@ -250,6 +254,28 @@ class Writer:
         if not self.blocked and not self.dead:
             self._loop.remove_writer(self._connection.fileno())
             self._drained()
+
+    def keep(self, owner: str, given: Given) -> list[OutgoingState]:
+        """Describe what waits, in order; it waits on."""
+        from vfiod.server.state.doors import OutgoingState
+
+        self._seal()
+        return [
+            OutgoingState(
+                data=bytes(entry.data),
+                fds=[given.give(fd, f"{owner}/reply") for fd in entry.fds or ()],
+                events=None if entry.events is None else list(entry.events),
+            )
+            for entry in self._queue
+        ]
+
+    def adopt(self, states: Iterable[OutgoingState], taken: Taken) -> None:
+        """Have what waited in another process; :meth:`flush` sends it."""
+        for one in states:
+            fds = [taken.take(place) for place in one.fds]
+            self._queue.append(_Entry(one.data, fds or None, one.events))
+            self.bytes_waiting += len(one.data)
+            self.backlog.waiting += len(one.events or ())
 
     def close(self) -> None:
         """Drop what waits, with its fds. Call it before the connection is closed."""

@@ -204,8 +204,13 @@ class Listener:
         loop.add_reader(listening.fileno(), self._readable)
 
     def remove_at_close(self, path: str) -> None:
-        """Remove the socket file when this closes, if it is still the one that is there now."""
+        """Remove the socket file when this closes, if it is still the one that is there now. OSError: none is."""
         self._file = SocketFile(path)
+
+    @property
+    def path(self) -> str | None:
+        """The socket file that is ours; None: it was inherited."""
+        return None if self._file is None else self._file.path
 
     @property
     def name(self) -> str:

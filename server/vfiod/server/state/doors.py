@@ -94,12 +94,13 @@ class DoorbellState(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ClientState(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A connected client. ``version`` is the body of its VERSION; None: it has not sent one."""
+    """A connected client. ``version`` is the body of its VERSION, None: none came; ``room`` its bytes as it came."""
 
     fd: Place
     pid: int
     uid: int
     version: bytes | None
+    room: int
     input: bytes
     input_fds: list[Place]
     output: list[OutgoingState]
