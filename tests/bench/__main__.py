@@ -21,6 +21,7 @@ from tests.bench import (
     served,
     store,
     subchannel,
+    takeover,
     vectors,
 )
 from tests.bench.measuring import Line
@@ -47,6 +48,7 @@ def main() -> None:
             "mediated",
             "fuzzing",
             "sandbox",
+            "takeover",
             "served",
             "store",
             "kernel",
@@ -77,6 +79,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("mediated", mediated),
         ("fuzzing", fuzzing),
         ("sandbox", sandbox),
+        ("takeover", takeover),
         ("store", store),
     ):
         if only in (None, name):
