@@ -18,7 +18,9 @@ from tests.bench import (
     platforms,
     sandbox,
     served,
+    store,
     subchannel,
+    takeover,
     vectors,
 )
 from tests.bench.measuring import Line
@@ -44,7 +46,9 @@ def main() -> None:
             "exports",
             "mediated",
             "sandbox",
+            "takeover",
             "served",
+            "store",
             "kernel",
             "subchannel",
         ],
@@ -72,6 +76,8 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("served", served),
         ("mediated", mediated),
         ("sandbox", sandbox),
+        ("takeover", takeover),
+        ("store", store),
     ):
         if only in (None, name):
             yield from part.lines(scale)

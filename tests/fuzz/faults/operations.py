@@ -422,7 +422,7 @@ async def request(bench: Bench) -> None:
 # --- the table ----------------------------------------------------------------------------------------------
 
 _GROUP = ("group 7", HOST, "p0.dev", UUID, "d0", "container", "/dev/vfio", "'g'", "object m0", "memory at 0x")
-_CDEV = ("object m0", "memory at 0x", HOST, "d0", "iommufd i0", "ioas:i0", "'c'", "'i0'", "vfio0")
+_CDEV = ("Parameter 'fd'", "object m0", "memory at 0x", HOST, "d0", "iommufd i0", "ioas:i0", "'c'", "'i0'", "vfio0")
 _D0 = ("d0", HOST, "'b0'", "'b1'")
 _P0 = ("d0", "p0.dev", "'b0'", "'b1'")
 _SPACE = ("container:", "ioas:", "memory", "'new'", "0x4000000", "'m0'", "0x0")
@@ -435,7 +435,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("device_add opened here", opened_here_ready, opened_here_add, _GROUP),
     Operation("device_add noiommu", noiommu_ready, noiommu_add, _GROUP),
     Operation("device_add cdev", cdev_ready, cdev_add, _CDEV),
-    Operation("device_add second cdev", cdev_two_ready, cdev_two_add, (SECOND, "d1", "i0", "'e'", "vfio1")),
+    Operation(
+        "device_add second cdev", cdev_two_ready, cdev_two_add, (SECOND, "d1", "i0", "'e'", "vfio1", "Parameter 'fd'")
+    ),
     Operation("device_add platform", platform_ready, platform_add, _GROUP),
     Operation("device_add ccw", ccw_ready, ccw_add, _GROUP),
     Operation("device_add ap", ap_ready, ap_add, _GROUP),

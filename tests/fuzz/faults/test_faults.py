@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.fuzz.faults.errnos import plausible
+from tests.fuzz.faults.exceptions import EXCEPTIONS
 from tests.fuzz.faults.injector import Call, Fault, installed
 from tests.fuzz.faults.operations import OPERATIONS
 from tests.fuzz.faults.sweep import Operation, good_run, starve, sweep_one
@@ -74,3 +76,8 @@ def test_every_call_is_thought_of() -> None:
     assert used
     assert all(plausible(name) for name in used)
     assert {name for name in used if name.isupper()} <= {one.name for enum in known for one in enum}
+
+
+def test_every_exception_is_documented() -> None:
+    told = (Path(__file__).parents[3] / "docs" / "faults.md").read_text()
+    assert [one.why for one in EXCEPTIONS if one.why not in told] == []
