@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from vfiod.protocol.catalogue.monitor import MachineRestored
 from vfiod.protocol.errors import CommandError, VfiodError
 from vfiod.protocol.fd import FileDescriptor, close_all
+from vfiod.server.logs import about
 from vfiod.server.state.format import BadState, State, decode
 from vfiod.server.store.current import STATE, Current
 from vfiod.server.store.fdstore import FdStore, inherited
@@ -156,7 +157,12 @@ async def _export(machine: Machine, state: ExportState, found: Found, lost: list
         try:
             await device.lane.run("a crash of the server", device.stop_dma)
         except CommandError as error:
-            _log.warning("Bus mastering of device '%s' could not be switched off: %s", device.name, error)
+            _log.warning(
+                "Bus mastering of device '%s' could not be switched off: %s",
+                device.name,
+                error,
+                extra=about(device=device.name),
+            )
     with found.take(state.fd) as fd:
         listening = socket.socket(fileno=os.dup(fd.number))
     exports_of(machine).add(NewExport(state.id, listening, state.path, True), device)
