@@ -20,6 +20,7 @@ from tests.bench import (
     served,
     store,
     subchannel,
+    takeover,
     vectors,
 )
 from tests.bench.measuring import Line
@@ -45,6 +46,7 @@ def main() -> None:
             "exports",
             "mediated",
             "sandbox",
+            "takeover",
             "served",
             "store",
             "kernel",
@@ -74,6 +76,7 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("served", served),
         ("mediated", mediated),
         ("sandbox", sandbox),
+        ("takeover", takeover),
         ("store", store),
     ):
         if only in (None, name):

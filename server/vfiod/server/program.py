@@ -161,7 +161,7 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
             gc.enable()
             supervised.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
-            _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
+            _log.info("Serving %s on %s", machine.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
@@ -222,7 +222,7 @@ async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> 
     from vfiod.server.machine.keeping import rehome
     from vfiod.server.state.fds import Taken
     from vfiod.server.state.format import decode
-    from vfiod.server.takeover.server import adopt_everything, missing
+    from vfiod.server.takeover.server import adopt_everything, missing, prepare
 
     if any(need.startswith("mdev:") for need in taking.welcome.needs):
         await server.machine.mdevs.discover()
@@ -230,6 +230,7 @@ async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> 
     if reason is not None:
         taking.refuse(reason)
         raise StartError(reason)
+    prepare(server, taking.welcome)
     data, fds = taking.receive()
     taken = Taken(fds)
     try:

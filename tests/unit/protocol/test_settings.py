@@ -22,13 +22,9 @@ def test_the_page_and_the_schema_are_current() -> None:
     assert json.loads((DOCS / "vfiod.schema.json").read_text()) == schema(), "run `make docs`"
 
 
-ONE_START = {"help", "config", "take-over"}
-"""What belongs to one start, and not to a file that is read at every one."""
-
-
 def test_every_option_has_its_key() -> None:
     options = {name[2:] for action in serve_parser()._actions for name in action.option_strings if name[:2] == "--"}
-    assert options - ONE_START == set(schema()["properties"])
+    assert options - {"help", "config", "take-over"} == set(schema()["properties"])
     assert len({one.name for one in SERVE}) == len(SERVE)
 
 
