@@ -12,6 +12,7 @@ from tests.bench import (
     channel,
     devices,
     exports,
+    fuzzing,
     kernel,
     mediated,
     monitor,
@@ -20,6 +21,7 @@ from tests.bench import (
     served,
     store,
     subchannel,
+    takeover,
     vectors,
 )
 from tests.bench.measuring import Line
@@ -44,7 +46,9 @@ def main() -> None:
             "channel",
             "exports",
             "mediated",
+            "fuzzing",
             "sandbox",
+            "takeover",
             "served",
             "store",
             "kernel",
@@ -73,7 +77,9 @@ def _lines(only: str | None, scale: float) -> Iterator[Line]:
         ("exports", exports),
         ("served", served),
         ("mediated", mediated),
+        ("fuzzing", fuzzing),
         ("sandbox", sandbox),
+        ("takeover", takeover),
         ("store", store),
     ):
         if only in (None, name):

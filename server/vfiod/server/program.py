@@ -24,6 +24,7 @@ from vfiod.protocol.errors import VfiodError
 from vfiod.server import logs, trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
+from vfiod.server.kernel import signalling
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         journal = _begin_log(options)
         refuse_overflow_uid()
         raise_open_files()
+        signalling.interruptible()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")
@@ -161,7 +163,7 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
             gc.enable()
             supervised.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
-            _log.info("Serving %s on %s", options.name, ", ".join(map(str, doors)))
+            _log.info("Serving %s on %s", machine.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
         finally:
@@ -222,7 +224,7 @@ async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> 
     from vfiod.server.machine.keeping import rehome
     from vfiod.server.state.fds import Taken
     from vfiod.server.state.format import decode
-    from vfiod.server.takeover.server import adopt_everything, missing
+    from vfiod.server.takeover.server import adopt_everything, missing, prepare
 
     if any(need.startswith("mdev:") for need in taking.welcome.needs):
         await server.machine.mdevs.discover()
@@ -230,6 +232,7 @@ async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> 
     if reason is not None:
         taking.refuse(reason)
         raise StartError(reason)
+    prepare(server, taking.welcome)
     data, fds = taking.receive()
     taken = Taken(fds)
     try:

@@ -22,6 +22,7 @@ from vfiod.server.devices.vectors import Vector
 from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.messages import next_try, runs
 from vfiod.server.interrupts.modes import NOTHING, Do, Setup, Side, Step, plan
+from vfiod.server.logs import about
 
 __all__ = ["Arming", "Bound", "InterruptsLost", "NotEnough"]
 
@@ -146,7 +147,9 @@ class Arming:
                 try:
                     self.take(step, bound, bound)
                 except CommandError as error:
-                    _log.warning("Device %s: %s failed: %s", self._device, step.do.name, error)
+                    _log.warning(
+                        "Device %s: %s failed: %s", self._device, step.do.name, error, extra=about(device=self._device)
+                    )
 
     def take(self, step: Step, old: Bound, new: Bound) -> None:
         """One step. Raises CommandError, having done nothing (a run of vectors: those before it)."""

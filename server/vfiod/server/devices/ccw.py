@@ -33,6 +33,7 @@ from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.subchannel import Action, Input, State, kind_of_status
 from vfiod.server.devices.subchannel_functions import RETRY_S, Subchannel
 from vfiod.server.lanes import Turn
+from vfiod.server.logs import about
 
 __all__ = ["CcwDevice", "as_ccw"]
 
@@ -188,7 +189,7 @@ class CcwDevice(Subchannel):
         except CommandError as error:
             self._feed(Input.REFUSED, error)
         except Exception as error:  # noqa: BLE001 - whoever waits for the request must hear of it
-            _log.exception("Handing a channel program to device %s failed", self.name)
+            _log.exception("Handing a channel program to device %s failed", self.name, extra=about(device=self.name))
             self._feed(Input.REFUSED, CommandError(f"Handing the program to device '{self.name}' failed: {error}"))
         else:
             self._feed(Input.ACCEPTED)
@@ -242,7 +243,12 @@ class CcwDevice(Subchannel):
         if self._requests.state is State.WAITING:
             self._feed(Input.ANSWER, unreadable(error, self._orb))
         else:
-            _log.warning("Device %s: an interrupt came, and reading its IRB failed: %s", self.name, error)
+            _log.warning(
+                "Device %s: an interrupt came, and reading its IRB failed: %s",
+                self.name,
+                error,
+                extra=about(device=self.name),
+            )
 
     def _have_read(self, region: CcwIoRegion) -> None:
         state = self._requests.state

@@ -22,6 +22,7 @@ from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.interrupts.guest import Move, moves, switches
 from vfiod.server.interrupts.messages import next_try
 from vfiod.server.interrupts.msix import wanted
+from vfiod.server.logs import about
 
 __all__ = ["GuestInterrupts"]
 
@@ -95,7 +96,13 @@ class GuestInterrupts:
                 fewer = next_try(count, error.granted if isinstance(error, NotEnough) else None)
                 if not fewer:
                     raise
-                _log.info("Device %s: the host has no %d MSI vectors, %d are tried", self._device, count, fewer)
+                _log.info(
+                    "Device %s: the host has no %d MSI vectors, %d are tried",
+                    self._device,
+                    count,
+                    fewer,
+                    extra=about(device=self._device),
+                )
                 count = fewer
             else:
                 break

@@ -26,6 +26,7 @@ from vfiod.server.devices.overlays import ConfigOverlay, MsixOverlay, Read, RomO
 from vfiod.server.devices.regions import BAR_COUNT, CONFIG, ROM, Region
 from vfiod.server.devices.rom import Rom, read_rom
 from vfiod.server.devices.romfile import RomFile
+from vfiod.server.logs import about
 
 __all__ = ["AS_QEMU", "Shown", "lay_over", "place_rom", "virtual_config"]
 
@@ -65,7 +66,9 @@ def place_rom(device: str, backend: Backend, region: Region, shown: Shown) -> No
         try:
             backend.region_read(ROM, 0, min(_ROM_PROBE, region.info.size))
         except CommandError as error:
-            _log.warning("The ROM of device %s cannot be read and is left out: %s", device, error)
+            _log.warning(
+                "The ROM of device %s cannot be read and is left out: %s", device, error, extra=about(device=device)
+            )
             _drop_rom(region, f"the device has a ROM of {region.info.size} bytes, which cannot be read: {error}")
             return
         size = region.info.size
@@ -103,7 +106,7 @@ def virtual_config(
         multifunction=shown.multifunction,
     )
     for warning in config.warnings:
-        _log.warning("Device %s: %s", device, warning)
+        _log.warning("Device %s: %s", device, warning, extra=about(device=device))
     return config
 
 

@@ -27,6 +27,7 @@ from vfiod.server.devices.platform_infos import platform_irq_info
 from vfiod.server.devices.platform_messages import PlatformMessages
 from vfiod.server.devices.platform_relay import PlatformRelay
 from vfiod.server.devices.vectors import Counts, Vector
+from vfiod.server.logs import about
 
 if TYPE_CHECKING:
     from vfiod.server.state.fds import Given, Taken
@@ -212,7 +213,7 @@ class PlatformInterrupts:
                 close_all(owned)
                 raise
             new.close()
-            _log.info("Device %s: %s is relayed: %s", self.device, one.name, refusal)
+            _log.info("Device %s: %s is relayed: %s", self.device, one.name, refusal, extra=about(device=self.device))
             self._tell_mode(one, IrqMode.RELAYED, f"the direct mode could not be set up: {refusal}")
             return relayed
         return new
@@ -248,7 +249,9 @@ class PlatformInterrupts:
         try:
             self._switch(one, new, old)
         except CommandError as error:
-            _log.warning("Device %s: %s could not be set back: %s", self.device, one.name, error)
+            _log.warning(
+                "Device %s: %s could not be set back: %s", self.device, one.name, error, extra=about(device=self.device)
+            )
             if one.index in self._bound:
                 self._relay.unlisten(one)
                 self._arming.disarm(one, new)

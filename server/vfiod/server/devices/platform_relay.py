@@ -22,6 +22,7 @@ from vfiod.server.devices.relay import tell_delivered, tell_fired
 from vfiod.server.devices.vectors import Vector
 from vfiod.server.interrupts.intx import Action, FastState
 from vfiod.server.interrupts.platform import Act, IrqState, Line, PlatformLines
+from vfiod.server.logs import about
 
 if TYPE_CHECKING:
     from vfiod.server.state.machine import LinesState
@@ -225,6 +226,8 @@ class PlatformRelay:
         try:
             move()
         except CommandError as error:
-            _log.warning("Device %s: completing an interrupt failed: %s", self._device, error)
+            _log.warning(
+                "Device %s: completing an interrupt failed: %s", self._device, error, extra=about(device=self._device)
+            )
             reason = f"An interrupt could not be completed: {error}"
             self._environment.emit(DeviceError(device=self._device, reason=reason))

@@ -24,6 +24,7 @@ from vfiod.server.devices.model import Model
 from vfiod.server.devices.notices import Notices
 from vfiod.server.devices.pci_config import HEADER_BYTES, ConfigSpace
 from vfiod.server.devices.regions import CONFIG, ROM, VGA, Region, Regions, describe_pci
+from vfiod.server.logs import about
 
 __all__ = ["PciModel", "populate"]
 
@@ -131,7 +132,7 @@ def _irq(device: str, backend: Backend, index: int) -> PciIrqIndex:
         info = vfio.IrqInfo(index)
     one = PciIrqIndex(device, info)
     if one.reserved and not info.count and index < len(IRQ_NAMES):
-        _log.info("Device %s has no %s interrupt", device, one.name)
+        _log.info("Device %s has no %s interrupt", device, one.name, extra=about(device=device))
     if trace.device_populated_irq.on:
         trace.device_populated_irq(device=device, index=index, count=info.count, flags=info.flags)
     return one

@@ -22,6 +22,7 @@ from vfiod.server.devices.environment import Environment, Timer
 from vfiod.server.devices.irq_index import INTX
 from vfiod.server.devices.vectors import Vector
 from vfiod.server.interrupts.intx import Action, FastState, IntxLine, LineState
+from vfiod.server.logs import about
 
 __all__ = ["Relay", "tell_delivered", "tell_fired"]
 
@@ -215,7 +216,9 @@ class Relay:
         try:
             move()
         except CommandError as error:
-            _log.warning("Device %s: completing an interrupt failed: %s", self._device, error)
+            _log.warning(
+                "Device %s: completing an interrupt failed: %s", self._device, error, extra=about(device=self._device)
+            )
             self._environment.emit(DeviceError(device=self._device, reason=f"An INTx could not be completed: {error}"))
 
 

@@ -31,6 +31,7 @@ from vfiod.server.devices.device import Device
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.model import Model
 from vfiod.server.devices.subchannel import Requests, State
+from vfiod.server.logs import about
 
 if TYPE_CHECKING:
     from vfiod.server.state.fds import Given, Taken
@@ -268,7 +269,9 @@ class Subchannel(Device):
 
     def _unreported(self, error: CommandError) -> None:
         if not self._going:
-            _log.warning("Device %s: a channel report could not be read: %s", self.name, error)
+            _log.warning(
+                "Device %s: a channel report could not be read: %s", self.name, error, extra=about(device=self.name)
+            )
 
     # --- looking --------------------------------------------------------------------------------------------
 

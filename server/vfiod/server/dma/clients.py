@@ -429,7 +429,7 @@ class ClientMappings:
     def adopt(self, client: Client, states: Iterable[ClientRangeState], taken: Taken) -> None:
         """Have them again, for a client that has just joined. What the kernel has mapped it is not told again."""
         for state in states:
-            client.adopt(state, None if state.file is None else taken.take(state.file))
+            client.adopt(state, None if state.file is None else taken.copy(state.file))
 
     # --- for the machine's own mappings -----------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from vfiod.protocol.fd import FdKind
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.exports.session import ClientSession
+from vfiod.server.logs import about
 from vfiod.server.sockets.access import Access, Peer, peer_of
 from vfiod.server.sockets.listener import Listener
 
@@ -192,10 +193,20 @@ class Export:
             try:
                 await self.device.lane.run(f"detaching the client of {self.name}", self.device.stop_dma)
             except CommandError as error:
-                _log.warning("Bus mastering of device '%s' could not be switched off: %s", self.device.name, error)
+                _log.warning(
+                    "Bus mastering of device '%s' could not be switched off: %s",
+                    self.device.name,
+                    error,
+                    extra=about(device=self.device.name),
+                )
             await self.device.stop_interrupts(reason=f"the client of {self.name} is gone: {reason}", whatever=True)
         except CommandError as error:
-            _log.info("Device '%s' is not disarmed after its client: %s", self.device.name, error)
+            _log.info(
+                "Device '%s' is not disarmed after its client: %s",
+                self.device.name,
+                error,
+                extra=about(device=self.device.name),
+            )
 
     async def _release(self) -> None:
         """Its memory, in the lane where memory changes. When that is closed, the device's own end has done it."""

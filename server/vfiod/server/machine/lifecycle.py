@@ -35,6 +35,7 @@ from vfiod.protocol.limits import DEFAULT_UNPLUG_TIMEOUT_MS, MAX_DEVICES
 from vfiod.server import trace
 from vfiod.server.events import EventHub
 from vfiod.server.lanes import Lane, Turn
+from vfiod.server.logs import about
 from vfiod.server.machine.ending import Ending
 from vfiod.server.machine.environment import AnyThreadEnvironment, LoopEnvironment
 from vfiod.server.onloop import OnLoop
@@ -362,7 +363,11 @@ class Devices:
         except CommandError:
             pass  # the topology lane was closed: the machine ends, and closes the device with all others
         except Exception:  # a defect; whoever asked has had the answer, so the log is the only place for it
-            _log.exception("Removing device %s failed by a defect of vfiod", added.device.name)
+            _log.exception(
+                "Removing device %s failed by a defect of vfiod",
+                added.device.name,
+                extra=about(device=added.device.name),
+            )
             raise
 
     async def _unplug(self, added: _Added, unplug: _Unplug, former: DeviceState) -> None:
@@ -414,11 +419,13 @@ class Devices:
         try:
             device.stop()
         except Exception:  # noqa: BLE001 - what it was is logged; closing goes on
-            _log.exception("Stopping device %s failed; it is closed all the same", device.name)
+            _log.exception(
+                "Stopping device %s failed; it is closed all the same", device.name, extra=about(device=device.name)
+            )
         try:
             return await turn.run(device.close)
         except Exception:  # noqa: BLE001 - a removal always ends
-            _log.exception("Closing device %s failed", device.name)
+            _log.exception("Closing device %s failed", device.name, extra=about(device=device.name))
             return False
 
     def _tell_deleted(self, device: Device, released: bool) -> None:
@@ -470,7 +477,7 @@ class Devices:
         try:
             device.stop()
         except Exception as error:  # noqa: BLE001 - closing goes on
-            _log.exception("Stopping device %s failed", device.name)
+            _log.exception("Stopping device %s failed", device.name, extra=about(device=device.name))
             ending.note(f"Stopping device {device.name} failed: {error}")
         closing = self._loop.run_in_executor(self._executor, device.close)
         released = await ending.step(f"Closing device {device.name}", closing)

@@ -27,6 +27,7 @@ from vfiod.server.devices.device import Device, Quiesced
 from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.kernel.sysfs import Sysfs
 from vfiod.server.lanes import Lane, Turn
+from vfiod.server.logs import about
 from vfiod.server.machine.lifecycle import Devices
 from vfiod.server.machine.sources import Sources
 
@@ -270,17 +271,31 @@ class Resets:
     async def _reset_bus_of(self, device: Device, turn: Turn, tried: set[str], failed: dict[str, str]) -> None:
         """Hot reset the bus of a device that cannot be reset alone, with what else is on it."""
         if not device.hot_resettable:
-            _log.info("system_reset passes over device %s, which cannot be reset", device.name)
+            _log.info(
+                "system_reset passes over device %s, which cannot be reset",
+                device.name,
+                extra=about(device=device.name),
+            )
             return
         backend = device.backend
         around = self._surroundings({})
         try:
             verdict = await turn.run(lambda: self._judge(device.name, backend, around))
         except CommandError as error:
-            _log.info("system_reset passes over device %s, which can be reset in no way: %s", device.name, error)
+            _log.info(
+                "system_reset passes over device %s, which can be reset in no way: %s",
+                device.name,
+                error,
+                extra=about(device=device.name),
+            )
             return
         if not verdict.report.possible:
-            _log.warning("system_reset passes over device %s: %s", device.name, verdict.report.reason)
+            _log.warning(
+                "system_reset passes over device %s: %s",
+                device.name,
+                verdict.report.reason,
+                extra=about(device=device.name),
+            )
             return
         tried.update(verdict.devices)
         try:
@@ -313,7 +328,12 @@ async def _revive(quiesced: Sequence[tuple[Device, Turn, Quiesced]], failure: Ex
             await device.revive(own, one, failure)
         except CommandError as error:
             if error is not failure:
-                _log.error("Device %s did not come back from a hot reset as it was: %s", device.name, error)
+                _log.error(
+                    "Device %s did not come back from a hot reset as it was: %s",
+                    device.name,
+                    error,
+                    extra=about(device=device.name),
+                )
                 troubles.append(f"device '{device.name}': {error}")
         except Exception as error:  # noqa: BLE001 - raised when all are back
             defects.append(error)

@@ -70,6 +70,12 @@ class Taken:
         self._gone[place] = fd = self._fds[place]
         return fd
 
+    def copy(self, place: Place) -> FileDescriptor:
+        """A duplicate, for what several places of a description share and each looks at for itself."""
+        if not 0 <= place < len(self._fds):
+            raise IndexError(f"fd {place} is named, and {len(self._fds)} came")
+        return self._fds[place].duplicate()
+
     def perhaps(self, place: Place | None) -> FileDescriptor | None:
         """The same for what may not be there."""
         return None if place is None else self.take(place)

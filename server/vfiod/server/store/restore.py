@@ -18,9 +18,12 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from vfiod.protocol.catalogue.monitor import MachineRestored
 from vfiod.protocol.errors import CommandError, VfiodError
 from vfiod.protocol.fd import FileDescriptor, close_all
+from vfiod.server.logs import about
 from vfiod.server.state.format import BadState, State, decode
 from vfiod.server.store.current import STATE, Current
 from vfiod.server.store.fdstore import FdStore, inherited
@@ -122,7 +125,7 @@ async def _machine(machine: Machine, state: State, found: Found, lost: list[str]
     machine.hub.seq += SEQ_GAP
     for one in state.machine.devices:
         try:
-            adopt_device(machine, one, found)
+            adopt_device(machine, replace(one, mapped_by=[]), found)  # who had mapped regions: sessions that are gone
         except (CommandError, OSError, LookupError) as error:
             lost.append(f"device '{one.id or one.path}': {error}")
     lost += machine.sources.settle()
@@ -154,7 +157,12 @@ async def _export(machine: Machine, state: ExportState, found: Found, lost: list
         try:
             await device.lane.run("a crash of the server", device.stop_dma)
         except CommandError as error:
-            _log.warning("Bus mastering of device '%s' could not be switched off: %s", device.name, error)
+            _log.warning(
+                "Bus mastering of device '%s' could not be switched off: %s",
+                device.name,
+                error,
+                extra=about(device=device.name),
+            )
     with found.take(state.fd) as fd:
         listening = socket.socket(fileno=os.dup(fd.number))
     exports_of(machine).add(NewExport(state.id, listening, state.path, True), device)

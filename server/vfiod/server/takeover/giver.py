@@ -90,6 +90,9 @@ class HandOver:
             reason = f"The new process said nothing for {TAKE_OVER_MS} ms"
         except (OSError, VfiodError) as error:
             reason = str(error)
+        except Exception:  # noqa: BLE001 - a defect: this server goes on, and the log has it
+            _log.exception("Handing over failed by a defect of vfiod")
+            reason = "a defect of vfiod; its log has the rest"
         finally:
             self._everything.release()
             self._task = None

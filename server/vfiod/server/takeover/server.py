@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vfiod.server.exports import Exports
     from vfiod.server.monitor.server import MonitorServer
 
-__all__ = ["Everything", "adopt_everything", "missing"]
+__all__ = ["Everything", "adopt_everything", "missing", "prepare"]
 
 
 class Everything:
@@ -111,6 +111,30 @@ def missing(server: MonitorServer, welcome: Welcome, name: str | None) -> str | 
         return f"Its sockets have roles that this server was not given: {', '.join(unknown)} (--role)"
     strange = [need for need in welcome.needs if not _known(server, need)]
     return f"It has what this server does not know: {', '.join(strange)}" if strange else None
+
+
+def prepare(server: MonitorServer, welcome: Welcome) -> None:
+    """Import what is needed now, and make what holds devices: later everybody waits for that."""
+    from vfiod.protocol.catalogue.devices import Driver
+    from vfiod.server.state import doors, machine
+
+    del doors, machine
+    for need in welcome.needs:
+        kind, _, what = need.partition(":")
+        if kind == "device":
+            from vfiod.server.devices import keeping
+            from vfiod.server.devices.models import device_class
+
+            del keeping
+            device_class(Driver(what))
+        elif need == "backend:mdev":
+            assert server.machine.sources.mediated  # noqa: S101 - made when it is first looked at
+        elif kind == "backend":
+            assert server.machine.sources.groups  # noqa: S101 - made when it is first looked at
+        elif need == "exports":
+            from vfiod.server.exports import exports_of
+
+            exports_of(server.machine)
 
 
 def _known(server: MonitorServer, need: str) -> bool:
