@@ -140,6 +140,7 @@ def test_everything_is_there_again(kept: Kept) -> None:
             client.add_fd(fdset_id=3)
             client.irq_start(device="a", mode="relayed", eventfds=[VectorFds(vector=0, trigger=line)])
             client.irq_start(device="b", index="msi", eventfds=[VectorFds(vector=0, trigger=message)])
+            client.region_map(device="b", region="bar2").close()
             before = client.query_machine()
         for _ in range(3):
             kept.kill()
@@ -148,6 +149,7 @@ def test_everything_is_there_again(kept: Kept) -> None:
                 assert [(one.id, one.state) for one in after.devices] == [("a", "running"), ("b", "running")]
                 assert restored(client) == MachineRestored(devices=["a", "b"], lost=[])
                 assert after.seq > before.seq
+                assert [one.held_by for one in after.devices] == [[], []], "sessions that are gone hold nothing"
                 assert (after.mappings, after.objects, after.uuid) == (before.mappings, before.objects, before.uuid)
                 assert [one.fdset_id for one in after.fdsets] == [3]
                 put(client, "a", RAISE, 1)
