@@ -153,7 +153,7 @@ def test_everything_is_there_again(kept: Kept) -> None:
                 assert (after.mappings, after.objects, after.uuid) == (before.mappings, before.objects, before.uuid)
                 assert [one.fdset_id for one in after.fdsets] == [3]
                 put(client, "a", RAISE, 1)
-                assert rung(line) == 1
+                assert rung(line) >= 1
                 put(client, "a", ACKNOWLEDGE, 1)
                 client.irq_eoi(device="a", index="intx")
                 put(client, "b", RAISE, 1)
@@ -282,7 +282,7 @@ def test_killed_at_random_moments_nothing_that_was_answered_is_lost(kept: Kept) 
                 devices = {one.id for one in client.query_devices()} - {"base"}
                 maps = mapped
                 put(client, "base", RAISE, 1)
-                assert rung(message) == 1
+                assert rung(message) >= 1
                 put(client, "base", ACKNOWLEDGE, 1)
         with kept.client() as client:
             with client.events("DEVICE_DELETED") as gone:
@@ -323,7 +323,7 @@ def test_a_hypervisor_attaches_again(kept: Kept) -> None:
             hypervisor.trigger(1, trigger.number)
             hypervisor.master()
             hypervisor.write(0, RAISE, 1)
-            assert rung(trigger) == 1
+            assert rung(trigger) >= 1
 
 
 def test_what_cannot_be_restored_is_said(tmp_path: Path) -> None:

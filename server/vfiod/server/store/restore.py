@@ -70,6 +70,7 @@ async def begin(machine: Machine, notifier: socket.socket, program: str) -> Curr
     found.close()
     store.remove(map(name_of, nobodys))
     current = Current(machine, store, slots, places, program)
+    machine.devices.before_close = current.let_go
     current.changed()
     if restored is not None:
         machine.restored = restored
