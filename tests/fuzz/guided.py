@@ -51,14 +51,18 @@ class Guided:
         self._coverage = _Monitoring(modules) if hasattr(sys, "monitoring") else _Tracing(modules)
         self.kept: list[bytes] = []
         self.tried = 0
-        with self._coverage:
-            for one in seeds:
-                self._try(one)
+        self.feed(seeds)
 
     @property
     def places(self) -> set[Place]:
         """What was reached."""
         return self._coverage.places
+
+    def feed(self, inputs: list[bytes]) -> None:
+        """Try these. Raises what the target raises, with the input in a note."""
+        with self._coverage:
+            for one in inputs:
+                self._try(one)
 
     def run(self, inputs: int) -> None:
         """Try so many. Raises what the target raises, with the input in a note."""

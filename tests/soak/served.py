@@ -1,7 +1,8 @@
 """The server under the soak: a real one, in its sandbox, whose clock runs ahead; and what it weighs.
 
 Only its loop's clock is another: timers (rate limits of events, time limits of removals, storms) come as early as they
-would in so many hours. On SIGUSR1 it collects garbage and says what its interpreter holds.
+would in so many hours. On SIGUSR1 it collects garbage and says what its interpreter holds; on SIGUSR2
+its clock is an ordinary one again, for the end: how long that may take is a limit of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def new_loop():
     select = loop._selector.select
     loop.time = lambda: begun + (time.monotonic() - begun) * faster
     loop._selector.select = lambda timeout=None: select(timeout if timeout is None else timeout / faster)
+
+    def slow_down(*_):
+        ahead = loop.time() - time.monotonic()
+        loop.time = lambda: ahead + time.monotonic()
+        loop._selector.select = select
+
+    signal.signal(signal.SIGUSR2, slow_down)
     return loop
 
 
@@ -142,6 +150,7 @@ class Served:
     def close(self) -> None:
         """End it. Raises RuntimeError with its log unless it ended well and had nothing to complain of."""
         if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR2)  # taken before SIGTERM: by number
             self._process.terminate()
         status = self._process.wait()
         self._reports.close()

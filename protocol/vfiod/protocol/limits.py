@@ -56,7 +56,7 @@ BUS_QUEUE: Final = 1000
 """Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
 whose queue is full misses those that follow, and sees that by their numbers."""
 
-MAX_BUS_CLIENTS: Final = 256
+MAX_BUS_CLIENTS: Final = 1024
 """Connections to one socket of the bus at once. Beyond it they are shut down: each has queues of its own."""
 
 BUS_SURGE: Final = 1024

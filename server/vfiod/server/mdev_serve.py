@@ -25,6 +25,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.settings import ALLOW_PATH, mdev_serve_parser
 from vfiod.server.events import EventHub
 from vfiod.server.exports import NewExport, exports_of
+from vfiod.server.kernel import signalling
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine, NewDevice
 from vfiod.server.notify import Notifier
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         refuse_overflow_uid()
         raise_open_files()
+        signalling.interruptible()
         with asyncio.Runner(loop_factory=new_loop) as runner:
             clean = runner.run(_serve(options))
     except VfiodError as error:

@@ -24,6 +24,7 @@ from vfiod.protocol.errors import VfiodError
 from vfiod.server import logs, trace
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
+from vfiod.server.kernel import signalling
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         journal = _begin_log(options)
         refuse_overflow_uid()
         raise_open_files()
+        signalling.interruptible()
         for pattern in options.trace:
             if not trace.switch(pattern, True):
                 raise StartError(f"--trace '{pattern}' matches no trace point")

@@ -5,6 +5,7 @@ By group and by cdev, under ``vfiod keeper``. The keeper is stopped while the de
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ from tests.lab.guest.machine import UNPRIVILEGED_GID, UNPRIVILEGED_UID, unprivil
 from tests.lab.guest.vm import MEMLOCK, opened, opened_group, told
 from tests.lab.topologies import EDU_PORT
 
+from vfiod.client.errors import ClientError
 from vfiod.client.methods.values import VectorFds
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.devices import DeviceDeleted
@@ -109,6 +111,8 @@ def bar_of(client: Client) -> Iterator[RegionWindow]:
             yield window
         finally:
             window.close()
+            with contextlib.suppress(ClientError):  # it may be dead
+                client.region_unmap(device="edu", region="bar0")
 
 
 def transfer(bar: RegionWindow, source: int, destination: int, command: int = 0) -> None:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from vfiod.client.host.journal import Entry, Journal
 from vfiod.client.host.sysfs import HostDevice, HostError, Sysfs, vfio_driver
+from vfiod.client.signals import held
 
 __all__ = ["Bound", "Recovered", "bind", "recover", "unbind"]
 
@@ -61,8 +62,10 @@ def bind(
         HostError: refused, or the kernel did not do it. The device has its former driver and override again; where
             even that failed, the text says so.
 
+    A Ctrl-C meanwhile is held until the device is bound, or as it was.
+
     """
-    with journal.locked() if journal is not None else contextlib.nullcontext():
+    with journal.locked() if journal is not None else contextlib.nullcontext(), held():
         entry = _settled(sysfs, journal, address)
         device = sysfs.device(address)
         if device.driver == driver:
@@ -109,7 +112,7 @@ def unbind(sysfs: Sysfs, address: str, *, force: bool = False, journal: Journal 
         journal: the one it was bound with.
 
     """
-    with journal.locked() if journal is not None else contextlib.nullcontext():
+    with journal.locked() if journal is not None else contextlib.nullcontext(), held():
         entry = _settled(sysfs, journal, address)
         device = sysfs.device(address)
         holders = () if force else sysfs.holders(device)

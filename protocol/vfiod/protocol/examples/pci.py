@@ -79,6 +79,7 @@ STORY = r"""
       "driver": "vfio-pci",
       "backend": "mdev",
       "host": "6f5f1c5e-52a5-4d8e-9a44-1b3c7c1d2e00",
+      "mdev": {"parent": "primer", "type": "primer-pci", "...": "..."},
       "state": "running",
       "reset": true,
       "regions": 9,

@@ -6,17 +6,20 @@ owner chose its flags, and may fill its counter. So it is asked first, every tim
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from typing import Final
 
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
+from vfiod.server.kernel import signalling
 from vfiod.server.kernel.syscalls import Syscalls
 
 __all__ = ["Consumer", "Foreign", "duplicate", "make", "take", "take_foreign"]
 
 _calls: Final = Syscalls()
+_log: Final = logging.getLogger(__name__)
 
 _FULL: Final = (1 << 64) - 2
 """The most a counter holds: ULLONG_MAX - 1 (eventfd(2))."""
@@ -84,26 +87,31 @@ class Consumer:
 
     """
 
-    __slots__ = ("_writable", "fd")
+    __slots__ = ("_given_up", "_writable", "fd")
 
     def __init__(self, fd: FileDescriptor) -> None:
         self.fd = fd
+        self._given_up = False
         asked = select.poll()
         asked.register(fd.number, select.POLLOUT)
         self._writable = asked.poll
 
     def signal(self, count: int) -> None:
-        """Add to its counter. Never waits: a counter that is full already says all there is to say."""
-        # A blocking write that does not fit (eventfd(2)) would stop vfiod for as long as its owner likes. The poll
-        # promises room for one.
-        if not self._writable(0):
+        """Add to its counter, without waiting for its owner: one that is full already says all there is to say.
+
+        Who fills it in the moment between the question and the write does so on purpose: he is signalled no more.
+        """
+        if self._given_up or not self._writable(0):
             return
         if count > 1:
             count = min(count, self._room())
         try:
-            os.eventfd_write(self.fd.number, count)
+            signalling.write(self.fd.number, count)
         except BlockingIOError:
             return
+        except InterruptedError:
+            self._given_up = True
+            _log.warning("An eventfd's counter was filled while it was signalled: it is signalled no more")
 
     def _room(self) -> int:
         """How much the counter can take, at least one; one when the kernel does not tell (proc(5), fdinfo)."""

@@ -7,13 +7,18 @@ blocking ``read``; the kernel's own ``eventfd_signal`` never waits, and neither 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
+from typing import Final
 
 from vfiod.protocol.fd import FdKind, FileDescriptor
+from vfiod.server.kernel import signalling
 from vfiod.server.kernel.kinds import kind_of
 
 __all__ = ["EventFd", "drain"]
+
+_log: Final = logging.getLogger(__name__)
 
 
 class EventFd:
@@ -26,10 +31,11 @@ class EventFd:
 
     """
 
-    __slots__ = ("_fd", "_poll")
+    __slots__ = ("_fd", "_given_up", "_poll")
 
     def __init__(self, number: int) -> None:
         self._fd = duplicate(number)
+        self._given_up = False
         self._poll = select.poll()
         self._poll.register(self._fd.number, select.POLLOUT)
 
@@ -52,13 +58,16 @@ class EventFd:
 
     def signal(self) -> None:
         """Add one. A counter that is full stays full: its reader will wake anyway."""
-        # Asked first because a full blocking eventfd would hold the loop. What fills it between the two calls
-        # is the same VM's hypervisor, which can only hold up itself.
-        if self._poll.poll(0):
+        # Asked first because a full blocking eventfd would hold the loop. Who fills it between the two calls does so
+        # on purpose, and is signalled no more.
+        if not self._given_up and self._poll.poll(0):
             try:
-                os.eventfd_write(self._fd.number, 1)
+                signalling.write(self._fd.number, 1)
             except BlockingIOError:
                 return
+            except InterruptedError:
+                self._given_up = True
+                _log.warning("An eventfd's counter was filled while it was signalled: it is signalled no more")
 
     def close(self) -> None:
         """Let go of it. Later calls do nothing."""

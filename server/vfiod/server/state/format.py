@@ -74,7 +74,7 @@ def decode(data: bytes) -> State:
     """A description from its bytes. Raises BadState: another format, another version, or damaged."""
     try:
         head = msgspec.json.decode(data, type=_Head)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadState(f"This is no state of vfiod: {error}") from error
     if head.format != FORMAT:
         raise BadState(f"This is no state of vfiod: its format is '{head.format}'")
@@ -82,5 +82,5 @@ def decode(data: bytes) -> State:
         raise BadState(f"The state has version {head.version}, this vfiod reads version {VERSION}")
     try:
         return msgspec.json.decode(data, type=State)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadState(f"The state is damaged: {error}") from error

@@ -18,6 +18,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from vfiod.protocol.catalogue.monitor import MachineRestored
 from vfiod.protocol.errors import CommandError, VfiodError
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -68,6 +70,7 @@ async def begin(machine: Machine, notifier: socket.socket, program: str) -> Curr
     found.close()
     store.remove(map(name_of, nobodys))
     current = Current(machine, store, slots, places, program)
+    machine.devices.before_close = current.let_go
     current.changed()
     if restored is not None:
         machine.restored = restored
@@ -123,7 +126,7 @@ async def _machine(machine: Machine, state: State, found: Found, lost: list[str]
     machine.hub.seq += SEQ_GAP
     for one in state.machine.devices:
         try:
-            adopt_device(machine, one, found)
+            adopt_device(machine, replace(one, mapped_by=[]), found)  # who had mapped regions: sessions that are gone
         except (CommandError, OSError, LookupError) as error:
             lost.append(f"device '{one.id or one.path}': {error}")
     lost += machine.sources.settle()

@@ -31,6 +31,12 @@ COUNT: Final = 2
 MOST_BYTES: Final = 64 << 20
 """Of one text: a state of 4,096 devices takes a tenth of it."""
 
+TRIED_ENOUGH: Final = (1 << 32) - 2
+"""Tries are counted so far."""
+
+_NEVER: Final = 1 << 63
+"""A number that no server comes to: what bears it was not written by one, and the next would not fit."""
+
 _MAGIC: Final = b"vfiodst1"
 _HEAD: Final = struct.Struct("=8sQQII")
 _SEALED: Final = struct.Struct("=QQ")
@@ -83,7 +89,7 @@ class Slots:
         if len(head) < _HEAD.size:
             return None
         magic, number, length, check, _ = _HEAD.unpack(head)
-        if magic != _MAGIC or length > MOST_BYTES:
+        if magic != _MAGIC or length > MOST_BYTES or number >= _NEVER:
             return None
         text = os.pread(fd, length, _TEXT_AT)
         if len(text) != length or _check(number, text) != check:
@@ -124,8 +130,9 @@ class Slots:
             return 0
         fd = self.files[self._place].number
         (tries,) = _TRIES.unpack(os.pread(fd, _TRIES.size, _TRIES_AT))
-        os.pwrite(fd, _TRIES.pack(tries + 1), _TRIES_AT)
-        return int(tries) + 1
+        tries = min(int(tries), TRIED_ENOUGH) + 1
+        os.pwrite(fd, _TRIES.pack(tries), _TRIES_AT)
+        return tries
 
     def close(self) -> None:
         """Close both files; in a store they live on."""

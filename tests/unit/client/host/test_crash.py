@@ -7,6 +7,7 @@ gone, with no handler, no `finally`, and what it had not written is not there.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -363,3 +364,37 @@ class TestInUse:
         with pytest.raises(HostError, match=r"process 4711 \(qemu-system-x86\) has /dev/vfio/7 open.*--force"):
             binding.unbind(tree, NIC, journal=journal(root))
         assert binding.unbind(tree, NIC, force=True, journal=journal(root)).after == "igb"
+
+
+class Interrupting:
+    """Ctrl-C at the n-th write."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("address", [NIC, BARE, OVERRIDDEN])
+def test_control_c_at_every_write(root: Path, address: str) -> None:
+    """The change is made whole first: never does a device stay between two drivers, and there is nothing to recover."""
+    after = 0
+    done = False
+    while not done:
+        after += 1
+        done = True
+        for change, driver in ((binding.bind, "vfio-pci"), (binding.unbind, HAD[address][0])):
+            fragile = Interrupting(after)
+            tree, notes = FragileKernel(root, names=PciNames()), FragileJournal(root / "state")
+            tree.fragile = notes.fragile = fragile  # type: ignore[assignment]
+            try:
+                change(tree, address, journal=notes)
+            except KeyboardInterrupt:
+                done = False
+            assert state(root, address)[0] == driver, after
+            assert binding.recover(kernel(root), journal(root)) == [], after
+        assert state(root, address) == HAD[address]
+    assert after > 5, "there were writes to interrupt"
