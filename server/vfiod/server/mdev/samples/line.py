@@ -169,32 +169,29 @@ class SocketLine(Line):
         host: Host,
         ready: Callable[[], None],
         carrier: Callable[[bool], None],
-        listener: socket.socket,
+        door: FileDescriptor,
         path: str,
         inode: int,
     ) -> None:
         super().__init__(host, ready, carrier)
         self.path = path
-        self._listener = listener
+        self._listener = socket.socket(fileno=door.duplicate().give_away())
         self._inode = inode
         self._made = threading.Lock()
         with self._made:  # somebody may connect before this is over, and it is called back on the loop
-            self._door = FileDescriptor.duplicate_of(listener.fileno())
-            self._listening = host.watch(self._door, self._accept)
+            self._door = door
+            self._listening = host.watch(door, self._accept)
 
     @classmethod
     def open(cls, host: Host, ready: Callable[[], None], carrier: Callable[[bool], None], path: str) -> SocketLine:
         """A new one. OSError: something is at that path, or it cannot be made there."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
             os.fchmod(listener.fileno(), 0o600)  # before bind: the file is made with it
             listener.bind(path)
             inode = os.lstat(path).st_ino
             listener.listen(1)
-        except BaseException:
-            listener.close()
-            raise
-        return cls(host, ready, carrier, listener, path, inode)
+            door = FileDescriptor.duplicate_of(listener.fileno())
+        return cls(host, ready, carrier, door, path, inode)
 
     def save(self) -> Saved:
         """The listening socket, and the one who is there."""
@@ -259,8 +256,7 @@ def take_line(saved: Saved, host: Host, ready: Callable[[], None], carrier: Call
     if "listener" not in fds:
         link = None if values["link"] is None else Path(values["link"])
         return PtyLine(host, ready, carrier, (fds["master"], fds["terminal"]), values["path"], link)
-    listener = socket.socket(fileno=fds["listener"].give_away())
-    line = SocketLine(host, ready, carrier, listener, values["path"], values["inode"])
+    line = SocketLine(host, ready, carrier, fds["listener"], values["path"], values["inode"])
     if "peer" in fds:
         line.resume(fds["peer"])
     return line
