@@ -1,7 +1,7 @@
-"""A new vfiod takes the place of a running one, and a real device does not notice: it is never closed, nor reset.
+"""A new vfiod takes the place of a running one, and real devices do not notice: none is closed, or reset.
 
-By group and by cdev. The test stands between the two processes, and stops them where neither serves anybody; the
-device is looked at there, through its BAR, mapped here.
+One by group and one by cdev, in the same server. The test stands between the two processes, and stops them where
+neither serves anybody; the devices are looked at there, through their BARs, mapped here.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tests.integration.exports.hypervisor import memfd
 from tests.lab.guest import pci
 from tests.lab.guest.machine import UNPRIVILEGED_UID, unprivileged
-from tests.lab.guest.test_crash import IOVA, SECONDS, SIZE, TEXT, add, bar_of, register, rung, transfer
-from tests.lab.guest.vm import MEMLOCK, told
-from tests.lab.topologies import EDU_PORT
+from tests.lab.guest.resets import add_cdev, add_iommufd
+from tests.lab.guest.test_crash import IOVA, SECONDS, SIZE, TEXT, rung, transfer
+from tests.lab.guest.vm import MEMLOCK, Vm, told
+from tests.lab.topologies import EDU_PORT, EDU_ROOT
 
 from vfiod.client.methods.values import VectorFds
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.devices import DeviceDeleted
 from vfiod.protocol.fd import FileDescriptor, close_all
+from vfiod.server.kernel.memory import RegionWindow
+from vfiod.server.kernel.syscalls import Syscalls
 from vfiod.server.takeover.conversation import Ready, Whole
 from vfiod.server.takeover.wire import Wire
 
@@ -103,16 +107,16 @@ class Line:
             giver.send(taker.receive())  # Owned
         assert before.wait(SECONDS) == 0
 
-    def locked(self) -> int:
-        """Bytes that count as pinned for the one that serves: ``VmLck`` by type1, ``VmPin`` by iommufd."""
+    def locked(self) -> tuple[int, int]:
+        """Bytes that count as pinned for the one that serves: by type1 (``VmLck``) and by iommufd (``VmPin``)."""
         status = Path(f"/proc/{self.processes[-1].pid}/status").read_text()
         fields = dict(line.split(":", 1) for line in status.splitlines())
-        return 1024 * max(int(fields[name].split()[0]) for name in ("VmLck", "VmPin"))
+        return 1024 * int(fields["VmLck"].split()[0]), 1024 * int(fields["VmPin"].split()[0])
 
 
 @pytest.fixture
 def line() -> Iterator[Line]:
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory, pci.bound(EDU_PORT):
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, pci.bound(EDU_PORT, EDU_ROOT):
         made = Line(Path(directory))
         try:
             yield made
@@ -125,62 +129,100 @@ def line() -> Iterator[Line]:
         assert "Traceback" not in made.logs()
 
 
-@pytest.mark.parametrize("interface", ["group", "cdev"])
-def test_a_real_device_goes_on(line: Line, interface: str) -> None:
+class Real:
+    """A device of the server, driven by a guest's means: its BAR, mapped here, and an eventfd."""
+
+    def __init__(self, vm: Vm, name: str, bar: RegionWindow, memory: FileDescriptor, trigger: FileDescriptor) -> None:
+        self.vm = vm
+        self.name = name
+        self.bar = bar
+        self.memory = memory
+        self.trigger = trigger
+        self.results = 0x1000 if name == "group" else 0x4_0000
+
+    def arm(self, mode: Literal["direct", "relayed"]) -> None:
+        vectors = [VectorFds(vector=0, trigger=self.trigger)]
+        self.vm.client.irq_start(device=self.name, index="msi", mode=mode, eventfds=vectors)
+
+    def rings(self, bits: int = 1) -> None:
+        assert rung(self.trigger) == 1
+        self.bar.store(pci.EDU_IRQ_ACK, 4, bits)
+
+    def silent(self) -> bool:
+        return not select.select([self.trigger.number], [], [], 0)[0]
+
+    def reaches_memory(self, command: int = 0) -> None:
+        """What it took from the guest's memory, at a new place there."""
+        self.results += 0x1000
+        transfer(self.bar, pci.EDU_BUFFER, IOVA + self.results, pci.EDU_DMA_TO_RAM | command)
+        assert os.pread(self.memory.number, len(TEXT), self.results) == TEXT
+
+    def goes_on(self) -> None:
+        """What the server finds that serves it now is what its predecessor left."""
+        assert self.vm.read(self.name, pci.EDU_LIVENESS) == 0x1234_5678 ^ 0xFFFF_FFFF, "it was not reset"
+        command = self.vm.client.region_read(device=self.name, region="config", offset=4, size=2).value
+        assert isinstance(command, int)
+        assert command & 6 == 6, "nor closed"
+        self.reaches_memory()
+        self.vm.write(self.name, pci.EDU_IRQ_RAISE, 1)
+        self.rings()
+
+
+@contextmanager
+def real(vm: Vm, name: str, memory: FileDescriptor) -> Iterator[Real]:
+    vm.let_it_work(name)
+    vm.write(name, pci.EDU_LIVENESS, 0x1234_5678)
     with (
-        memfd(SIZE, TEXT) as memory,
         FileDescriptor(os.eventfd(0, os.EFD_NONBLOCK)) as trigger,
-        line.connect() as client,
+        vm.client.region_map(device=name, region="bar0") as reply,
     ):
-        vectors = [VectorFds(vector=0, trigger=trigger)]
-        add(client, interface)
+        assert isinstance(reply.map_fd, FileDescriptor)
+        bar = RegionWindow(Syscalls(), reply.map_fd.number, reply.offset, reply.size, readable=True, writable=True)
+        try:
+            transfer(bar, IOVA, pci.EDU_BUFFER)
+            yield Real(vm, name, bar, memory, trigger)
+        finally:
+            bar.close()
+
+
+def test_real_devices_go_on(line: Line) -> None:
+    with line.connect() as client, memfd(SIZE, TEXT) as memory:
+        vm = Vm(line.processes[0], client, line.path)
         client.dma_map(iova=IOVA, size=SIZE, fd=memory)
-        client.region_write(device="edu", region="config", offset=4, size=2, value=6)
-        client.irq_start(device="edu", index="msi", mode="direct", eventfds=vectors)
-        register(client, pci.EDU_LIVENESS, 0x1234_5678)
-        assert line.locked() >= SIZE
+        vm.add(EDU_PORT, "group")
+        add_iommufd(vm)
+        add_cdev(vm, EDU_ROOT, "cdev")
+        with real(vm, "group", memory) as group, real(vm, "cdev", memory) as cdev:
+            assert min(line.locked()) >= SIZE
+            for direct, relayed in ((group, cdev), (cdev, group)):
+                direct.arm("direct")
+                relayed.arm("relayed")
 
-        def goes_on() -> None:
-            """What the server that now serves finds is what its predecessor left."""
-            assert register(client, pci.EDU_LIVENESS) == 0x1234_5678 ^ 0xFFFF_FFFF, "it was not reset"
-            command = client.region_read(device="edu", region="config", offset=4, size=2).value
-            assert isinstance(command, int)
-            assert command & 6 == 6, "nor closed"
-            register(client, pci.EDU_IRQ_RAISE, 1)
-            assert rung(trigger) == 1
-            register(client, pci.EDU_IRQ_ACK, 1)
-            assert line.locked() >= SIZE, "what is locked counts for it"
-            assert "locked memory" not in line.logs()
+                def nobody_serves(direct: Real = direct, relayed: Real = relayed) -> None:
+                    relayed.bar.store(pci.EDU_IRQ_RAISE, 4, 1)
+                    direct.reaches_memory(pci.EDU_DMA_RAISE_IRQ)
+                    direct.rings(pci.EDU_DMA_IRQ)
+                    relayed.reaches_memory()
+                    assert relayed.silent()
 
-        with bar_of(client) as bar:
-
-            def by_the_kernel_alone() -> None:
-                transfer(bar, IOVA, pci.EDU_BUFFER)
-                transfer(bar, pci.EDU_BUFFER, IOVA + 4096, pci.EDU_DMA_TO_RAM | pci.EDU_DMA_RAISE_IRQ)
-                assert os.pread(memory.number, len(TEXT), 4096) == TEXT
-                assert rung(trigger) == 1
-                bar.store(pci.EDU_IRQ_ACK, 4, pci.EDU_DMA_IRQ)
-
-            def nobody_hears_it() -> None:
-                bar.store(pci.EDU_IRQ_RAISE, 4, 1)
-                assert not select.select([trigger.number], [], [], 0)[0]
-
-            line.next(by_the_kernel_alone)
-            goes_on()
-            client.irq_stop(device="edu", index="msi")
-            client.irq_start(device="edu", index="msi", mode="relayed", eventfds=vectors)
-            line.next(nobody_hears_it)
-            assert rung(trigger) == 1, "it was kept for the successor"
-            bar.store(pci.EDU_IRQ_ACK, 4, 1)
-            goes_on()
+                line.next(nobody_serves)
+                relayed.rings()  # it was kept for the successor
+                for one in (group, cdev):
+                    one.goes_on()
+                    client.irq_stop(device=one.name, index="msi")
+                assert min(line.locked()) >= SIZE, "what is locked counts for it"
+                assert "locked memory" not in line.logs()
             # The successor may change what it was given.
             client.dma_unmap(iova=IOVA, size=SIZE)
-            assert line.locked() == 0
+            assert line.locked() == (0, 0)
             client.dma_map(iova=IOVA, size=SIZE, fd=memory)
-            transfer(bar, pci.EDU_BUFFER, IOVA + 8192, pci.EDU_DMA_TO_RAM)
-            assert os.pread(memory.number, len(TEXT), 8192) == TEXT
-        with client.events("DEVICE_DELETED") as events:
-            client.device_del(id="edu")
-            assert told(events.get(SECONDS), DeviceDeleted).released
-        if interface == "cdev":
-            client.object_del(id="iommufd0")
+            assert min(line.locked()) >= SIZE
+            group.reaches_memory()
+            cdev.reaches_memory()
+            for one in (group, cdev):  # whose session, too, is the one that mapped it
+                client.region_unmap(device=one.name, region="bar0")
+        for name in ("group", "cdev"):
+            with client.events("DEVICE_DELETED") as events:
+                client.device_del(id=name)
+                assert told(events.get(SECONDS), DeviceDeleted).released
+        client.object_del(id="i0")
