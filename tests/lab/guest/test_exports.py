@@ -56,7 +56,7 @@ def offered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Vm
     """A vfiod without rights that offers the real edu, and where."""
     sockets = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own directories are closed to the user that vfiod runs as
     os.chown(sockets, UNPRIVILEGED_UID, UNPRIVILEGED_GID)
-    with running_vm(tmp_path) as vm, vm.bound(EDU_PORT):
+    with running_vm(tmp_path, sockets=sockets) as vm, vm.bound(EDU_PORT):
         if request.param == "group":
             vm.add(EDU_PORT, "edu")
         else:

@@ -42,7 +42,7 @@ def test_a_second_level_guest_drives_a_real_device(tmp_path: Path) -> None:
     # pytest's own directories are closed to the user that vfiod runs as.
     sockets = Path(tempfile.mkdtemp(dir="/tmp"))
     os.chown(sockets, UNPRIVILEGED_UID, UNPRIVILEGED_GID)
-    with running_vm(tmp_path, memlock=MEMLOCK) as vm, vm.bound(EDU_PORT):
+    with running_vm(tmp_path, memlock=MEMLOCK, sockets=sockets) as vm, vm.bound(EDU_PORT):
         vm.add(EDU_PORT, "edu0")
         path = sockets / "edu0"
         vm.client.device_export_add(id="x0", type="vfio-user", device="edu0", path=str(path))

@@ -116,10 +116,13 @@ def opened_group(address: str) -> Iterator[FileDescriptor]:
 
 
 @contextmanager
-def running_vm(directory: Path, *, memlock: int = MEMLOCK, root: bool = False) -> Iterator[Vm]:
+def running_vm(
+    directory: Path, *, memlock: int = MEMLOCK, root: bool = False, sockets: Path | None = None
+) -> Iterator[Vm]:
     """Start vfiod as an unprivileged user with an inherited socket; end it by SIGTERM and look at its status.
 
-    ``root``: as root, with all capabilities, for what the kernel allows to nobody else.
+    ``root``: as root, with all capabilities, for what the kernel allows to nobody else. ``sockets``: a directory where
+    its sandbox lets it make some.
     """
     path = directory / "monitor.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -127,6 +130,8 @@ def running_vm(directory: Path, *, memlock: int = MEMLOCK, root: bool = False) -
         listener.listen()
         os.set_inheritable(listener.fileno(), True)
         command = [sys.executable, "-m", "vfiod.server", "--name", "lab", "--qmp", f"fd={listener.fileno()}"]
+        if sockets is not None:
+            command += ["--allow-path", str(sockets)]
         if root:
             process = subprocess.Popen(command, pass_fds=[listener.fileno()])
         else:
