@@ -29,8 +29,9 @@ QMP_PORT = "vfiod.qmp"
 #: Python takes to start. A guest lives for a minute; it need not see the host's later edits.
 _ROOT_FLAGS = "rootflags=version=9p2000.L,trans=virtio,access=any,msize=500000,cache=loose"
 
-#: Guest directories that virtme-ng covers with an empty tmpfs: what the tests need below them
-#: (a checkout in /var/tmp, a build directory in /run) is mounted there once more.
+#: Guest directories that virtme-ng covers with an empty tmpfs: what the tests need below them (a checkout in /var/tmp,
+#: a build directory in /run) is bound there, from below the tmpfs. Not by virtme-ng's own ``--rodir``: that mounts 9p
+#: without a cache, which makes a new inode at each look, and then no rule of Landlock holds for a directory.
 _COVERED = ("/run", "/dev", "/proc", "/sys", "/var/tmp", "/var/log", "/var/cache")
 
 
@@ -70,7 +71,7 @@ def prepare(topology: Topology, directory: Path) -> str:
     (exchange / "closed").write_text("".join(lines))
     (exchange / "closed.entries").write_text("".join(f"{path}\0" for path in closed.entries))
     opener = shlex.quote(str(REPO / "tests/lab/guest/open-paths"))
-    return (
+    return bind_covered() + (
         f"/bin/sh {opener} {GUEST_EXCHANGE}/closed\n"
         f"export PATH={shlex.quote(str(Path(sys.prefix) / 'bin'))}:/usr/sbin:/usr/bin:/sbin:/bin"
     )
@@ -123,10 +124,19 @@ def vng_command(topology: Topology, directory: Path, rest: Sequence[str]) -> lis
     for argument in (_ROOT_FLAGS, *topology.kernel_arguments, *clock):
         line += ["--append", argument]
     line += ["--rwdir", f"{GUEST_EXCHANGE}={directory / 'exchange'}"]
-    for path in needed_trees():
-        if any(path.is_relative_to(covered) for covered in _COVERED):
-            line += ["--rodir", str(path)]
     return [*line, f"--qemu-opts={shlex.join(extra)}", *rest]
+
+
+def bind_covered() -> str:
+    """Return the commands that show what virtme-ng's tmpfs hide of what is needed, if they hide any."""
+    hidden = [path for path in needed_trees() if any(path.is_relative_to(covered) for covered in _COVERED)]
+    if not hidden:
+        return ""
+    lines = ["mkdir -p /run/vfiod-root && mount --bind / /run/vfiod-root"]
+    for path in hidden:
+        place = shlex.quote(str(path))
+        lines.append(f"mkdir -p {place} && mount --bind /run/vfiod-root{place} {place}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def host_clock_khz() -> int:

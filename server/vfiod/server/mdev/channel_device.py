@@ -25,7 +25,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct, structs
 
@@ -59,7 +59,7 @@ from vfiod.protocol.vfio.ccw import (
 )
 from vfiod.server.mdev.channel import LPUM, NORMAL, ChannelProgramRun, Unit, flags_of
 from vfiod.server.mdev.event_irqs import EventIrqs
-from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MediatedDevice, RegionInfo
+from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MediatedDevice, RegionInfo, Saved
 
 __all__ = ["ChannelDevice"]
 
@@ -128,10 +128,14 @@ class ChannelDevice(MediatedDevice):
         """As after power-on, with a thread to run programs in."""
         with self._lock:
             self._as_new()
-            self._inbox = SimpleQueue()
-            self._at_work = 0
-            self._thread = threading.Thread(target=self._work, args=(self._inbox,), name="vfiod-ccw", daemon=True)
-            self._thread.start()
+            self._begin_work()
+
+    def _begin_work(self) -> None:
+        """With the lock held."""
+        self._inbox = SimpleQueue()
+        self._at_work = 0
+        self._thread = threading.Thread(target=self._work, args=(self._inbox,), name="vfiod-ccw", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """The user is gone: whatever runs is stopped, and no longer touches his memory."""
@@ -153,6 +157,41 @@ class ChannelDevice(MediatedDevice):
     def request(self, count: int) -> None:
         """Ask the user by the REQ interrupt."""
         self._irqs.signal(CcwIrq.REQ)
+
+    def save(self) -> Saved:
+        """The subchannel, with status and reports that nobody has read; EBUSY while a program is at the device.
+
+        One that suspended itself is not: it goes along, for a halt or clear to end it. What the unit knows is the
+        subclass's to add; between two programs many know nothing.
+        """
+        with self._lock:
+            if self._at_work:
+                raise OSError(errno.EBUSY, "a channel program is at work on it: it ends by itself or by ccw-clear")
+            values: dict[str, Any] = {
+                "open": self._inbox is not None,
+                "io": self._io.pack().hex(),
+                "scsw": self._scsw.pack().hex(),
+                "running": None if self._running is None else self._running.pack().hex(),
+                "unread": self._unread,
+                "attention": self._attention,
+                "sense": self._sense.hex(),
+                "crws": [crw.pack().hex() for crw in self._crws],
+            }
+            return Saved(values, self._irqs.save())
+
+    def restore(self, saved: Saved) -> None:
+        """Be as saved. Nothing fires by that: what was to fire has fired."""
+        values = saved.values
+        with self._lock:
+            self._io = CcwIoRegion.unpack(bytes.fromhex(values["io"]))
+            self._scsw = Scsw.unpack(bytes.fromhex(values["scsw"]))
+            self._running = None if values["running"] is None else Orb.unpack(bytes.fromhex(values["running"]))
+            self._unread, self._attention = values["unread"], values["attention"]
+            self._sense = bytes.fromhex(values["sense"])
+            self._crws.extend(Crw.unpack(bytes.fromhex(crw)) for crw in values["crws"])
+            self._irqs.restore(saved.fds)
+            if values["open"]:
+                self._begin_work()
 
     # --- what it has --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from vfiod.protocol.catalogue.declare import COMMANDS
 from vfiod.protocol.catalogue.monitor import RunState, StatusInfo
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.wire.arguments import decode_arguments
-from vfiod.server.commands import devices, interrupts, memory, objects, regions, reset, topology
+from vfiod.server.commands import ccw, devices, interrupts, memory, objects, regions, reset, topology
 from vfiod.server.commands.call import Call
 from vfiod.server.events import Event, EventHub
 from vfiod.server.fds import FdNames
@@ -29,6 +29,7 @@ from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice
 from vfiod.server.mdev.samples.pci import Primer, PrimerDevice
 
 HANDLERS = {
+    **ccw.HANDLERS,
     **devices.HANDLERS,
     **interrupts.HANDLERS,
     **memory.HANDLERS,

@@ -33,7 +33,7 @@ from vfiod.protocol.vfio.ccw import AsyncCommand, CcwCmdRegion, CcwIoRegion, Ccw
 from vfiod.server.kernel.memory import SharedMemory
 from vfiod.server.mdev.channel import MAX_PROMPT_COMMANDS, ChannelProgramRun, Transfer, Unit, UnitCheck
 from vfiod.server.mdev.channel_device import ChannelDevice
-from vfiod.server.mdev.parent import Pin
+from vfiod.server.mdev.parent import Pin, Saved
 from vfiod.server.mdev.samples.terminal import MAX_RECORD, Records, record
 from vfiod.server.mdev.space import Piece
 
@@ -380,6 +380,28 @@ def test_a_suspended_program_and_its_halt(sub: Subchannel) -> None:
     sub.control(AsyncCommand.HSCH)
     halted = sub.irb().scsw
     assert (halted.stctl, halted.dstat, halted.cpa) == (Stctl.STATUS_PENDING, Dstat(0), 0x1010)
+
+
+def test_a_program_at_work_is_not_saved_and_its_status_is(sub: Subchannel, ground: Ground) -> None:
+    sub.unit.gate = threading.Event()
+    sub.start(Ccw(0x13, 0, 1, SLI))
+    refused(errno.EBUSY, sub.device.save)
+    sub.device.attention()  # for later
+    sub.unit.gate.set()
+    os.read(sub.bells[CcwIrq.IO].number, 8)
+    saved = sub.device.save()
+    lent = {name: fd.duplicate() for name, fd in saved.fds.items()}
+    again = ChannelDevice(ground.host, sub.unit, number=0x1234)
+    again.restore(Saved(saved.values, lent))
+    assert again.save().values == saved.values
+    assert sub.bells[CcwIrq.IO].rung() == 0, "it has rung, and does not again"
+    sub.device, former = again, sub.device
+    former.close()
+    assert sub.irb_now().scsw.solicited
+    assert sub.bells[CcwIrq.IO].rung() == 1
+    assert sub.irb_now().scsw.dstat == Dstat.ATTENTION
+    sub.start(Ccw(0x03, 0, 1, SLI))
+    assert sub.irb().scsw.solicited
 
 
 def test_what_does_not_wait_runs_where_it_is_started(sub: Subchannel) -> None:

@@ -21,8 +21,9 @@ from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.vfio import SetIrqs
 from vfiod.protocol.vfio.ccw import VFIO_AP_NUM_IRQS, ApIrq
 from vfiod.server.mdev.event_irqs import EventIrqs
-from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo
-from vfiod.server.mdev.samples.line import Line, open_line
+from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo, Saved
+from vfiod.server.mdev.samples.kept import joined, part_of
+from vfiod.server.mdev.samples.line import Line, open_line, take_line
 
 __all__ = ["Matrix", "MatrixDevice"]
 
@@ -40,19 +41,29 @@ class MatrixDevice(MediatedDevice):
     Args:
         host: the world.
         where: where its control line leads (:mod:`~vfiod.server.mdev.samples.line`).
+        saved: what another process's matrix was like: this one goes on as it, and opens nothing. Its fds are taken
+            over.
 
     """
 
     quick = True
 
-    def __init__(self, host: Host, where: object) -> None:
+    def __init__(self, host: Host, where: object, saved: Saved | None = None) -> None:
         self._irqs = EventIrqs(VFIO_AP_NUM_IRQS)
         self._lock = threading.Lock()
         self._assigned: dict[str, set[int]] = {kind: set() for kind in KINDS}
         self._typed = bytearray()
         self._answers = bytearray()
-        self.line: Line = open_line("control", where, host, self._ready, self._carrier)
-        self.line.want(readable=True, writable=False)
+        self.line: Line
+        if saved is None:
+            self.line = open_line("control", where, host, self._ready, self._carrier)
+        else:
+            values = saved.values
+            self._assigned = {kind: set(values["assigned"][kind]) for kind in KINDS}
+            self._typed, self._answers = bytearray.fromhex(values["typed"]), bytearray.fromhex(values["answers"])
+            self._irqs.restore(saved.fds)
+            self.line = take_line(part_of(saved, "line"), host, self._ready, self._carrier)
+        self._listen()
 
     # --- its life -------------------------------------------------------------------------------------
 
@@ -66,6 +77,14 @@ class MatrixDevice(MediatedDevice):
     def request(self, count: int) -> None:
         """Ask the user by the REQ interrupt."""
         self._irqs.signal(ApIrq.REQ)
+
+    def save(self) -> Saved:
+        """What is assigned, half a command, answers that wait, interrupts; the line goes along as the files it is."""
+        line = joined({"line": self.line.save()})
+        with self._lock:
+            assigned = {kind: sorted(numbers) for kind, numbers in self._assigned.items()}
+        values = {"assigned": assigned, "typed": self._typed.hex(), "answers": self._answers.hex()}
+        return Saved({**values, **line.values}, {**line.fds, **self._irqs.save()})
 
     # --- what it has ------------------------------------------------------------------------------------
 
@@ -129,6 +148,9 @@ class MatrixDevice(MediatedDevice):
             self._answers += f"{self._command(text.decode('ascii', 'replace').split())}\n".encode()
         while self._answers and (taken := self.line.write(bytes(self._answers))):
             del self._answers[:taken]
+        self._listen()
+
+    def _listen(self) -> None:
         # What is not answered is not read: whoever floods it waits.
         self.line.want(readable=not self._answers, writable=bool(self._answers))
 
@@ -171,6 +193,12 @@ class Matrix(Parent):
     def create(self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any]) -> MatrixDevice:
         """Make one; its line is there from now on."""
         return MatrixDevice(host, parameters.get("control", "pty"))
+
+    def restore(
+        self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any], saved: Saved
+    ) -> MatrixDevice:
+        """Make one around the line that is there."""
+        return MatrixDevice(host, parameters.get("control", "pty"), saved)
 
     def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
         """Always agrees."""

@@ -29,7 +29,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel import confinement
 from vfiod.server.mdev.channel import Transfer, Unit, UnitCheck
 from vfiod.server.mdev.channel_device import ChannelDevice
-from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice, Parent
+from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice, Parent, Saved
 
 __all__ = ["BLOCK", "Fba", "FbaDisk"]
 
@@ -60,25 +60,29 @@ class FbaDisk(Unit):
     Args:
         fd: its file; owned.
         readonly: whether it refuses to be written.
+        blocks: how many it has: known, when another process had it. None: the file says so.
 
-    Raises OSError: EINVAL when the file is no file, empty, or not of whole blocks.
+    Raises OSError: EINVAL when the file is no file, empty, or not of whole blocks; not when the blocks are known: what
+    somebody cut off since is an equipment check, as it was to the other process.
 
     """
 
     sense_id = SenseId(0x6310, 0x80, 0x9336, 0x10)
 
-    def __init__(self, fd: FileDescriptor, *, readonly: bool) -> None:
-        status = os.fstat(fd.number)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size or status.st_size % BLOCK:
-            raise OSError(errno.EINVAL, f"a disk is a regular file of whole blocks of {BLOCK} bytes")
+    def __init__(self, fd: FileDescriptor, *, readonly: bool, blocks: int | None = None) -> None:
         self._fd = fd
-        self.blocks = min(status.st_size // BLOCK, MAX_BLOCKS)
+        self.blocks = _blocks_of(fd) if blocks is None else blocks
         self._readonly = readonly
         self.begin()
 
     def close(self) -> None:
         """Let the file go. Later commands find no medium."""
         self._fd.close()
+
+    @property
+    def fd(self) -> FileDescriptor:
+        """Its file, lent."""
+        return self._fd
 
     def is_prompt(self, command: int) -> bool:
         """What touches no file."""
@@ -181,12 +185,24 @@ class FbaDisk(Unit):
             raise UnitCheck(EQUIPMENT_CHECK)
 
 
+def _blocks_of(fd: FileDescriptor) -> int:
+    status = os.fstat(fd.number)
+    if not stat.S_ISREG(status.st_mode) or not status.st_size or status.st_size % BLOCK:
+        raise OSError(errno.EINVAL, f"a disk is a regular file of whole blocks of {BLOCK} bytes")
+    return min(status.st_size // BLOCK, MAX_BLOCKS)
+
+
 class FbaDevice(ChannelDevice):
     """The disk behind its subchannel."""
 
     def __init__(self, host: Host, disk: FbaDisk, number: int) -> None:
         super().__init__(host, disk, number=number)
         self.disk = disk
+
+    def save(self) -> Saved:
+        """The subchannel and the disk's file. An extent and a place are a program's, and there is none."""
+        subchannel = super().save()
+        return Saved({**subchannel.values, "blocks": self.disk.blocks}, {**subchannel.fds, "disk": self.disk.fd})
 
     def attributes(self) -> Mapping[str, str]:
         """For ``query-mdev-types``."""
@@ -231,6 +247,15 @@ class Fba(Parent):
         except OSError as error:
             fd.close()
             raise OSError(error.errno or errno.EIO, f"'file': {path}: {error.strerror}") from error
+
+    def restore(
+        self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any], saved: Saved
+    ) -> FbaDevice:
+        """Make it on the file that is open."""
+        disk = FbaDisk(saved.fds["disk"], readonly=parameters.get("readonly", False), blocks=saved.values["blocks"])
+        device = FbaDevice(host, disk, device_number(parameters))
+        device.restore(saved)
+        return device
 
     def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
         """Always agrees; the file is closed."""

@@ -19,9 +19,9 @@ from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.kernel import confinement
-from vfiod.server.mdev.parent import Host, Watch
+from vfiod.server.mdev.parent import Host, Saved, Watch
 
-__all__ = ["Line", "PtyLine", "SocketLine", "open_line"]
+__all__ = ["Line", "PtyLine", "SocketLine", "open_line", "take_line"]
 
 CHUNK: Final = 4096
 """Bytes written at most at once; a port has 16."""
@@ -46,6 +46,7 @@ class Line:
         self._host = host
         self._ready = ready
         self._carrier = carrier
+        self._fd: FileDescriptor | None = None  # the watch's
         self._number = -1
         self._watch: Watch | None = None
 
@@ -83,15 +84,19 @@ class Line:
         if self._watch is not None:
             self._watch.want(readable=readable, writable=writable)
 
+    def save(self) -> Saved:
+        """Its ends, lent, for another process (:func:`take_line`). What nobody has read yet waits in them."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Let go of everything. Later calls do nothing."""
-        watch, self._watch = self._watch, None
+        watch, self._watch, self._fd = self._watch, None, None
         if watch is not None:
             watch.cancel()
 
     def _take(self, fd: FileDescriptor) -> None:
         os.set_blocking(fd.number, False)
-        self._number = fd.number
+        self._number, self._fd = fd.number, fd
         self._watch = self._host.watch(fd, self._ready)
         self._watch.want(readable=False, writable=False)
 
@@ -108,21 +113,42 @@ class PtyLine(Line):
     """
 
     def __init__(
-        self, host: Host, ready: Callable[[], None], carrier: Callable[[bool], None], link: str | None = None
+        self,
+        host: Host,
+        ready: Callable[[], None],
+        carrier: Callable[[bool], None],
+        ends: tuple[FileDescriptor, FileDescriptor],
+        path: str,
+        link: Path | None,
     ) -> None:
         super().__init__(host, ready, carrier)
-        master, slave = os.openpty()
-        self._slave = FileDescriptor(slave)
+        master, self._slave = ends
+        self.path = path
+        self._link = link
+        self._take(master)
+
+    @classmethod
+    def open(
+        cls, host: Host, ready: Callable[[], None], carrier: Callable[[bool], None], link: str | None = None
+    ) -> PtyLine:
+        """A new one. OSError: there is no pseudo-terminal left, or the link cannot be made."""
+        numbers = os.openpty()
         with contextlib.ExitStack() as undo:
-            fd = undo.enter_context(FileDescriptor(master))
-            undo.enter_context(self._slave)
-            tty.setraw(slave)  # neither echo nor line editing: every byte as it is
-            self.path = os.ttyname(slave)
-            self._link = None if link is None else Path(link)
-            if self._link is not None:
-                self._link.symlink_to(self.path)
+            master, slave = (undo.enter_context(FileDescriptor(number)) for number in numbers)
+            tty.setraw(slave.number)  # neither echo nor line editing: every byte as it is
+            path = os.ttyname(slave.number)
+            made = None if link is None else Path(link)
+            if made is not None:
+                made.symlink_to(path)
             undo.pop_all()
-        self._take(fd)
+        return cls(host, ready, carrier, (master, slave), path, made)
+
+    def save(self) -> Saved:
+        """Both sides."""
+        fds = {"terminal": self._slave}
+        if self._fd is not None:
+            fds["master"] = self._fd
+        return Saved({"path": self.path, "link": None if self._link is None else str(self._link)}, fds)
 
     def close(self) -> None:
         """The link goes, if it is still the one that was made."""
@@ -138,22 +164,46 @@ class PtyLine(Line):
 class SocketLine(Line):
     """A Unix socket to connect to, mode 0600. One at a time; the next one waits until the first has gone."""
 
-    def __init__(self, host: Host, ready: Callable[[], None], carrier: Callable[[bool], None], path: str) -> None:
+    def __init__(
+        self,
+        host: Host,
+        ready: Callable[[], None],
+        carrier: Callable[[bool], None],
+        door: FileDescriptor,
+        path: str,
+        inode: int,
+    ) -> None:
         super().__init__(host, ready, carrier)
         self.path = path
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            os.fchmod(listener.fileno(), 0o600)  # before bind: the file is made with it
-            listener.bind(path)
-            self._inode = os.lstat(path).st_ino
-            listener.listen(1)
-        except BaseException:
-            listener.close()
-            raise
-        self._listener = listener
+        self._listener = socket.socket(fileno=door.duplicate().give_away())
+        self._inode = inode
         self._made = threading.Lock()
         with self._made:  # somebody may connect before this is over, and it is called back on the loop
-            self._listening = host.watch(FileDescriptor.duplicate_of(listener.fileno()), self._accept)
+            self._door = door
+            self._listening = host.watch(door, self._accept)
+
+    @classmethod
+    def open(cls, host: Host, ready: Callable[[], None], carrier: Callable[[bool], None], path: str) -> SocketLine:
+        """A new one. OSError: something is at that path, or it cannot be made there."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+            os.fchmod(listener.fileno(), 0o600)  # before bind: the file is made with it
+            listener.bind(path)
+            inode = os.lstat(path).st_ino
+            listener.listen(1)
+            door = FileDescriptor.duplicate_of(listener.fileno())
+        return cls(host, ready, carrier, door, path, inode)
+
+    def save(self) -> Saved:
+        """The listening socket, and the one who is there."""
+        fds = {"listener": self._door}
+        if self._fd is not None:
+            fds["peer"] = self._fd
+        return Saved({"path": self.path, "inode": self._inode}, fds)
+
+    def resume(self, peer: FileDescriptor) -> None:
+        """Another process had this one at the line: he is still there, and others wait until he has gone."""
+        self._listening.want(readable=False, writable=False)
+        self._take(peer)
 
     def _accept(self) -> None:
         with self._made:
@@ -190,8 +240,23 @@ def open_line(name: str, text: object, host: Host, ready: Callable[[], None], ca
         raise OSError(errno.EINVAL, expected)
     try:
         if kind == "socket":
-            return SocketLine(host, ready, carrier, path)
-        return PtyLine(host, ready, carrier, path if colon else None)
+            return SocketLine.open(host, ready, carrier, path)
+        return PtyLine.open(host, ready, carrier, path if colon else None)
     except OSError as error:
         why = f"{error.strerror or error}{confinement.advice(error.errno)}"
         raise OSError(error.errno or errno.EIO, f"'{name}': {text}: {why}") from error
+
+
+def take_line(saved: Saved, host: Host, ready: Callable[[], None], carrier: Callable[[bool], None]) -> Line:
+    """The line that another process saved; nothing is read from it or written to it, and nobody is called back.
+
+    The fds are taken over. KeyError, OSError: they are not a line's.
+    """
+    values, fds = saved.values, saved.fds
+    if "listener" not in fds:
+        link = None if values["link"] is None else Path(values["link"])
+        return PtyLine(host, ready, carrier, (fds["master"], fds["terminal"]), values["path"], link)
+    line = SocketLine(host, ready, carrier, fds["listener"], values["path"], values["inode"])
+    if "peer" in fds:
+        line.resume(fds["peer"])
+    return line

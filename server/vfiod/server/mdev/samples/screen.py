@@ -8,9 +8,9 @@ Source: IBM 3270 Data Stream Programmer's Reference (GA23-0059): orders, buffer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["POSITIONS", "BadStream", "Screen", "address_bytes", "address_of"]
 
@@ -77,6 +77,17 @@ class Screen:
             else:
                 out += bytes((SF, attribute))
         return bytes(out)
+
+    def save(self) -> dict[str, Any]:
+        """Every position, the cursor, and the AID."""
+        fields = sorted(self._fields.items())
+        return {"cursor": self.cursor, "aid": self.aid, "cells": self._cells.hex(), "fields": fields}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Be as saved."""
+        self.cursor, self.aid = saved["cursor"], saved["aid"]
+        self._cells = bytearray.fromhex(saved["cells"])
+        self._fields = dict(saved["fields"])
 
     # --- from the program -----------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ from typing import Any, Final
 
 from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, PciRegion, SetIrqs
-from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo
+from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo, Saved
 from vfiod.server.mdev.pci_irqs import PciIrqs
-from vfiod.server.mdev.samples.line import Line, open_line
+from vfiod.server.mdev.samples.kept import joined, part_of
+from vfiod.server.mdev.samples.line import Line, open_line, take_line
 from vfiod.server.mdev.samples.uart import Uart
 
 __all__ = ["Serial", "SerialDevice"]
@@ -68,6 +69,12 @@ class _Config:
     def reset(self) -> None:
         self._bytes = bytearray(self._power_on)
 
+    def save(self) -> str:
+        return self._bytes.hex()
+
+    def restore(self, saved: str) -> None:
+        self._bytes = bytearray.fromhex(saved)
+
     @property
     def intx_disable(self) -> bool:
         return bool(self._bytes[COMMAND + 1] & COMMAND_INTX_DISABLE >> 8)
@@ -89,11 +96,21 @@ class _Port:
     cost a system call each time.
     """
 
-    def __init__(self, card: SerialDevice, host: Host, name: str, where: object) -> None:
+    def __init__(self, card: SerialDevice, host: Host, name: str, where: object, saved: Saved | None) -> None:
         self.uart = Uart()
         self._card = card
-        self.line: Line = open_line(name, where, host, self._arrived, self._carrier)
-        self.uart.connect(self.line.connected)
+        self.line: Line
+        if saved is None:
+            self.line = open_line(name, where, host, self._arrived, self._carrier)
+            self.uart.connect(self.line.connected)
+        else:
+            self.uart.restore(saved.values["uart"])
+            self.line = take_line(Saved(saved.values["line"], saved.fds), host, self._arrived, self._carrier)
+            self.listen()
+
+    def save(self) -> Saved:
+        line = self.line.save()
+        return Saved({"uart": self.uart.save(), "line": line.values}, line.fds)
 
     def _carrier(self, there: bool) -> None:
         with self._card.lock:
@@ -110,7 +127,11 @@ class _Port:
         uart, line, running = self.uart, self.line, self._card.running
         while running and uart.outgoing and (taken := line.write(uart.outgoing)):
             uart.sent(taken)
-        line.want(readable=running and uart.room > 0, writable=running and bool(uart.outgoing))
+        self.listen()
+
+    def listen(self) -> None:
+        uart, running = self.uart, self._card.running
+        self.line.want(readable=running and uart.room > 0, writable=running and bool(uart.outgoing))
 
 
 class SerialDevice(MediatedDevice):
@@ -119,6 +140,7 @@ class SerialDevice(MediatedDevice):
     Args:
         host: the world.
         where: where each port leads: one or two.
+        saved: what another process's card was like: this one goes on as it, and opens nothing. Its fds are taken over.
 
     Attributes:
         lock: held at every access: registers belong to the user's thread, lines to the loop's.
@@ -128,15 +150,21 @@ class SerialDevice(MediatedDevice):
 
     quick = True
 
-    def __init__(self, host: Host, where: Sequence[object]) -> None:
+    def __init__(self, host: Host, where: Sequence[object], saved: Saved | None = None) -> None:
         self.lock = threading.RLock()
-        self.running = False
+        self.running = False if saved is None else saved.values["running"]
         self._irqs = PciIrqs(host, intx=True)
         self._config = _Config(len(where))
         self._ports: list[_Port] = []
+        # Whatever calls back on another thread meanwhile waits until it is whole.
         try:
-            for number, one in enumerate(where):
-                self._ports.append(_Port(self, host, f"port{number}", one))
+            with self.lock:
+                for number, one in enumerate(where):
+                    kept = None if saved is None else part_of(saved, f"port{number}")
+                    self._ports.append(_Port(self, host, f"port{number}", one, kept))
+                if saved is not None:
+                    self._config.restore(saved.values["config"])
+                    self._irqs.restore(part_of(saved, "irqs"))
         except BaseException:
             self.unplug()
             raise
@@ -175,6 +203,14 @@ class SerialDevice(MediatedDevice):
     def request(self, count: int) -> None:
         """Ask the user by the REQ interrupt."""
         self._irqs.request()
+
+    def save(self) -> Saved:
+        """Registers, what is in the FIFOs, interrupts; the lines go along as the files they are."""
+        with self.lock:
+            parts = {"irqs": self._irqs.save()}
+            parts |= {f"port{number}": port.save() for number, port in enumerate(self._ports)}
+            whole = joined(parts)
+            return Saved({"running": self.running, "config": self._config.save(), **whole.values}, whole.fds)
 
     def pump(self) -> None:
         """Send what can be sent, and let the interrupt line follow. On any thread; never waits."""
@@ -276,6 +312,14 @@ class Serial(Parent):
     def create(self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any]) -> SerialDevice:
         """Make one; its lines are there from now on."""
         device = SerialDevice(host, [parameters.get(name, "pty") for name in mdev_type.parameters])
+        self._used[uuid] = len(mdev_type.parameters)
+        return device
+
+    def restore(
+        self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any], saved: Saved
+    ) -> SerialDevice:
+        """Make one around the lines that are there."""
+        device = SerialDevice(host, [parameters.get(name, "pty") for name in mdev_type.parameters], saved)
         self._used[uuid] = len(mdev_type.parameters)
         return device
 

@@ -24,9 +24,10 @@ from vfiod.protocol.catalogue.mediated import DeviceApi
 from vfiod.protocol.channel import Crw, CrwErc, CrwRsc, Dstat, SenseByte0, SenseId
 from vfiod.server.mdev.channel import Transfer, Unit, UnitCheck
 from vfiod.server.mdev.channel_device import ChannelDevice
-from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice, Parent
+from vfiod.server.mdev.parent import Host, MdevType, MediatedDevice, Parent, Saved
 from vfiod.server.mdev.samples.fba import device_number
-from vfiod.server.mdev.samples.line import Line, open_line
+from vfiod.server.mdev.samples.kept import joined, part_of
+from vfiod.server.mdev.samples.line import Line, open_line, take_line
 from vfiod.server.mdev.samples.screen import BadStream, Screen
 
 __all__ = ["Terminal", "TerminalDevice"]
@@ -86,6 +87,15 @@ class Records:
             else:
                 self._too_long = True
         return found
+
+    def save(self) -> dict[str, Any]:
+        """The record that has begun."""
+        return {"record": self._record.hex(), "escaped": self._escaped, "too_long": self._too_long}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Be as saved."""
+        self._record = bytearray.fromhex(saved["record"])
+        self._escaped, self._too_long = saved["escaped"], saved["too_long"]
 
 
 def record(data: bytes) -> bytes:
@@ -151,15 +161,46 @@ class TerminalDevice(ChannelDevice):
         host: the world.
         where: where its line leads (:mod:`~vfiod.server.mdev.samples.line`).
         number: device number.
+        saved: what another process's terminal was like: this one goes on as it, and opens nothing. Its fds are taken
+            over.
 
     """
 
-    def __init__(self, host: Host, where: object, number: int) -> None:
+    def __init__(self, host: Host, where: object, number: int, saved: Saved | None = None) -> None:
         self._screen = _Screen(self)
         self._records = Records()
         super().__init__(host, self._screen, number=number, chpid=CHPID)
-        self.line: Line = open_line("line", where, host, self._ready, self._carrier)
-        self.line.want(readable=True, writable=False)
+        self.line: Line
+        if saved is None:
+            self.line = open_line("line", where, host, self._ready, self._carrier)
+        else:
+            self.restore(saved)
+            self.line = take_line(part_of(saved, "line"), host, self._ready, self._carrier)
+        self.line.want(readable=True, writable=bool(self._screen.output))
+
+    def save(self) -> Saved:
+        """The subchannel, the screen, and what waits in both directions; the line goes along as the files it is."""
+        screen = self._screen
+        with screen.lock:
+            subchannel = super().save()
+            line = joined({"line": self.line.save()})
+            values = {
+                "records": self._records.save(),
+                "input": [one.hex() for one in screen.input],
+                "output": screen.output.hex(),
+                "screen": screen.screen.save(),
+            }
+        return Saved({**subchannel.values, **line.values, **values}, {**subchannel.fds, **line.fds})
+
+    def restore(self, saved: Saved) -> None:
+        """Be as saved, but for the line."""
+        screen, values = self._screen, saved.values
+        with screen.lock:
+            super().restore(saved)
+            self._records.restore(values["records"])
+            screen.input.extend(bytes.fromhex(one) for one in values["input"])
+            screen.output += bytes.fromhex(values["output"])
+            screen.screen.restore(values["screen"])
 
     @property
     def switched_on(self) -> bool:
@@ -227,6 +268,12 @@ class Terminal(Parent):
     def create(self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any]) -> TerminalDevice:
         """Make it; its line is there from now on."""
         return TerminalDevice(host, parameters.get("line", "pty"), device_number(parameters))
+
+    def restore(
+        self, host: Host, uuid: str, mdev_type: MdevType, parameters: Mapping[str, Any], saved: Saved
+    ) -> TerminalDevice:
+        """Make it around the line that is there."""
+        return TerminalDevice(host, parameters.get("line", "pty"), device_number(parameters), saved)
 
     def destroy(self, uuid: str, device: MediatedDevice, *, forced: bool) -> None:
         """Always agrees."""

@@ -21,7 +21,8 @@ that does not read leaves the transmitter full, and the guest waits for THRE. Th
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 __all__ = ["FIFO_SIZE", "Uart"]
 
@@ -71,6 +72,37 @@ class Uart:
         self._outgoing = bytearray()
         self._modem = self._modem_inputs()
         self.lost = 0
+
+    def save(self) -> dict[str, Any]:
+        """Registers, both FIFOs, what is pending, and who is at the other end."""
+        return {
+            "connected": self._connected,
+            "ier": self._ier,
+            "lcr": self._lcr,
+            "mcr": self._mcr,
+            "scratch": self._scratch,
+            "fifos": self._fifos,
+            "trigger": self._trigger,
+            "errors": self._errors,
+            "deltas": self._deltas,
+            "modem": self._modem,
+            "divisor": self._divisor,
+            "thre_pending": self._thre_pending,
+            "received": self._received.hex(),
+            "outgoing": self._outgoing.hex(),
+            "lost": self.lost,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Be as saved."""
+        self._connected = saved["connected"]
+        self._ier, self._lcr, self._mcr = saved["ier"], saved["lcr"], saved["mcr"]
+        self._scratch, self._fifos, self._trigger = saved["scratch"], saved["fifos"], saved["trigger"]
+        self._errors, self._deltas, self._modem = saved["errors"], saved["deltas"], saved["modem"]
+        self._divisor, self._thre_pending = saved["divisor"], saved["thre_pending"]
+        self._received = bytearray.fromhex(saved["received"])
+        self._outgoing = bytearray.fromhex(saved["outgoing"])
+        self.lost = saved["lost"]
 
     # --- the outside ------------------------------------------------------------------------------------
 
