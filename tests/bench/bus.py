@@ -1,12 +1,15 @@
 """The bus: a call's way there and back, calls in flight, and what readers of events cost, to bare pyzmq.
 
 Bare pyzmq is a process that does nothing else: a ROUTER that answers with a prepared message, a PUB that sends one.
+What vfiod's events cost is shown twice: their way alone (``publisher.py``: hub and PUB in such a process), and with the
+start or shutdown of the devices that they tell of, in a whole vfiod.
 Readers read one after another, so with many of them the rate is mostly their own; the server's processor time is not.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,7 @@ import zmq
 from tests.bench.devices import VM, read_lines
 from tests.bench.measuring import Line, paired, per_call
 from tests.bench.monitor import SMALL, first_answer
-from tests.bench.processes import Process, cpu_ns, vfiod
+from tests.bench.processes import ROOT, Process, cpu_ns, vfiod
 
 from vfiod.client.bus import Bus
 from vfiod.protocol.limits import BUS_QUEUE, MAX_BUS_IN_FLIGHT, MAX_SESSIONS
@@ -64,13 +67,18 @@ class _Bench:
     Attributes:
         bus_process: serves the bus alone; its events are for readers of the bus.
         unix_process: serves Unix sockets alone.
-        bus, echo: DEALERs at the bus and at bare pyzmq.
+        bus, echo, due: DEALERs at the bus, at bare pyzmq, and at the way of an event alone.
         wire: a session on the Unix socket.
 
     """
 
     def __init__(
-        self, directory: str, bus_process: Process, unix_process: Process, bare: subprocess.Popen[bytes]
+        self,
+        directory: str,
+        bus_process: Process,
+        unix_process: Process,
+        bare: subprocess.Popen[bytes],
+        alone: subprocess.Popen[bytes],
     ) -> None:
         self.directory = directory
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -78,9 +86,11 @@ class _Bench:
         self.bus_process = bus_process
         self.unix_process = unix_process
         self.bare = bare
+        self.alone = alone
         self.wire = unix_process.connect()
         self.bus = self.connected(zmq.DEALER, "bus")
         self.echo = self.connected(zmq.DEALER, "bare")
+        self.due = self.connected(zmq.DEALER, "alone")
         self.started = dict.fromkeys(("bus", "unix"), False)
         parameters = {"memory": 4096}
         with Bus(f"ipc:{directory}/bus") as bus:
@@ -103,16 +113,19 @@ class _Bench:
         return "mdev-start" if self.started[name] else "mdev-shutdown"
 
     def publish(self, name: str) -> None:
-        """Make a burst on the bus, or have bare pyzmq send one. Its reply is not read."""
-        if name == "bare":
-            self.echo.send(b"p%d" % BURST)
+        """Make a burst on the bus, or have one of the others send one. Its reply is not read."""
+        if name != "bus":
+            self._dealer(name).send(b"p%d" % BURST)
         else:
             call = {"jsonrpc": "2.0", "method": self.burst_command("bus"), "params": {"uuid": VM}, "id": 1}
             self.bus.send(msgpack.packb(call))
 
     def answer(self, name: str) -> None:
         """Wait until it has begun no further work."""
-        (self.echo if name == "bare" else self.bus).recv()
+        self._dealer(name).recv()
+
+    def _dealer(self, name: str) -> zmq.Socket[bytes]:
+        return {"bus": self.bus, "bare": self.echo, "alone": self.due}[name]
 
     def close(self) -> None:
         """End what is not a process."""
@@ -133,7 +146,12 @@ def _contestants() -> Iterator[_Bench]:
         bare = subprocess.Popen([sys.executable, "-c", BARE, directory, answer.hex(), event.hex()])
         stack.callback(bare.wait)
         stack.callback(bare.terminate)
-        bench = _Bench(directory, processes[0], processes[1], bare)
+        path = os.pathsep.join(str(ROOT / part) for part in ("protocol", "server", ""))
+        command = [sys.executable, "-m", "tests.bench.publisher", directory, VM]
+        alone = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+        stack.callback(alone.wait)
+        stack.callback(alone.terminate)
+        bench = _Bench(directory, processes[0], processes[1], bare, alone)
         stack.callback(bench.close)
         yield bench
 
@@ -195,6 +213,8 @@ def _events(bench: _Bench, count: int, rounds: int) -> Iterator[Line]:
         "bus": [bench.connected(zmq.SUB, "events") for _ in range(count)],
         "bare": [bench.connected(zmq.SUB, "bare-events") for _ in range(count)],
     }
+    if count <= MAX_SESSIONS:  # of a thousand ZeroMQ's own work is nearly all
+        readers["alone"] = [bench.connected(zmq.SUB, "alone-events") for _ in range(count)]
     sessions = [bench.unix_process.connect().socket for _ in range(count - 1)] if count <= MAX_SESSIONS else []
     for name, subscribers in readers.items():
         _subscribed(bench, name, subscribers)
@@ -202,7 +222,7 @@ def _events(bench: _Bench, count: int, rounds: int) -> Iterator[Line]:
     spent: dict[str, list[float]] = {}
 
     def published(name: str) -> Callable[[], float]:
-        pid = bench.bus_process.pid if name == "bus" else bench.bare.pid
+        pid = {"bus": bench.bus_process.pid, "alone": bench.alone.pid, "bare": bench.bare.pid}[name]
 
         def measure() -> float:
             cpu, start = cpu_ns(pid), perf_counter_ns()
@@ -230,9 +250,14 @@ def _events(bench: _Bench, count: int, rounds: int) -> Iterator[Line]:
         ways["unix"] = unix
     result = paired(ways, rounds)
     many = f"{count} reader{'s' if count > 1 else ''}"
+    if "alone" in readers:
+        yield Line(
+            f"bus: events to {many}, their way alone, to bare pyzmq", result.ratio("alone", "bare"),
+            budget=0.7, at_least=True, note="PUB and SUB; bare sends one prepared message",
+        )  # fmt: skip
     yield Line(
-        f"bus: events to {many}, to bare pyzmq", result.ratio("bus", "bare"),
-        budget=0.7 if count <= 10 else None, at_least=True, note="PUB and SUB; one prepared message",
+        f"bus: events to {many}, with what makes them, to bare pyzmq", result.ratio("bus", "bare"),
+        budget=0.7 if count <= 10 else None, at_least=True, note="devices start or shut down; bare makes nothing",
     )  # fmt: skip
     if count <= MAX_SESSIONS:
         yield Line("the same, to sessions of the Unix socket", result.ratio("bus", "unix"))
@@ -245,7 +270,7 @@ def _events(bench: _Bench, count: int, rounds: int) -> Iterator[Line]:
     )  # fmt: skip
     if count > MAX_SESSIONS:
         yield Line("memory (PSS) of the server for each reader", kib, "KiB")
-    for one in (*readers["bus"], *readers["bare"]):
+    for one in (one for each in readers.values() for one in each):
         one.close()
     for session in sessions:
         session.close()

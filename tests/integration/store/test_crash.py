@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.exports.hypervisor import Hypervisor, eventfd, memfd
+from tests.integration.takeover.test_mediated import FCR, KINDS, RBR, Guest, connected, received
 
 from vfiod.client.errors import ConnectFailed, ConnectionLost
 from vfiod.client.methods.values import VectorFds
@@ -172,6 +173,70 @@ def test_everything_is_there_again(kept: Kept) -> None:
         with kept.client() as client:
             assert [one.id for one in client.query_devices()] == ["b"]
             assert client.query_dma() == [] and client.query_objects() == []
+
+
+def test_every_built_in_device_goes_on(tmp_path: Path) -> None:
+    """The same as after a take-over, but for what was under way in the last 20 ms: here that is waited for."""
+    (tmp_path / "disk").write_bytes(bytes(64 * 512))
+    parameters = {
+        "serial": {"port0": f"pty:{tmp_path}/tty", "port1": f"socket:{tmp_path}/port1"},
+        "fba": {"file": f"{tmp_path}/disk"},
+        "terminal3270": {"line": f"socket:{tmp_path}/screen"},
+        "matrix": {"control": f"socket:{tmp_path}/control"},
+    }
+    with contextlib.ExitStack() as ends, memfd(MiB) as memory:
+        kept = Kept(tmp_path, "--allow-path", str(tmp_path))
+        ends.callback(kept.close)
+        with kept.client() as client:
+            client.dma_map(iova=0, size=MiB, fd=memory)
+            for parent, kind, driver in KINDS:
+                uuid = client.mdev_create(parent=parent, type=kind, parameters=parameters.get(parent, {})).uuid
+                client.device_add(driver=driver, id=parent, mdev=uuid)
+        guest_memory = FileDescriptor.duplicate_of(memory.number)
+        ends.enter_context(guest_memory)
+        terminal = ends.enter_context(FileDescriptor(os.open(tmp_path / "tty", os.O_RDWR | os.O_NOCTTY)))
+        peer, operator, control = (
+            ends.enter_context(connected(f"{tmp_path}/{name}")) for name in ("port1", "screen", "control")
+        )
+        with kept.client() as client:
+            guest = Guest(client, guest_memory)
+            until(lambda: guest.register("bar1", 6) & 0x80 != 0)
+            until(lambda: guest.attributes("terminal3270")["connected"] == "true")
+            control.sendall(b"assign_domain 1\n")
+            assert received(control.fileno(), 3) == b"ok\n"
+            client.object_add(qom_type="memory-backend-fd", id="m", fd=memory)  # whoever has connected is stored now
+            guest.memory.close()
+        for turn in range(2):
+            kept.kill()
+            with kept.client() as client:
+                assert restored(client) == MachineRestored(devices=[one[0] for one in KINDS], lost=[])
+                guest = Guest(client, guest_memory)
+                until(lambda guest=guest: guest.register("bar1", 6) & 0x80 != 0)  # type: ignore[misc]
+                until(lambda guest=guest: guest.attributes("terminal3270")["connected"] == "true")  # type: ignore[misc]
+                for region in ("bar0", "bar1"):
+                    guest.set(region, FCR, 1)
+                os.write(terminal.number, b"in by the pty")
+                peer.sendall(b"in by the socket")
+                assert (guest.take("bar0", 13), guest.take("bar1", 16)) == (b"in by the pty", b"in by the socket")
+                guest.set("bar1", RBR, 0x41 + turn)
+                assert received(peer.fileno(), 1) == b"AB"[turn : turn + 1]
+                assert guest.blocks(6, 1) == bytes(512) if turn == 0 else b"0" * 512
+                guest.blocks(5, 1, b"%d" % turn * 512)
+                guest.show(b"turn %d" % turn)
+                shown = b"\x01\xc3turn %d\xff\xef" % turn
+                assert received(operator.fileno(), len(shown)) == shown
+                control.sendall(b"assign_domain 1\nassign_adapter %d\n" % turn)
+                assert received(control.fileno(), 6) == b"ok\nok\n"
+                # What it tells by an event is in the state soon after; a command's answer leaves after it.
+                client.object_add(qom_type="memory-backend-fd", id=f"m{turn}", fd=memory)
+                assert guest.matrix() == " ".join(f"{adapter:02x}.0001" for adapter in range(turn + 1))
+                guest.memory.close()
+        kept.kill()
+        with kept.client() as client:
+            assert restored(client).lost == []
+            for parent, _, _ in KINDS:
+                client.device_del(id=parent)
+            until(lambda: client.query_devices() == [])
 
 
 class Load(threading.Thread):

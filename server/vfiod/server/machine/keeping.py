@@ -21,6 +21,7 @@ from vfiod.server.state.machine import BackendState, CompletionState, DeviceStat
 if TYPE_CHECKING:
     from vfiod.server.backends.base import Backend
     from vfiod.server.machine.root import Machine
+    from vfiod.server.state.machine import KeepEach
 
 __all__ = ["adopt_device", "adopt_machine", "keep_machine", "needs_of", "rehome", "under_way"]
 
@@ -46,7 +47,10 @@ def needs_of(state: MachineState) -> list[str]:
 
 
 def keep_machine(
-    machine: Machine, given: Given, keep_devices: Callable[[], list[DeviceState]] | None = None
+    machine: Machine,
+    given: Given,
+    keep_devices: Callable[[], list[DeviceState]] | None = None,
+    keep_mediated: KeepEach | None = None,
 ) -> MachineState:
     """Describe it. CannotKeep, or what a parent said: something of it cannot be described, by name.
 
@@ -54,6 +58,7 @@ def keep_machine(
         machine: the machine.
         given: takes the fds.
         keep_devices: describes the devices; None: all of them, as they are.
+        keep_mediated: describes each mediated device (:meth:`MdevBus.keep`); None: as it is.
 
     """
     devices = machine.devices
@@ -68,7 +73,7 @@ def keep_machine(
         objects=machine.objects.keep(given),
         mappings=machine.memory.keep(given),
         kernel=machine.sources.keep(given),
-        mdevs=machine.sources.keep_mediated(given),
+        mdevs=machine.sources.keep_mediated(given, keep_mediated),
         devices=devices.keep(given, machine.sources.keep_backend) if keep_devices is None else keep_devices(),
         completion=None
         if completion is None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vfiod.server.backends.vfio_user.source import VfioUserDevices
     from vfiod.server.mdev.bus import MdevBus
     from vfiod.server.state.fds import Given, Taken
-    from vfiod.server.state.machine import BackendState, KernelState, MdevState
+    from vfiod.server.state.machine import BackendState, KeepEach, KernelState, MdevState
 
 __all__ = ["Sources"]
 
@@ -201,9 +201,9 @@ class Sources:
         containers, following, kept = groups.keep(given)
         return KernelState(containers=containers, next_container=following, groups=kept, iommufds=cdevs.keep())
 
-    def keep_mediated(self, given: Given) -> list[MdevState]:
-        """Describe the mediated devices. CommandError."""
-        return self._mediation[0].keep(given) if self._mediation else []
+    def keep_mediated(self, given: Given, each: KeepEach | None = None) -> list[MdevState]:
+        """Describe the mediated devices (:meth:`MdevBus.keep`). CommandError."""
+        return self._mediation[0].keep(given, each) if self._mediation else []
 
     def keep_backend(self, backend: Backend, given: Given) -> BackendState:
         """Describe where an open device comes from. CannotKeep."""

@@ -45,7 +45,7 @@ from vfiod.server.mdev.starting import Starting
 
 if TYPE_CHECKING:
     from vfiod.server.state.fds import Given, Taken
-    from vfiod.server.state.machine import MdevState
+    from vfiod.server.state.machine import KeepEach, MdevState
 
 __all__ = ["BUILT_IN", "MdevBus"]
 
@@ -265,28 +265,30 @@ class MdevBus:
         busy = next((one.lane.current for one in self._parents.values() if one.lane.busy), None)
         return busy if busy is not None else "a mediated device comes or goes" if self._tasks else None
 
-    def keep(self, given: Given) -> list[MdevState]:
-        """Describe every device, by its own account. CommandError: one cannot be saved, or is being taken away."""
+    def keep(self, given: Given, each: KeepEach | None = None) -> list[MdevState]:
+        """Describe every device, by its own account. CommandError: one cannot be saved, or is being taken away.
+
+        ``each`` gets a device's name and what describes it, and may give an older description instead.
+        """
+        described = [(uuid, partial(self._keep_one, instance, given)) for uuid, instance in self._visible.items()]
+        return [one() if each is None else each(uuid, one) for uuid, one in described]
+
+    def _keep_one(self, instance: Instance, given: Given) -> MdevState:
         from vfiod.server.state.machine import MdevState
 
-        states = []
-        for instance in self._visible.values():
-            if instance.gone is not None:
-                raise DeviceNotActive(f"{instance.what} is gone ({instance.gone}): it cannot be handed over")
-            saved = instance.call("save", instance.device.save)
-            states.append(
-                MdevState(
-                    uuid=instance.uuid,
-                    parent=instance.parent,
-                    type=instance.mdev_type.id,
-                    parameters=dict(instance.parameters),
-                    group=instance.group,
-                    vm=instance.vm,
-                    values=saved.values,
-                    fds={name: given.give(fd, f"mdev:{instance.uuid}/{name}") for name, fd in saved.fds.items()},
-                )
-            )
-        return states
+        if instance.gone is not None:
+            raise DeviceNotActive(f"{instance.what} is gone ({instance.gone}): it cannot be handed over")
+        saved = instance.call("save", instance.device.save)
+        return MdevState(
+            uuid=instance.uuid,
+            parent=instance.parent,
+            type=instance.mdev_type.id,
+            parameters=dict(instance.parameters),
+            group=instance.group,
+            vm=instance.vm,
+            values=saved.values,
+            fds={name: given.give(fd, f"mdev:{instance.uuid}/{name}") for name, fd in saved.fds.items()},
+        )
 
     def adopt(self, states: list[MdevState], taken: Taken) -> None:
         """Make them again, and start those that were started. After :meth:`discover`. CommandError."""

@@ -5,6 +5,7 @@ Every member that names an fd is a :data:`Place`. Addresses, sizes and offsets a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, field
@@ -173,6 +174,10 @@ class MdevState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     vm: str | None
     values: dict[str, Any]
     fds: dict[str, Place]
+
+
+KeepEach = Callable[[str, Callable[[], MdevState]], MdevState]
+"""Gives a mediated device's description: gets its UUID, and what describes it now."""
 
 
 # --- devices --------------------------------------------------------------------------------------------------

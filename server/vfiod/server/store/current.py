@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from vfiod.protocol.catalogue.exports import ExportState as ExportState_
-from vfiod.protocol.errors import CommandError
+from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.server.state.doors import DoorsState, ExportState
 from vfiod.server.state.format import CannotKeep, State, encode
-from vfiod.server.state.machine import DeviceState, KernelState, MachineState
+from vfiod.server.state.machine import DeviceState, KernelState, MachineState, MdevState
 from vfiod.server.store.fdstore import FdStore, StoreError
 from vfiod.server.store.places import Places, name_of
 from vfiod.server.store.slots import SlotError, Slots
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfiod.server.devices.device import Device
     from vfiod.server.events import Event
     from vfiod.server.machine import Machine
@@ -82,6 +84,7 @@ class Current:
         self._program = program
         self._last: State | None = None
         self._former: dict[str, tuple[DeviceState, frozenset[Place]]] = {}  # by path
+        self._former_mediated: dict[str, tuple[MdevState, frozenset[Place]]] = {}  # by UUID
         self._left_out: list[str] = []
         self._told: dict[str, str] = {}  # what cannot be restored, by path, as it was said
         self._dirty = False
@@ -162,7 +165,9 @@ class Current:
         from vfiod.server.machine.keeping import keep_machine, needs_of
 
         self._places.begin()
-        machine = keep_machine(self._machine, self._places, self._devices)
+        machine = keep_machine(self._machine, self._places, self._devices, self._mediated)
+        present = {one.uuid for one in machine.mdevs}
+        self._former_mediated = {uuid: one for uuid, one in self._former_mediated.items() if uuid in present}
         exports = self._exports()
         return State(
             machine=machine,
@@ -172,6 +177,21 @@ class Current:
             doors=DoorsState(exports=exports),
             left_out=list(self._left_out),
         )
+
+    def _mediated(self, uuid: str, describe: Callable[[], MdevState]) -> MdevState:
+        """A mediated device as it is; or as it was, while it is at work and cannot say (EBUSY)."""
+        first = len(self._places.order)
+        try:
+            state = describe()
+        except OperationFailed as error:
+            former = self._former_mediated.get(uuid)
+            if error.errno != "EBUSY" or former is None:
+                raise
+            self._places.use(former[1])
+            self.touched()
+            return former[0]
+        self._former_mediated[uuid] = state, frozenset(self._places.order[first:])
+        return state
 
     def _devices(self) -> list[DeviceState]:
         devices, states = self._machine.devices, []
