@@ -145,7 +145,7 @@ class TestShell:
         def start(*options: str) -> Any:
             words = ["-m", "qemu.qmp.qmp_shell", *options, str(server.path)]
             environment = os.environ | {"TERM": "dumb", "HOME": str(server.path.parent)}
-            child = pexpect.spawn(sys.executable, words, env=environment, encoding="utf-8", timeout=30)
+            child = pexpect.spawn(sys.executable, words, env=environment, encoding="utf-8", timeout=120)
             children.append(child)
             return child
 
@@ -170,6 +170,7 @@ class TestShell:
         child.expect("DeviceNotFound")
         child.sendline("nope")
         child.expect("CommandNotFound")
+        child.expect(r"\(QEMU\) ")  # an end that comes before it reads lines again is lost
         child.sendeof()
         child.expect(pexpect.EOF)
 

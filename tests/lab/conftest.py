@@ -33,6 +33,11 @@ from tests.lab import launch  # noqa: E402
 from tests.lab.places import GUEST_EXCHANGE, GuestDiedError, LabUnavailableError  # noqa: E402
 from tests.lab.topologies import find_topology  # noqa: E402
 
+#: As in ``reporter.py``, which only a guest can import.
+TEST_SECONDS = float(os.environ.get("VFIOD_LAB_TEST_SECONDS", "300"))
+#: Seconds for a guest to say that a test took too long, and to end.
+GRACE_SECONDS = 60.0
+
 GUEST_TESTS = Path(__file__).parent / "guest"
 #: Set where the lab must run (``make lab``): what cannot run fails instead of being skipped.
 REQUIRED = os.environ.get("VFIOD_LAB_REQUIRED", "") not in ("", "0")
@@ -48,6 +53,8 @@ class Batch:
         self.machine = machine
         self.items = items
         self.begun = False
+        #: Why the first machine ended, where there was a second.
+        self.hung: str | None = None
         self.guest: launch.Guest | None = None
         self.failure: str | None = None
         self.skip: str | None = None
@@ -57,6 +64,7 @@ class Batch:
         self.running: str | None = None
         self._read = 0
         self._partial = b""
+        self._heard = 0.0
 
     def start(self) -> None:
         """Boot the machine; a failure to do so is kept for every item."""
@@ -87,7 +95,9 @@ class Batch:
                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             },
         )
-        (self.guest.exchange / "tests").write_text("".join(f"{guest_id(item)}\n" for item in self.items))
+        left = [guest_id(item) for item in self.items if guest_id(item) not in self.finished]
+        (self.guest.exchange / "tests").write_text("".join(f"{name}\n" for name in left))
+        self._read, self._partial, self._heard = 0, b"", time.monotonic()
         try:
             self.guest.start()
         except LabUnavailableError as error:
@@ -104,6 +114,19 @@ class Batch:
         except GuestDiedError as error:
             self.failure = str(error)
         self._read_reports()  # what it said before it died counts
+        if going and time.monotonic() - self._heard > self.silence:
+            going = False
+            self.failure = f"the guest reported nothing for {self.silence:.0f} s\n{self.guest.tails()}"
+            if self.hung is None:
+                # Emulated machines stop now and then: processors idle, timers and interrupts gone, whatever runs. What
+                # hangs by our doing hangs again.
+                self.hung, self.failure = f"{self.running}: {self.failure}", None
+                print(
+                    f"\nlab: machine {self.machine} starts again, for what is left of it: {self.hung}", file=sys.stderr
+                )
+                self.close()
+                self.start()
+                return
         if going:
             return
         if self.failure is None:
@@ -114,6 +137,15 @@ class Batch:
                 + self.guest.tails()
             )
         self.close()
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a report after which the machine has stopped: one that runs ends such a test by itself."""
+        for item in self.items:
+            if guest_id(item) == self.running:
+                module = item.getparent(pytest.Module)
+                return max(TEST_SECONDS, getattr(module.obj, "TEST_SECONDS", 0.0) if module else 0.0) + GRACE_SECONDS
+        return launch.BOOT_SECONDS + GRACE_SECONDS
 
     @property
     def over(self) -> bool:
@@ -129,6 +161,8 @@ class Batch:
         except FileNotFoundError:
             return
         self._read += len(data)
+        if data:
+            self._heard = time.monotonic()
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
             record = json.loads(line)

@@ -32,7 +32,7 @@ from tests.lab.topologies import EDU, Topology
 
 #: Seconds until the guest's command must have begun. An idle machine needs 5; one whose cores
 #: are taken by other guests needs many times that.
-BOOT_SECONDS = float(os.environ.get("VFIOD_LAB_BOOT_SECONDS", "600"))
+BOOT_SECONDS = float(os.environ.get("VFIOD_LAB_BOOT_SECONDS", "300"))
 #: Seconds the whole guest may live, from QEMU's start.
 TOTAL_SECONDS = float(os.environ.get("VFIOD_LAB_SECONDS", "2400"))
 #: Seconds between the end of the command and the end of QEMU: a kernel powering off.

@@ -150,7 +150,8 @@ async def served(bench: Bench) -> None:
     def settled() -> bool:
         assert other.machine.doors is not None
         [one] = other.machine.doors.infos()
-        return (one.state is ExportState.ATTACHED) is bench.machine.devices.exists("d0")
+        there = bench.machine.devices.exists("d0")
+        return one.state is (ExportState.ATTACHED if there else ExportState.LISTENING)  # not on the way to one
 
     bench.notes["parents"] = [seen]
     bench.notes["settled"] = settled

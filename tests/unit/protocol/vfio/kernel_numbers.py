@@ -157,6 +157,7 @@ LINUX_7_2: dict[str, int] = {
     "IOMMU_OPTION": 15239,
     "IOMMU_GET_HW_INFO": 15242,
     "IOMMU_IOAS_MAP_FILE": 15247,
+    "IOMMU_IOAS_CHANGE_PROCESS": 15250,
     "vfio_info_cap_header": 8,
     "vfio_info_cap_header.id": 0,
     "vfio_info_cap_header.version": 2,
