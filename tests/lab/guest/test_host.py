@@ -134,11 +134,11 @@ def test_a_crash_between_two_drivers(sysfs: Sysfs, tmp_path: Path) -> None:
 @pytest.mark.parametrize("interface", ["group", "cdev"])
 def test_run_gives_a_real_device_to_a_hypervisor(sysfs: Sysfs, tmp_path: Path, interface: str) -> None:
     """One command: bound, opened, passed to an unprivileged vfiod, exported; a vfio-user client reads its registers."""
-    del sysfs
+    del sysfs  # the other vfiod plays a hypervisor: root, and in no sandbox
     program = (
         "import sys, tempfile; from pathlib import Path; from vfiod.client.spawn import own_server;"
         "from vfiod.client.sync import Client; d = tempfile.mkdtemp(dir=sys.argv[2]);"
-        "s = own_server(Path(d), ['--allow-connect']); server = s.__enter__(); c = Client.connect(server.path);"
+        "s = own_server(Path(d), ['--sandbox', 'off']); server = s.__enter__(); c = Client.connect(server.path);"
         "c.device_add(driver='vfio-pci', id='d', socket=sys.argv[1]);"
         "c.region_write(device='d', region='config', offset=4, size=2, value=6);"
         "print(hex(c.region_read(device='d', region='bar0', offset=0, size=4).value));"
