@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -196,6 +196,17 @@ SAID: Final[Mapping[tuple[TakerState, type], TakerState]] = {
 """What the taker says."""
 
 
+_State = TypeVar("_State", GiverState, TakerState)
+
+
+def _following(table: Mapping[tuple[_State, type], _State], state: _State, message: Message) -> _State:
+    """The next state. Raises BadHandOver: the table has none."""
+    following = table.get((state, type(message)))
+    if following is None:
+        raise BadHandOver(f"'{type(message).__name__}' came while {state.value}")
+    return following
+
+
 class Giver:
     """The giver's end."""
 
@@ -206,10 +217,7 @@ class Giver:
 
     def hear(self, message: Message) -> None:
         """Raises BadHandOver: it cannot be said now."""
-        following = GIVER.get((self.state, type(message)))
-        if following is None:
-            raise BadHandOver(f"'{type(message).__name__}' came while {self.state.value}")
-        self.state = following
+        self.state = _following(GIVER, self.state, message)
 
     @property
     def owns(self) -> bool:
@@ -227,17 +235,11 @@ class Taker:
 
     def hear(self, message: Message) -> None:
         """Raises BadHandOver: it cannot be said now."""
-        self._go(TAKER, message)
+        self.state = _following(TAKER, self.state, message)
 
     def say(self, message: Message) -> None:
         """Raises BadHandOver: a defect."""
-        self._go(SAID, message)
-
-    def _go(self, table: Mapping[tuple[TakerState, type], TakerState], message: Message) -> None:
-        following = table.get((self.state, type(message)))
-        if following is None:
-            raise BadHandOver(f"'{type(message).__name__}' came while {self.state.value}")
-        self.state = following
+        self.state = _following(SAID, self.state, message)
 
     def giver_died(self) -> bool:
         """The giver is dead: whether everything is ours now."""
