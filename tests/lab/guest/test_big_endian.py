@@ -18,7 +18,7 @@ UNIT = REPO / "tests" / "unit" / "protocol"
 #: is about names and pictures, where no byte has an order.
 LONG = (
     *("whatever_comes", "do_not_overlap", "calls_round_trip", "byte_by_byte"),
-    *("every_member_with_a_wrong_value", "test_introspection", "sensible_number", "test_drawing"),
+    *("every_member_with_a_wrong_value", "test_introspection", "sensible_number", "test_drawing", "test_settings"),
 )
 #: Left out: Python 3.14, the guest's, counts no recursion in C, so that texts about 1,000 deep are read. That has
 #: nothing to do with the order of bytes.

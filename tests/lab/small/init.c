@@ -83,6 +83,17 @@ static uint32_t hex_of(const char *device, const char *file)
     return strtoul(text, NULL, 16);
 }
 
+/*
+ * A device that is plugged in shows in sysfs before its BARs have addresses and the bridge above lets them through:
+ * who uses it then reads zeros. /proc/bus/pci has it after that (pci_bus_add_device).
+ */
+static int complete(const char *address)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/bus/pci/%.2s/%.4s", address + strlen("0000:"), address + strlen("0000:00:"));
+    return !access(path, F_OK);
+}
+
 static const struct model *find(char *address, size_t size)
 {
     DIR *all = opendir("/sys/bus/pci/devices");
@@ -147,9 +158,15 @@ static int vfio_device(const char *address)
     put(path, "0");
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/driver_override", address);
     put(path, "vfio-pci");
-    put("/sys/bus/pci/drivers_probe", address);
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/iommu_group", address);
-    ssize_t length = readlink(path, link, sizeof link - 1);
+    ssize_t length = -1;
+    /* A device that has just come may not be bound for a moment longer. */
+    for (int tries = 0; length < 0 && tries < WAIT_MS; tries += 20) {
+        put("/sys/bus/pci/drivers_probe", address);
+        length = readlink(path, link, sizeof link - 1);
+        if (length < 0)
+            usleep(20000);
+    }
     if (length < 0)
         return -1;
     link[length] = 0;
@@ -386,6 +403,8 @@ int main(void)
         char address[64] = "";
         const struct model *model = NULL;
         for (int tries = 0; !(model = find(address, sizeof address)) && rounds && tries < WAIT_MS; tries += 20)
+            usleep(20000);
+        for (int tries = 0; model && !complete(address) && tries < WAIT_MS; tries += 20)
             usleep(20000);
         said(model != NULL, "found", "%s at %s", model ? model->name : "none", address);
         given = strstr(line, "vfiod.serial=");
