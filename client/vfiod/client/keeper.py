@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -56,6 +57,9 @@ PASSED_ON: Final = frozenset({"READY", "STATUS", "STOPPING", "RELOADING", "ERRNO
 NAME: Final = re.compile(r"[\x20-\x39\x3b-\x7e]{1,255}")
 """Of an fd (``fdname_is_valid``)."""
 
+MOST_DIGITS: Final = 10
+"""Of the number of a process (``PID_MAX_LIMIT`` is 4,194,304)."""
+
 FIRST: Final = 3
 """SD_LISTEN_FDS_START."""
 
@@ -78,6 +82,9 @@ class Keeper:
         self._ending = False
         self._ready = False
         self._pid = 0
+        self._pidfd: FileDescriptor | None = None  # of one that took the place of ours: no child, its end is seen so
+        self._former: list[tuple[int, FileDescriptor | None]] = []  # whose place was taken, and which may live yet
+        self._waiting: selectors.BaseSelector | None = None
         self._inherited = tuple(range(FIRST, FIRST + inherited))
         self._outer = _outer_notifier()
 
@@ -94,6 +101,7 @@ class Keeper:
             notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             waiting.register(notify, selectors.EVENT_READ)
             waiting.register(woken, selectors.EVENT_READ)
+            self._waiting = waiting
             os.environ["NOTIFY_SOCKET"], os.environ["FDSTORE"] = path, str(MOST_FDS)
             self._start()
             while True:
@@ -109,12 +117,15 @@ class Keeper:
             numbers = set(woken.recv(MESSAGE_BYTES))
         for number in sorted(numbers & set(FORWARDED)):
             self._ending |= number in (signal.SIGTERM, signal.SIGINT)
-            os.kill(self._pid, number)  # it is not waited for yet: nobody else can have its number
-        ended = signal.SIGCHLD in numbers and os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self._signal(number)
+        pid, ended = self._pid, self._has_ended()
         # The last words of a dead one are in the queue, and carry its number: they are heard before it is waited for.
         while self._hear(notify):
             pass
-        return self._reap() if ended else None
+        for one in list(self._former):
+            if _gone(*one):
+                self._former.remove(one)
+        return self._reap() if ended and pid == self._pid else None
 
     # --- its life -------------------------------------------------------------------------------------------
 
@@ -142,14 +153,58 @@ class Keeper:
         finally:
             os._exit(127)
 
+    def _signal(self, number: int) -> None:
+        if self._pidfd is None:
+            os.kill(self._pid, number)  # it is not waited for yet: nobody else can have its number
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd.number, number)
+
+    def _has_ended(self) -> bool:
+        if self._pidfd is None:
+            return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return _readable(self._pidfd, 0)
+
+    def _follow(self, said: str) -> None:
+        """Another process has taken vfiod's place: it is the one to be looked after, and heard, from now on."""
+        pid = int(said) if said.isascii() and said.isdigit() and len(said) < MOST_DIGITS else 0
+        if pid == self._pid:
+            return
+        try:
+            pidfd = FileDescriptor(os.pidfd_open(pid))
+        except (OSError, OverflowError) as error:
+            _say(f"process {said} cannot be followed: {error}")
+            return
+        assert self._waiting is not None  # noqa: S101 - it was said while we wait
+        if self._pidfd is not None:
+            self._waiting.unregister(self._pidfd.number)
+        self._former.append((self._pid, self._pidfd))
+        self._pid, self._pidfd = pid, pidfd
+        self._waiting.register(pidfd.number, selectors.EVENT_READ)
+
     def _reap(self) -> int | None:
-        """Wait for a vfiod that has ended, and start it again if that is to be."""
-        _, status = os.waitpid(self._pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        last = code if code >= 0 else 128 - code
-        if code == 0 or self._ending or (code > 0 and not self._ready):
-            return last  # as asked; or it could not begin, and says why
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        """See off a vfiod that has ended, and start it again if that is to be."""
+        if self._pidfd is None:
+            _, status = os.waitpid(self._pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            last = code if code >= 0 else 128 - code
+            if code == 0 or self._ending or (code > 0 and not self._ready):
+                return last  # as asked; or it could not begin, and says why
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        else:
+            # No child of ours: how it ended nobody tells us. One that ends as asked takes all it has out first.
+            assert self._waiting is not None  # noqa: S101 - we wait
+            self._waiting.unregister(self._pidfd.number)
+            self._pidfd.close()
+            self._pidfd = None
+            last = 1 if self._held else 0
+            if not self._held or self._ending:
+                return last
+            how = "that had taken the place of ours is dead"
+            # Whoever gave its place away owns nothing, and would be in the way of the next.
+            for one in self._former:
+                _put_away(*one)
+            self._former.clear()
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - WINDOW_SECONDS:
@@ -193,6 +248,8 @@ class Keeper:
         elif said.get("FDSTORE") == "1":
             for fd in fds:
                 self._keep(name, fd)
+        if "MAINPID" in said:
+            self._follow(said["MAINPID"])
         self._ready |= said.get("READY") == "1"
         rest = [line for line in lines if line.partition("=")[0] in PASSED_ON]
         if self._outer is not None and rest:
@@ -206,6 +263,34 @@ class Keeper:
             _say(f"an fd called '{name}' is not kept: there are {MOST_FDS} already")
         else:
             self._held.append((name, fd.give_away()))
+
+
+def _readable(pidfd: FileDescriptor, milliseconds: int | None) -> bool:
+    """Whether a process has ended; waits for that."""
+    waiting = select.poll()
+    waiting.register(pidfd.number, select.POLLIN)
+    return bool(waiting.poll(milliseconds))
+
+
+def _gone(pid: int, pidfd: FileDescriptor | None) -> bool:
+    """Whether a process has ended whose place was taken; then it is waited for, if it was a child."""
+    if pidfd is None:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    ended = _readable(pidfd, 0)
+    if ended:
+        pidfd.close()
+    return ended
+
+
+def _put_away(pid: int, pidfd: FileDescriptor | None) -> None:
+    """End one whose place was taken, and wait for that."""
+    if pidfd is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return
+    with pidfd, contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd.number, signal.SIGKILL)
+        _readable(pidfd, None)
 
 
 def _say(text: str) -> None:

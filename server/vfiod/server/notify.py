@@ -49,6 +49,11 @@ class Notifier:
         """Connected to the manager, lent: for its store of fds. None: there is nobody."""
         return self._socket
 
+    def follow(self, made: socket.socket) -> None:
+        """Tell it by this socket from now on: that of the server whose place was taken. Owned."""
+        self.close()
+        self._socket = made
+
     def tell(self, state: str) -> None:
         """Send a state. A manager that does not read is not waited for."""
         if self._socket is not None:
@@ -74,7 +79,10 @@ class Notifier:
         self.tell("STOPPING=1\nSTATUS=Closing devices")
 
     def _warn(self, error: OSError) -> None:
-        _log.warning("Cannot notify the service manager at %s: %s", os.environ["NOTIFY_SOCKET"], error)
+        # Who has taken another server's place has its socket, and need not know the address.
+        _log.warning(
+            "Cannot notify the service manager at %s: %s", os.environ.get("NOTIFY_SOCKET", "its socket"), error
+        )
 
     def close(self) -> None:
         """End it."""

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
     from vfiod.server.notify import Notifier
+    from vfiod.server.state.doors import StoreState
+    from vfiod.server.state.fds import Taken
     from vfiod.server.store.current import Current
     from vfiod.server.takeover.taker import TakingOver
 
@@ -144,7 +146,7 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
                 store = await _begin(machine, kept)
                 server.on_change = store.ended
             if taking is not None:
-                await _take(taking, server, options)
+                store = await _take(taking, server, options, supervised)
                 if options.pidfile is not None:
                     pidfile = stack.enter_context(Pidfile(options.pidfile))
             _listen_bus(server, options)
@@ -152,7 +154,7 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
             for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
                 _listen(server, option, options.socket_gid)
             if options.hand_over is not None and not server.listens_at(options.hand_over):
-                _hand_over_at(server, listener.open_path(options.hand_over), options.hand_over, kept=store is not None)
+                _hand_over_at(server, listener.open_path(options.hand_over), options.hand_over, store, supervised)
             if not threads:
                 confine(wanted)
             if pidfile is not None:
@@ -219,58 +221,79 @@ def _taking(options: Options, stack: contextlib.ExitStack) -> TakingOver | None:
     return taking
 
 
-async def _take(taking: TakingOver, server: MonitorServer, options: Options) -> None:
-    """Take everything over. StartError, Refused: the other server keeps it."""
+async def _take(taking: TakingOver, server: MonitorServer, options: Options, supervised: Supervised) -> Current | None:
+    """Take everything over, its store of fds too, if it has one. StartError, Refused: the other server keeps it."""
     from vfiod.server.machine.keeping import rehome
     from vfiod.server.state.fds import Taken
     from vfiod.server.state.format import decode
-    from vfiod.server.takeover.server import adopt_everything, missing, prepare
+    from vfiod.server.takeover.server import STORE, adopt_everything, missing, prepare
 
     if any(need.startswith("mdev:") for need in taking.welcome.needs):
         await server.machine.mdevs.discover()
     reason = missing(server, taking.welcome, options.name or None)
+    if reason is None and STORE in taking.welcome.needs and options.fd_store == "off":
+        reason = "Its fds are kept in a store, which this server shall not have (--fd-store off)"
     if reason is not None:
         taking.refuse(reason)
         raise StartError(reason)
     prepare(server, taking.welcome)
     data, fds = taking.receive()
     taken = Taken(fds)
+    store: Current | None = None
     try:
         state = decode(data)
+        if state.store is not None:
+            store = _go_on(server, state.store, taken, supervised)
         adopt_everything(server, state, taken)
         for one in () if state.monitor is None else state.monitor.listeners:
             if one.dialect == HAND_OVER:
                 handing = socket.socket(fileno=taken.take(one.fd).give_away())
-                _hand_over_at(server, handing, one.path, kept=False)
+                _hand_over_at(server, handing, one.path, store, supervised)
         taking.own()
     except BaseException as error:  # noqa: BLE001 - whatever it is: nothing here may be closed, it is another's
         taking.refuse(str(error))
         logs.complain(f"Taking over failed, the running server goes on: {error}")
         logging.shutdown()
         os._exit(1)
+    if store is not None:
+        store.take_up()
     taken.close()
     taking.wait_for_end()
     taking.close()
     for problem in rehome(server.machine):
         _log.warning("%s", problem)
     _log.info("Took over the VM '%s' from vfiod %s", server.machine.name, taking.welcome.program)
+    return store
+
+
+def _go_on(server: MonitorServer, state: StoreState, taken: Taken, supervised: Supervised) -> Current:
+    """The store of the server whose place is taken; nothing is written or said yet."""
+    from vfiod.server.store.restore import go_on
+    from vfiod.server.takeover.whole import program_version
+
+    notify = socket.socket(fileno=taken.take(state.notify).give_away())
+    supervised.follow(notify, state.watchdog)
+    store = go_on(server.machine, state, taken, notify, program_version())
+    server.on_change = store.ended
+    return store
 
 
 HAND_OVER: Final = "take-over"
 """What a hand-over's listening socket is called among those of the monitor."""
 
 
-def _hand_over_at(server: MonitorServer, listening: socket.socket, path: str | None, *, kept: bool) -> None:
+def _hand_over_at(
+    server: MonitorServer, listening: socket.socket, path: str | None, store: Current | None, supervised: Supervised
+) -> None:
     """Let a new process take everything over by this socket."""
     from vfiod.server.takeover.giver import HandOver
 
-    def leave() -> NoReturn:
+    def leave(status: int) -> NoReturn:
         # Everything is the other process's: whatever is closed or told here would be closed or told for it.
         logging.shutdown()
-        os._exit(0)
+        os._exit(status)
 
-    reason = "its fds are kept in a store (--fd-store): restart the service instead" if kept else None
-    made = server.listen_for(listening, HAND_OVER, HandOver(server, leave, reason).admit)
+    made = server.listen_for(listening, HAND_OVER, HandOver(server, leave, store, supervised.watched).admit)
     belongs_to(made, path)
 
 

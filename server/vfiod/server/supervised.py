@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,11 +57,13 @@ class Supervised:
         journal: Journal | None,
     ) -> None:
         self._loop = loop
+        self._hub = hub
         self._options = options
         self._devices = devices
         self._journal = journal
         self.notifier: Final = Notifier()
         self._watchdog: Watchdog | None = None
+        self._watched: float | None = watchdog_seconds() if self.notifier.listening else None
         self._reloading: asyncio.Task[None] | None = None
         self._patterns = options.trace
         self._values = dict(options.file_values)
@@ -69,13 +72,24 @@ class Supervised:
         if journal is not None or options.log_format == "json":
             hub.subscribe(self._note)
 
+    def follow(self, notify: socket.socket, watchdog: float | None) -> None:
+        """Another server's place was taken: tell whom it told, by its socket (owned), and answer its watchdog."""
+        if not self.notifier.listening:
+            self._hub.subscribe(self._count)
+        self.notifier.follow(notify)
+        self._watched = watchdog
+
+    @property
+    def watched(self) -> float | None:
+        """After how many seconds of silence the manager takes us for stuck; None: it does not look."""
+        return self._watched
+
     def ready(self) -> None:
         """The server serves: say so, listen to SIGHUP, and begin to answer the watchdog."""
         self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         self.notifier.ready(self._status())
-        seconds = watchdog_seconds() if self.notifier.listening else None
-        if seconds is not None:
-            self._watchdog = Watchdog(self._loop, self.notifier, seconds)
+        if self._watched is not None:
+            self._watchdog = Watchdog(self._loop, self.notifier, self._watched)
 
     def stopping(self) -> None:
         """The server closes its devices. The watchdog is answered still: that may take a while."""

@@ -16,6 +16,7 @@ __all__ = [
     "MonitorState",
     "OutgoingState",
     "SessionState",
+    "StoreState",
 ]
 
 
@@ -128,3 +129,22 @@ class DoorsState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All exports."""
 
     exports: list[ExportState] = field(default_factory=list)
+
+
+class StoreState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The store of fds as it is with whoever keeps it, in a description for who goes on with it.
+
+    Attributes:
+        notify: the socket connected to its keeper.
+        slots: the files of the state in it.
+        places: what else is in it: its place there, and the fd's here.
+        following: the place there that is given next.
+        watchdog: seconds of silence after which the keeper takes the server for stuck.
+
+    """
+
+    notify: Place
+    slots: list[Place]
+    places: dict[int, Place]
+    following: int
+    watchdog: float | None = None

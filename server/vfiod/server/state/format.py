@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct, field
 
 from vfiod.protocol.errors import CommandError, VfiodError
-from vfiod.server.state.doors import DoorsState, MonitorState
+from vfiod.server.state.doors import DoorsState, MonitorState, StoreState
 from vfiod.server.state.machine import MachineState
 
 __all__ = ["FORMAT", "VERSION", "BadState", "CannotKeep", "State", "decode", "encode"]
@@ -42,6 +42,7 @@ class State(Struct, frozen=True, kw_only=True):
         machine: the machine.
         doors: exports, and their clients.
         monitor: sessions, and listening sockets; None: they are not part of it.
+        store: of fds, which the reader goes on with; None: there is none, or the description is in it.
         left_out: what there was besides, and why it is not here, a sentence each.
 
     """
@@ -54,6 +55,7 @@ class State(Struct, frozen=True, kw_only=True):
     version: int = VERSION
     doors: DoorsState = field(default_factory=DoorsState)
     monitor: MonitorState | None = None
+    store: StoreState | None = None
     left_out: list[str] = field(default_factory=list)
 
 

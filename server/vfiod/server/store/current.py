@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from vfiod.protocol.catalogue.exports import ExportState as ExportState_
 from vfiod.protocol.errors import CommandError, OperationFailed
-from vfiod.server.state.doors import DoorsState, ExportState
+from vfiod.server.state.doors import DoorsState, ExportState, StoreState
 from vfiod.server.state.format import CannotKeep, State, encode
 from vfiod.server.state.machine import DeviceState, KernelState, MachineState, MdevState
 from vfiod.server.store.fdstore import FdStore, StoreError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vfiod.server.devices.device import Device
     from vfiod.server.events import Event
     from vfiod.server.machine import Machine
-    from vfiod.server.state.fds import Place
+    from vfiod.server.state.fds import Given, Place
 
 __all__ = ["STATE", "Current"]
 
@@ -90,6 +90,7 @@ class Current:
         self._dirty = False
         self._timer: asyncio.TimerHandle | None = None
         self._over = False
+        self._behind = False
         self._unsubscribe = machine.hub.subscribe(self._heard)
 
     # --- something has changed ------------------------------------------------------------------------------
@@ -137,7 +138,9 @@ class Current:
         self._dirty = False
         try:
             self._write(self._described())
+            self._behind = False
         except CommandError as error:
+            self._behind = True
             self._tell("", f"what changes is not kept: {error}")
         except (StoreError, SlotError) as error:
             self._give_up(error)
@@ -253,6 +256,41 @@ class Current:
             await self._machine.loop.run_in_executor(self._machine.executor, self._store.barrier)
         except (StoreError, SlotError) as error:
             self._give_up(error)
+
+    # --- another process takes our place -------------------------------------------------------------------------
+
+    def hand_over(self, given: Given, watchdog: float | None) -> StoreState:
+        """Write what is not written yet, and describe the store to who goes on with it; that changes nothing here.
+
+        Raises CannotKeep: the store is not as the machine is.
+        """
+        self.changed()
+        if self._over or self._behind or self._dirty:
+            raise CannotKeep("The store of fds is not current (the log says why): restart the service instead")
+        return StoreState(
+            notify=given.give(self._store.number, "store/notify"),
+            slots=[given.give(one.number, "store/state") for one in self._slots.files],
+            places={place: given.give(number, f"store/{place}") for place, number in self._places.here().items()},
+            following=self._places.next,
+            watchdog=watchdog,
+        )
+
+    def pass_on(self, pid: int) -> None:
+        """Whoever keeps the store follows this process from now on, and starts a server anew when that one dies.
+
+        The store stays as it is. Raises StoreError: nothing was said. Afterwards nothing here is ours, come what may.
+        """
+        self._store.follow(pid)
+        try:
+            self._store.barrier()  # what comes from that process is believed from here on
+        except StoreError as error:
+            _log.warning("%s: it is told that process %d is the server now, and will hear it", error, pid)
+
+    def take_up(self) -> None:
+        """Go on with the store of the server whose place we have: what it names is ours, the rest leaves it."""
+        self.changed()
+        if not (self._over or self._behind or self._dirty):
+            self._places.settled()
 
     # --- the end ------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,15 @@ class FdStore:
         for name in names:
             self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
+    @property
+    def number(self) -> int:
+        """The socket's number, lent."""
+        return self._socket.fileno()
+
+    def follow(self, pid: int) -> None:
+        """From now on the process to be watched, and started again, is this one, and its word counts. StoreError."""
+        self._send(f"MAINPID={pid}")
+
     def barrier(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until everything said so far was done (``sd_notify_barrier(3)``). Blocks. Raises StoreError."""
         reading, writing = os.pipe2(os.O_CLOEXEC)

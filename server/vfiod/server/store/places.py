@@ -71,6 +71,7 @@ class Places(Given):
         self._next = 0
         self.order: Final[list[Place]] = []
         self._new: list[_Kept] = []
+        self._held: list[FileDescriptor] = []
 
     def begin(self) -> None:
         """A new description begins: nothing is used yet."""
@@ -131,6 +132,35 @@ class Places(Given):
         # Places are never given twice: a name that is being removed must not mean something else.
         self._next = max(found.places, default=-1) + 1
         return sorted(found.places - self._kept.keys())
+
+    @property
+    def next(self) -> Place:
+        """The place that is given next: none is given twice."""
+        return self._next
+
+    def here(self) -> dict[Place, int]:
+        """All that is in the store, by place, with a number that is this file now; lent."""
+        return {place: there for place, kept in self._kept.items() if (there := kept.here()) is not None}
+
+    def go_on(self, fds: dict[Place, FileDescriptor], following: Place) -> None:
+        """Know what another server has in the store; its description follows. In a new object only.
+
+        Args:
+            fds: by place; owned until :meth:`settled`: by them an open file is known again, whoever has it by then.
+            following: the place that is given next.
+
+        """
+        for place, fd in fds.items():
+            kept = self._kept[place] = _Kept(place, _identity(fd.number))
+            self._by_file.setdefault(kept.identity, []).append(kept)
+            kept.owners[id(fd)] = fd
+            self._held.append(fd)
+        self._next = following
+
+    def settled(self) -> None:
+        """All that :meth:`go_on` was told has been described, or is gone: its fds are needed no longer."""
+        close_all(self._held)
+        self._held = []
 
     def used(self) -> frozenset[Place]:
         """The places of the description so far."""

@@ -32,9 +32,10 @@ from vfiod.server.store.slots import COUNT, Slots
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
-    from vfiod.server.state.doors import ExportState
+    from vfiod.server.state.doors import ExportState, StoreState
+    from vfiod.server.state.fds import Taken
 
-__all__ = ["begin"]
+__all__ = ["begin", "go_on"]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -75,6 +76,27 @@ async def begin(machine: Machine, notifier: socket.socket, program: str) -> Curr
     if restored is not None:
         machine.restored = restored
         machine.hub.emit(restored)
+    return current
+
+
+def go_on(machine: Machine, state: StoreState, taken: Taken, notify: socket.socket, program: str) -> Current:
+    """Go on with the store of a server whose place is taken, by :meth:`Current.take_up`; until then nothing is written.
+
+    Args:
+        machine: has nothing yet; it is made of what that server has given, before anything is written.
+        state: its store.
+        taken: the fds that came with it, all there yet.
+        notify: connected to whoever keeps fds; lent.
+        program: our version, for a person.
+
+    Raises SlotError, IndexError: what came is no store; OSError: EMFILE.
+
+    """
+    slots = Slots([taken.take(place) for place in state.slots])
+    places = Places()
+    places.go_on({place: taken.copy(number) for place, number in state.places.items()}, state.following)
+    current = Current(machine, FdStore(notify), slots, places, program)
+    machine.devices.before_close = current.let_go
     return current
 
 

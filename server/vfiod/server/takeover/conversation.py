@@ -14,6 +14,11 @@
 The giver owns everything until it has read ``Owned``. The taker owns everything from ``Commit`` on, or when the giver
 died after ``Ready``. ``Owned`` is sent before the taker does anything: a taker that dies sooner leaves the giver the
 owner, and one that dies later dies as any owner may.
+
+With a store of fds (a need of ``Welcome``), whoever keeps it starts a new server when the one it watches dies. So it
+decides, and not the death of an end: after ``Ready`` the giver tells it to watch the taker (``MAINPID=``), says
+``Commit`` and ends. The taker owns everything from ``Commit`` on, and by that alone; it writes its state into the store
+before it does anything. Whoever dies, then or sooner, the store is whole, and is given to one new server.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from vfiod.server.takeover.wire import HEADER, Wire, message_size, packed
 
 if TYPE_CHECKING:
     from vfiod.server.monitor.server import MonitorServer
+    from vfiod.server.store.current import Current
 
 __all__ = ["HandOver"]
 
@@ -50,24 +51,33 @@ class HandOver:
 
     Args:
         server: the monitor, with its machine.
-        leave: ends this process at once, without closing or telling anything; does not return.
-        reason: why nothing is handed over at all; None: it is.
+        leave: ends this process at once with a status, without closing or telling anything; does not return.
+        store: keeps our fds; None: nobody does.
+        watchdog: seconds of silence after which who keeps them takes us for stuck.
 
     """
 
-    def __init__(self, server: MonitorServer, leave: Callable[[], NoReturn], reason: str | None = None) -> None:
+    def __init__(
+        self,
+        server: MonitorServer,
+        leave: Callable[[int], NoReturn],
+        store: Current | None = None,
+        watchdog: float | None = None,
+    ) -> None:
         self._server = server
         self._loop = server.loop
         self._access = Access()  # root and ourselves: whoever takes everything is no mere client
-        self._everything = Everything(server)
+        self._everything = Everything(server, store, watchdog)
         self._leave = leave
-        self._reason = reason
+        self._store = store
         self._task: asyncio.Task[None] | None = None
 
     def admit(self, connection: socket.socket) -> None:
         """Somebody connected."""
         peer = peer_of(connection)
-        refusal = self._access.refusal(peer, "hand-over") or self._reason
+        refusal = self._access.refusal(peer, "hand-over")
+        if refusal is None and self._store is not None and not peer.pid:
+            refusal = "Whoever keeps the fds has to be told your process, and it cannot be seen from here"
         if refusal is None and self._task is not None:
             refusal = "A hand-over is under way: one at a time"
         if refusal is not None:
@@ -85,7 +95,7 @@ class HandOver:
         giver = Giver()
         reason: str | None = None
         try:
-            await self._talk(connection, giver)
+            await self._talk(connection, giver, pid)
         except TimeoutError:
             reason = f"The new process said nothing for {TAKE_OVER_MS} ms"
         except (OSError, VfiodError) as error:
@@ -102,7 +112,7 @@ class HandOver:
             else:
                 connection.close()
 
-    async def _talk(self, connection: socket.socket, giver: Giver) -> None:
+    async def _talk(self, connection: socket.socket, giver: Giver, pid: int) -> None:
         hello = await self._hear(connection, giver)
         if not isinstance(hello, Hello):
             return
@@ -119,7 +129,7 @@ class HandOver:
             _log.warning("The new process does not take over")
             return
         await self._quiet()
-        self._give(connection, giver)
+        self._give(connection, giver, pid)
 
     async def _hear(self, connection: socket.socket, giver: Giver) -> Message:
         size = message_size(await self._exactly(connection, HEADER.size))
@@ -148,7 +158,7 @@ class HandOver:
                 raise BadHandOver(f"It cannot be handed over now: {what} goes on")
             await asyncio.sleep(LOOK_S)
 
-    def _give(self, connection: socket.socket, giver: Giver) -> None:
+    def _give(self, connection: socket.socket, giver: Giver, pid: int) -> None:
         """The loop stands still from here on. Returns, or raises, when everything stays ours."""
         data, fds = self._everything.describe()
         connection.setblocking(True)
@@ -164,11 +174,48 @@ class HandOver:
             raise BadHandOver(f"The new process did not take it: {error}") from error
         if isinstance(answer, Refuse):
             raise BadHandOver(f"The new process refuses: {answer.reason}")
+        if self._store is not None:
+            self._pass_on(self._store, wire, connection, pid)
         # From here on the other end may own it at any moment: only its word or its end decides.
         connection.settimeout(None)
         wire.send(Commit())
         giver.hear(wire.receive())
-        self._leave()
+        self._leave(0)
+
+    def _pass_on(self, store: Current, wire: Wire, connection: socket.socket, pid: int) -> None:
+        """Whoever keeps the store decides who follows us, and is told: then we end. BadHandOver: it was not told.
+
+        A process that dies before it has written its state leaves the store as ours, whole, and is followed as any
+        that was killed: so nobody may go on here, whatever becomes of it.
+        """
+        try:
+            store.pass_on(pid)
+        except VfiodError as error:
+            _say(wire, Abort(str(error)))
+            raise BadHandOver(f"Who keeps the fds was not told: {error}") from error
+        status = 1
+        try:
+            # Dead sooner than the keeper looked, it may not have been taken for us: then our end has to be a failure,
+            # after which the store is given to a new server. Alive now, it was alive then.
+            if not _hung_up(connection):
+                status = 0
+                _say(wire, Commit())
+        finally:
+            self._leave(status)
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Whether the other end has closed the connection, or is dead."""
+    patience = connection.gettimeout()
+    connection.settimeout(0)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(patience)
 
 
 def _say(wire: Wire, message: Message) -> None:

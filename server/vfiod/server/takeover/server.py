@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol.errors import CommandError
 from vfiod.server.machine.keeping import adopt_machine, keep_machine, needs_of, under_way
@@ -15,15 +15,29 @@ from vfiod.server.takeover.whole import program_version
 if TYPE_CHECKING:
     from vfiod.server.exports import Exports
     from vfiod.server.monitor.server import MonitorServer
+    from vfiod.server.store.current import Current
 
-__all__ = ["Everything", "adopt_everything", "missing", "prepare"]
+__all__ = ["STORE", "Everything", "adopt_everything", "missing", "prepare"]
+
+
+STORE: Final = "store"
+"""The need of who goes on with a store of fds."""
 
 
 class Everything:
-    """A server that may be handed over. On the loop."""
+    """A server that may be handed over. On the loop.
 
-    def __init__(self, server: MonitorServer) -> None:
+    Args:
+        server: the monitor, with its machine.
+        store: keeps its fds; None: nobody does.
+        watchdog: seconds of silence after which who keeps them takes the server for stuck.
+
+    """
+
+    def __init__(self, server: MonitorServer, store: Current | None = None, watchdog: float | None = None) -> None:
         self._server = server
+        self._store = store
+        self._watchdog = watchdog
         self._machine = server.machine
         self._held = False
 
@@ -84,14 +98,21 @@ class Everything:
             machine = keep_machine(self._machine, given)
             doors = DoorsState() if self._exports is None else self._exports.keep(given)
             monitor = self._server.describe(given)
+            store = None if self._store is None else self._store.hand_over(given, self._watchdog)
         except CannotKeep:
             raise
         except CommandError as error:
             raise CannotKeep(f"It cannot be handed over: {error}") from error
-        needs = needs_of(machine) + (["exports"] if doors.exports else [])
+        needs = needs_of(machine) + (["exports"] if doors.exports else []) + ([] if store is None else [STORE])
         names = [name for name, _ in given.fds]
         return State(
-            machine=machine, doors=doors, monitor=monitor, program=program_version(), needs=needs, names=names
+            machine=machine,
+            doors=doors,
+            monitor=monitor,
+            store=store,
+            program=program_version(),
+            needs=needs,
+            names=names,
         ), given
 
 
@@ -135,6 +156,10 @@ def prepare(server: MonitorServer, welcome: Welcome) -> None:
             from vfiod.server.exports import exports_of
 
             exports_of(server.machine)
+        elif need == STORE:
+            from vfiod.server.store import restore
+
+            del restore
 
 
 def _known(server: MonitorServer, need: str) -> bool:
@@ -149,7 +174,7 @@ def _known(server: MonitorServer, need: str) -> bool:
         case "mdev":
             parent, _, made_of = what.partition("/")
             return server.machine.mdevs.knows(parent, made_of)
-    return need == "exports"
+    return need in ("exports", STORE)
 
 
 def adopt_everything(server: MonitorServer, state: State, taken: Taken) -> None:

@@ -26,6 +26,7 @@ from vfiod.server.takeover.conversation import (
     Welcome,
     Whole,
 )
+from vfiod.server.takeover.server import STORE
 from vfiod.server.takeover.whole import program_version
 from vfiod.server.takeover.wire import Ended, Wire
 
@@ -108,14 +109,18 @@ class TakingOver:
         raise Refused(f"The running server keeps everything: {getattr(answer, 'reason', '')}")
 
     def own(self) -> None:
-        """It is made: be the owner when the other end says so, or is dead. Raises Refused: it keeps everything."""
+        """It is made: be the owner when the other end says so, or is dead. Raises Refused: it keeps everything.
+
+        With a store of fds only its word counts: after its death whoever keeps them starts another server with them.
+        """
+        kept = STORE in self.welcome.needs
         self._say(Ready())
         self._socket.settimeout(None)
         try:
             answer = self._wire.receive()
             self._taker.hear(answer)
         except Ended as error:
-            if not self._is_dead() or not self._taker.giver_died():
+            if kept or not self._is_dead() or not self._taker.giver_died():
                 raise Refused(f"The hand-over broke off: {error}") from error
             _log.warning("The running server died when all was ready: everything is ours")
             return
@@ -123,6 +128,8 @@ class TakingOver:
             raise Refused(f"The hand-over broke off: {error}") from error
         if not isinstance(answer, Commit):
             raise Refused(f"The running server keeps everything: {getattr(answer, 'reason', '')}")
+        if kept:
+            return  # it has ended by now: whoever keeps the fds watches us
         try:
             self._wire.send(Owned())
         except BadHandOver:
