@@ -1,8 +1,9 @@
 """``vfiod keeper``: without systemd, a small process that holds a vfiod's fds, and starts it again when it dies.
 
-It speaks what systemd speaks (``sd_notify(3)``: FDSTORE, FDNAME, FDPOLL, FDSTOREREMOVE, BARRIER) on its own socket, and
-gives everything back as systemd does (``sd_listen_fds(3)``), so that vfiod knows one way only. It opens nothing,
-reads nothing of what it holds, and lets nobody but its own vfiod speak: by SCM_CREDENTIALS.
+It speaks what systemd speaks (``sd_notify(3)``: FDSTORE, FDNAME, FDPOLL, FDSTOREREMOVE, BARRIER, MAINPID) on its own
+socket, and gives everything back as systemd does (``sd_listen_fds(3)``), so that vfiod knows one way only; and
+X_VFIOD_TAKER, which process it is about to give everything to: systemd has the unit's control group for that. It
+opens nothing, reads nothing of what it holds, and lets nobody but its own vfiod speak: by SCM_CREDENTIALS.
 
 vfiod ends with status 0: so does the keeper. It ends otherwise, or is killed: it is started again with its fds, unless
 it dies too often. The keeper is told to end: so is vfiod, and is waited for.
@@ -60,6 +61,9 @@ NAME: Final = re.compile(r"[\x20-\x39\x3b-\x7e]{1,255}")
 MOST_DIGITS: Final = 10
 """Of the number of a process (``PID_MAX_LIMIT`` is 4,194,304)."""
 
+KEEPER: Final = "VFIOD_KEEPER"
+"""Tells vfiod that it is us, and no service manager with rules of its own about who may follow whom."""
+
 FIRST: Final = 3
 """SD_LISTEN_FDS_START."""
 
@@ -84,6 +88,7 @@ class Keeper:
         self._pid = 0
         self._pidfd: FileDescriptor | None = None  # of one that took the place of ours: no child, its end is seen so
         self._former: list[tuple[int, FileDescriptor | None]] = []  # whose place was taken, and which may live yet
+        self._takers: dict[int, FileDescriptor] = {}  # that may have everything of vfiod's, and own nothing yet
         self._waiting: selectors.BaseSelector | None = None
         self._inherited = tuple(range(FIRST, FIRST + inherited))
         self._outer = _outer_notifier()
@@ -103,11 +108,14 @@ class Keeper:
             waiting.register(woken, selectors.EVENT_READ)
             self._waiting = waiting
             os.environ["NOTIFY_SOCKET"], os.environ["FDSTORE"] = path, str(MOST_FDS)
+            os.environ[KEEPER] = str(os.getpid())
             self._start()
             while True:
                 waiting.select()
                 status = self._look(notify, woken)
                 if status is not None:
+                    for pidfd in [*self._takers.values(), *(one for _, one in self._former if one is not None)]:
+                        pidfd.close()  # they end by themselves: there is nobody they could have anything from
                     return status
 
     def _look(self, notify: socket.socket, woken: socket.socket) -> int | None:
@@ -125,6 +133,9 @@ class Keeper:
         for one in list(self._former):
             if _gone(*one):
                 self._former.remove(one)
+        for taker, pidfd in list(self._takers.items()):
+            if _readable(pidfd, 0):
+                self._forget(taker).close()
         return self._reap() if ended and pid == self._pid else None
 
     # --- its life -------------------------------------------------------------------------------------------
@@ -165,22 +176,57 @@ class Keeper:
             return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         return _readable(self._pidfd, 0)
 
-    def _follow(self, said: str) -> None:
-        """Another process has taken vfiod's place: it is the one to be looked after, and heard, from now on."""
-        pid = int(said) if said.isascii() and said.isdigit() and len(said) < MOST_DIGITS else 0
-        if pid == self._pid:
+    def _announced(self, said: str) -> None:
+        """A process is about to be given everything of vfiod's: should that die first, it is in the way of the next."""
+        pid = _number(said)
+        if pid in self._takers or pid == self._pid:
             return
         try:
             pidfd = FileDescriptor(os.pidfd_open(pid))
-        except (OSError, OverflowError) as error:
-            _say(f"process {said} cannot be followed: {error}")
+        except OSError as error:
+            _say(f"process {said} cannot be watched: {error}")
             return
-        assert self._waiting is not None  # noqa: S101 - it was said while we wait
+        self._takers[pid] = pidfd
+        self._watch(pidfd)
+
+    def _forget(self, taker: int) -> FileDescriptor:
+        """It is watched no more; the caller has its pidfd."""
+        pidfd = self._takers.pop(taker)
+        self._unwatch(pidfd)
+        return pidfd
+
+    def _follow(self, said: str) -> None:
+        """Another process has taken vfiod's place: it is the one to be looked after, and heard, from now on."""
+        pid = _number(said)
+        if pid == self._pid:
+            return
+        self._announced(said)
+        if pid not in self._takers:
+            return  # it is dead, and so it is said to whoever wanted it to follow
         if self._pidfd is not None:
-            self._waiting.unregister(self._pidfd.number)
+            self._unwatch(self._pidfd)
         self._former.append((self._pid, self._pidfd))
-        self._pid, self._pidfd = pid, pidfd
+        self._pid, self._pidfd = pid, self._takers.pop(pid)
+
+    def _watch(self, pidfd: FileDescriptor) -> None:
+        assert self._waiting is not None  # noqa: S101 - it was said while we wait
         self._waiting.register(pidfd.number, selectors.EVENT_READ)
+
+    def _unwatch(self, pidfd: FileDescriptor) -> None:
+        assert self._waiting is not None  # noqa: S101 - it was watched
+        self._waiting.unregister(pidfd.number)
+
+    def _clear_the_place(self) -> None:
+        """Nobody but the next vfiod may have anything: neither who gave its place away, nor who wanted to take it.
+
+        A taker has all of a vfiod that died while it gave, its listening sockets among it, and owns nothing: the word
+        that would make it the owner will not come.
+        """
+        for one in self._former:
+            _put_away(*one)
+        self._former.clear()
+        for taker in list(self._takers):
+            _put_away(taker, self._forget(taker))
 
     def _reap(self) -> int | None:
         """See off a vfiod that has ended, and start it again if that is to be."""
@@ -193,18 +239,14 @@ class Keeper:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         else:
             # No child of ours: how it ended nobody tells us. One that ends as asked takes all it has out first.
-            assert self._waiting is not None  # noqa: S101 - we wait
-            self._waiting.unregister(self._pidfd.number)
+            self._unwatch(self._pidfd)
             self._pidfd.close()
             self._pidfd = None
             last = 1 if self._held else 0
             if not self._held or self._ending:
                 return last
             how = "that had taken the place of ours is dead"
-            # Whoever gave its place away owns nothing, and would be in the way of the next.
-            for one in self._former:
-                _put_away(*one)
-            self._former.clear()
+        self._clear_the_place()
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - WINDOW_SECONDS:
@@ -248,6 +290,8 @@ class Keeper:
         elif said.get("FDSTORE") == "1":
             for fd in fds:
                 self._keep(name, fd)
+        if "X_VFIOD_TAKER" in said:
+            self._announced(said["X_VFIOD_TAKER"])
         if "MAINPID" in said:
             self._follow(said["MAINPID"])
         self._ready |= said.get("READY") == "1"
@@ -263,6 +307,11 @@ class Keeper:
             _say(f"an fd called '{name}' is not kept: there are {MOST_FDS} already")
         else:
             self._held.append((name, fd.give_away()))
+
+
+def _number(said: str) -> int:
+    """The number of a process; 0: it is none."""
+    return int(said) if said.isascii() and said.isdigit() and len(said) < MOST_DIGITS else 0
 
 
 def _readable(pidfd: FileDescriptor, milliseconds: int | None) -> bool:
@@ -288,8 +337,9 @@ def _put_away(pid: int, pidfd: FileDescriptor | None) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return
-    with pidfd, contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd.number, signal.SIGKILL)
+    with pidfd:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd.number, signal.SIGKILL)
         _readable(pidfd, None)
 
 

@@ -229,6 +229,11 @@ SERVE: Final = (
         more="Its sockets, sessions, exports and devices go on here; --name and sockets may then be left out.",
     ),
     Setting(
+        name="daemonize", types=(bool,), in_file=False,
+        help="with --take-over: come back when it serves, and go on in the background",
+        more="Exit status 0: it serves; 1: it does not, and the other one goes on. For ExecReload= of systemd.",
+    ),
+    Setting(
         name="config", metavar="FILE.toml", help="take options from a file; those given here win", offers="file",
         in_file=False, more="Its keys are these options without their dashes; see vfiod.toml(5).",
     ),

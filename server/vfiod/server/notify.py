@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ from typing import Final
 
 from vfiod.protocol.limits import MAX_STATUS, MIN_WATCHDOG_USEC
 
-__all__ = ["Notifier", "Watchdog", "watchdog_seconds"]
+__all__ = ["Notifier", "Watchdog", "control_group", "watchdog_seconds"]
 
 _log: Final = logging.getLogger("vfiod")
 
@@ -106,6 +107,16 @@ def watchdog_seconds(environment: Mapping[str, str] = os.environ) -> float | Non
         _log.warning("WATCHDOG_USEC is '%s', expected microseconds from %d: no watchdog", text, MIN_WATCHDOG_USEC)
         return None
     return int(text) / 1e6
+
+
+def control_group() -> str:
+    """Our control group, by which systemd knows which unit is ours (``cgroups(7)``); empty: none can be seen."""
+    found = {}
+    with contextlib.suppress(OSError), open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, hierarchy, path = line.rstrip("\n").split(":", 2)
+            found[hierarchy] = path
+    return found.get("name=systemd", found.get("", ""))  # systemd's own hierarchy, or the only one there is
 
 
 class Watchdog:

@@ -105,6 +105,7 @@ class Options(Struct, frozen=True):
     log_format: str = "auto"
     hand_over: str | None = None
     take_over: str | None = None
+    daemonize: bool = False
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -163,6 +164,10 @@ class _Reader:
         taking = self._values.get("take-over")
         if not name and not taking:
             raise OptionError("--name is missing: give the VM's name")
+        if self._flag("daemonize") and not taking:
+            raise OptionError(
+                "--daemonize goes with --take-over: any other server stays the child of who looks after it"
+            )
         name = name or ""  # that of the server whose place is taken
         if not name.isprintable():
             self._refuse("name", f"expects 1 to {MAX_NAME} printable characters, got {name!r}")
@@ -212,6 +217,7 @@ class _Reader:
             log_format=self._said_or_standard("log-format").lower(),
             hand_over=self._path("hand-over"),
             take_over=self._path("take-over"),
+            daemonize=self._flag("daemonize"),
         )
 
     @staticmethod

@@ -29,6 +29,7 @@ from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.loop import new_loop
 from vfiod.server.machine import Machine
 from vfiod.server.monitor.server import MonitorServer, belongs_to
+from vfiod.server.notify import Notifier, control_group
 from vfiod.server.options import BusOption, OptionError, Options, SocketOption, parse
 from vfiod.server.sandbox.entry import Wanted, confine, restrict
 from vfiod.server.sockets import listener
@@ -36,13 +37,14 @@ from vfiod.server.sockets.access import Access, overflow_uid
 from vfiod.server.supervised import Supervised
 
 if TYPE_CHECKING:
+    from vfiod.server.daemon import Daemon
     from vfiod.server.journal import Journal
     from vfiod.server.monitor.audit import Audit
     from vfiod.server.monitor.metrics_door import MetricsDoor
-    from vfiod.server.notify import Notifier
     from vfiod.server.state.doors import StoreState
     from vfiod.server.state.fds import Taken
     from vfiod.server.store.current import Current
+    from vfiod.server.store.fdstore import FdStore
     from vfiod.server.takeover.taker import TakingOver
 
 __all__ = ["main", "serve"]
@@ -65,19 +67,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logs.complain(str(error))
         return 2
     try:
-        journal = _begin_log(options)
-        refuse_overflow_uid()
-        raise_open_files()
-        signalling.interruptible()
-        for pattern in options.trace:
-            if not trace.switch(pattern, True):
-                raise StartError(f"--trace '{pattern}' matches no trace point")
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            clean = runner.run(serve(options, journal))
+        with contextlib.ExitStack() as stack:
+            daemon = _daemon(stack) if options.daemonize else None
+            journal = _begin_log(options)
+            refuse_overflow_uid()
+            raise_open_files()
+            signalling.interruptible()
+            for pattern in options.trace:
+                if not trace.switch(pattern, True):
+                    raise StartError(f"--trace '{pattern}' matches no trace point")
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                clean = runner.run(serve(options, journal, daemon))
     except VfiodError as error:
         logs.complain(str(error))
         return 1
     return 0 if clean else 1
+
+
+def _daemon(stack: contextlib.ExitStack) -> Daemon:
+    """Go on in a child, before there are threads, fds or a loop of ours."""
+    from vfiod.server.daemon import Daemon
+
+    return stack.enter_context(Daemon())
 
 
 def _begin_log(options: Options) -> Journal | None:
@@ -113,7 +124,7 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """What asks the server to close its devices and end."""
 
 
-async def serve(options: Options, journal: Journal | None = None) -> bool:
+async def serve(options: Options, journal: Journal | None = None, daemon: Daemon | None = None) -> bool:
     """Run until asked to end. Returns whether everything could be closed. Raises VfiodError when it cannot begin."""
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
@@ -164,6 +175,8 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
             gc.freeze()
             gc.enable()
             supervised.ready()
+            if daemon is not None:
+                daemon.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
             _log.info("Serving %s on %s", machine.name, ", ".join(map(str, doors)))
             cause = await server.closing
@@ -192,16 +205,21 @@ async def serve(options: Options, journal: Journal | None = None) -> bool:
     return not problems
 
 
-def _kept(options: Options, notifier: Notifier) -> socket.socket | None:
-    """The socket of whoever keeps fds for us; None: nobody does, or shall."""
+def _kept(options: Options, notifier: Notifier) -> FdStore | None:
+    """Whoever keeps fds for us; None: nobody does, or shall."""
+    from_us = os.environ.pop("VFIOD_KEEPER", None) is not None
     told = os.environ.pop("FDSTORE", "")
     if options.fd_store == "on" and notifier.datagrams is None:
         raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
     kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
-    return notifier.datagrams if kept else None
+    if not kept or notifier.datagrams is None:
+        return None
+    from vfiod.server.store.fdstore import FdStore
+
+    return FdStore(notifier.datagrams, None if from_us else control_group())
 
 
-async def _begin(machine: Machine, kept: socket.socket) -> Current:
+async def _begin(machine: Machine, kept: FdStore) -> Current:
     """Take over what a dead server has left there, before anybody may come in."""
     from vfiod.server.commands.monitor import VERSION
     from vfiod.server.store.restore import begin
@@ -216,7 +234,7 @@ def _taking(options: Options, stack: contextlib.ExitStack) -> TakingOver | None:
         return None
     from vfiod.server.takeover.taker import TakingOver
 
-    taking = TakingOver(options.take_over)
+    taking = TakingOver(options.take_over, orphan=options.daemonize)
     stack.callback(taking.close)
     return taking
 

@@ -139,6 +139,7 @@ class StoreState(Struct, frozen=True, kw_only=True, omit_defaults=True):
         slots: the files of the state in it.
         places: what else is in it: its place there, and the fd's here.
         following: the place there that is given next.
+        unit: the control group that is the keeper's unit; None: the keeper is vfiod's own.
         watchdog: seconds of silence after which the keeper takes the server for stuck.
 
     """
@@ -147,4 +148,5 @@ class StoreState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots: list[Place]
     places: dict[int, Place]
     following: int
+    unit: str | None = None
     watchdog: float | None = None

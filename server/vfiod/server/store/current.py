@@ -272,8 +272,22 @@ class Current:
             slots=[given.give(one.number, "store/state") for one in self._slots.files],
             places={place: given.give(number, f"store/{place}") for place, number in self._places.here().items()},
             following=self._places.next,
+            unit=self._store.unit,
             watchdog=watchdog,
         )
+
+    @property
+    def unit(self) -> str | None:
+        """The control group that is the keeper's unit; None: the keeper is vfiod's own."""
+        return self._store.unit
+
+    async def announce(self, pid: int) -> None:
+        """This process is about to be given everything: should we die, it must be gone before a next server begins.
+
+        Returns when who keeps the store knows. Raises StoreError: it does not.
+        """
+        self._store.announce(pid)
+        await self._machine.loop.run_in_executor(self._machine.executor, self._store.barrier)
 
     def pass_on(self, pid: int) -> None:
         """Whoever keeps the store follows this process from now on, and starts a server anew when that one dies.

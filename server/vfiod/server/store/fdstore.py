@@ -39,10 +39,18 @@ class StoreError(VfiodError):
 
 
 class FdStore:
-    """The store, by a connected datagram socket, lent: :class:`~vfiod.server.notify.Notifier` owns it."""
+    """The store, by a connected datagram socket, lent: :class:`~vfiod.server.notify.Notifier` owns it.
 
-    def __init__(self, notifier: socket.socket) -> None:
+    Args:
+        notifier: the socket.
+        unit: the control group that is its keeper's unit: it follows no process outside, and ends all inside before it
+            starts a new server (systemd). None: it is ``vfiod keeper``, which follows any, and is told whom to end.
+
+    """
+
+    def __init__(self, notifier: socket.socket, unit: str | None) -> None:
         self._socket = notifier
+        self.unit: Final = unit
 
     def store(self, name: str, fds: Sequence[int]) -> None:
         """Keep duplicates of these fds, whatever becomes of us. Raises StoreError."""
@@ -59,6 +67,11 @@ class FdStore:
     def number(self) -> int:
         """The socket's number, lent."""
         return self._socket.fileno()
+
+    def announce(self, pid: int) -> None:
+        """This process will have all of ours, and owns nothing: it is ended before a next server begins. StoreError."""
+        if self.unit is None:
+            self._send(f"X_VFIOD_TAKER={pid}")
 
     def follow(self, pid: int) -> None:
         """From now on the process to be watched, and started again, is this one, and its word counts. StoreError."""

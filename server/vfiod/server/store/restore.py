@@ -46,12 +46,12 @@ SEQ_GAP: Final = 1_000_000
 """Numbers of events that are skipped: those the dead server gave after it last wrote the state are not given again."""
 
 
-async def begin(machine: Machine, notifier: socket.socket, program: str) -> Current:
+async def begin(machine: Machine, store: FdStore, program: str) -> Current:
     """Begin with what is there, and keep the store current from now on.
 
     Args:
         machine: has nothing yet; its loop runs, and does nothing else.
-        notifier: connected to whoever keeps fds; lent.
+        store: keeps our fds.
         program: our version, for a person.
 
     Raises:
@@ -59,7 +59,7 @@ async def begin(machine: Machine, notifier: socket.socket, program: str) -> Curr
 
     """
     came = inherited(os.environ, os.getpid())
-    store, places = FdStore(notifier), Places()
+    places = Places()
     slots = _slots(came.pop(STATE, []), store)
     text = slots.read()
     found = Found({place: fds[0] for name, fds in came.items() if (place := place_of(name)) is not None})
@@ -95,7 +95,7 @@ def go_on(machine: Machine, state: StoreState, taken: Taken, notify: socket.sock
     slots = Slots([taken.take(place) for place in state.slots])
     places = Places()
     places.go_on({place: taken.copy(number) for place, number in state.places.items()}, state.following)
-    current = Current(machine, FdStore(notify), slots, places, program)
+    current = Current(machine, FdStore(notify, state.unit), slots, places, program)
     machine.devices.before_close = current.let_go
     return current
 

@@ -15,7 +15,8 @@ The giver owns everything until it has read ``Owned``. The taker owns everything
 died after ``Ready``. ``Owned`` is sent before the taker does anything: a taker that dies sooner leaves the giver the
 owner, and one that dies later dies as any owner may.
 
-With a store of fds (a need of ``Welcome``), whoever keeps it starts a new server when the one it watches dies. So it
+With a store of fds (a need of ``Welcome``), whoever keeps it starts a new server when the one it watches dies, and puts
+the taker away first: systemd ends all of a unit, ``vfiod keeper`` is told the taker before ``Whole``. So the keeper
 decides, and not the death of an end: after ``Ready`` the giver tells it to watch the taker (``MAINPID=``), says
 ``Commit`` and ends. The taker owns everything from ``Commit`` on, and by that alone; it writes its state into the store
 before it does anything. Whoever dies, then or sooner, the store is whole, and is given to one new server.
@@ -64,11 +65,22 @@ class BadHandOver(VfiodError):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The taker's first word: the versions it speaks and reads."""
+    """The taker's first word: the versions it speaks and reads.
+
+    Attributes:
+        protocol: the version of this conversation.
+        state: that of the state.
+        program: that of the program.
+        unit: its control group, by which systemd knows whose process it is; empty: it has none.
+        orphan: it outlives its parent (``--daemonize``), and becomes the child of who looks after orphans.
+
+    """
 
     protocol: int
     state: int
     program: str
+    unit: str = ""
+    orphan: bool = False
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):

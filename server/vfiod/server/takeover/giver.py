@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from vfiod.protocol.errors import VfiodError
 from vfiod.protocol.limits import TAKE_OVER_MS, TAKE_OVER_QUIET_MS
-from vfiod.server.sockets.access import Access, peer_of
+from vfiod.server.sockets.access import Access, Peer, peer_of
 from vfiod.server.state.format import VERSION
 from vfiod.server.takeover.conversation import (
     PROTOCOL,
@@ -76,8 +76,8 @@ class HandOver:
         """Somebody connected."""
         peer = peer_of(connection)
         refusal = self._access.refusal(peer, "hand-over")
-        if refusal is None and self._store is not None and not peer.pid:
-            refusal = "Whoever keeps the fds has to be told your process, and it cannot be seen from here"
+        if refusal is None and self._store is not None:
+            refusal = _beyond(self._store, peer)
         if refusal is None and self._task is not None:
             refusal = "A hand-over is under way: one at a time"
         if refusal is not None:
@@ -121,6 +121,8 @@ class HandOver:
                 f"vfiod {hello.program} takes over by protocol {hello.protocol} and reads state {hello.state}; this is "
                 f"vfiod {program_version()}, with protocol {PROTOCOL} and state {VERSION}"
             )
+        if self._store is not None and (refusal := _astray(self._store.unit, hello)) is not None:
+            raise BadHandOver(refusal)
         await self._wait()
         welcome = self._everything.welcome()
         await asyncio.wait_for(self._loop.sock_sendall(connection, packed(welcome)), TAKE_OVER_MS / 1000)
@@ -128,6 +130,8 @@ class HandOver:
         if giver.state is not GiverState.GIVING:
             _log.warning("The new process does not take over")
             return
+        if self._store is not None:
+            await self._store.announce(pid)
         await self._quiet()
         self._give(connection, giver, pid)
 
@@ -202,6 +206,28 @@ class HandOver:
                 _say(wire, Commit())
         finally:
             self._leave(status)
+
+
+def _beyond(store: Current, peer: Peer) -> str | None:
+    """Why whoever keeps the fds cannot follow a process, nor end it; None: it can."""
+    if not peer.pid:
+        return "Whoever keeps the fds has to be told your process, and it cannot be seen from here"
+    own = os.geteuid()
+    if store.unit is None and own not in (0, peer.uid):
+        return f"The fds are kept by uid {own}, which cannot end a process of uid {peer.uid}: start it as uid {own}"
+    return None
+
+
+def _astray(unit: str | None, hello: Hello) -> str | None:
+    """Why systemd would not follow the taker, or not see it die, or not end it before it starts a server anew."""
+    if unit is None or (unit and unit == hello.unit and hello.orphan):
+        return None
+    what = f"is in the control group '{hello.unit}'" if hello.unit != unit or not unit else "has a parent that may stay"
+    return (
+        "systemd keeps the fds of this server, and looks after orphans and children of its own in the unit alone; your "
+        f"process {what}, the unit is '{unit}'. Start it by ExecReload= of the unit, with --daemonize, and 'systemctl "
+        "reload' (docs/takeover.md)"
+    )
 
 
 def _hung_up(connection: socket.socket) -> bool:

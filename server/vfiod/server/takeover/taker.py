@@ -10,6 +10,7 @@ from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import TAKE_OVER_MS
+from vfiod.server.notify import control_group
 from vfiod.server.sockets.access import peer_of
 from vfiod.server.state.format import VERSION
 from vfiod.server.takeover.conversation import (
@@ -44,6 +45,7 @@ class TakingOver:
 
     Args:
         path: where the running process hands over (``--hand-over``).
+        orphan: this process outlives its parent.
 
     Attributes:
         welcome: what there is.
@@ -52,7 +54,7 @@ class TakingOver:
 
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, orphan: bool = False) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._pidfd: FileDescriptor | None = None
         self._taker = Taker()
@@ -64,7 +66,7 @@ class TakingOver:
                 raise Refused(f"Nobody hands over at '{path}': {os.strerror(error.errno or 0)}") from error
             self._watch_giver()
             self._wire = Wire(self._socket)
-            self.welcome = self._greet()
+            self.welcome = self._greet(orphan=orphan)
         except BaseException:
             self.close()
             raise
@@ -76,9 +78,9 @@ class TakingOver:
         except OSError as error:  # another pid namespace, or a kernel before 5.3: its socket alone tells
             _log.debug("The other process cannot be watched: %s", error)
 
-    def _greet(self) -> Welcome:
+    def _greet(self, *, orphan: bool) -> Welcome:
         try:
-            self._wire.send(Hello(PROTOCOL, VERSION, program_version()))
+            self._wire.send(Hello(PROTOCOL, VERSION, program_version(), unit=control_group(), orphan=orphan))
             answer = self._wire.receive()
             self._taker.hear(answer)
         except (OSError, BadHandOver) as error:

@@ -20,7 +20,7 @@ def test_a_device_at_work_is_written_as_it_was_and_the_others_as_they_are() -> N
         world = World()
         slots = Slots()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-            current = Current(world.machine, FdStore(notifier), slots, Places(), "test")
+            current = Current(world.machine, FdStore(notifier, None), slots, Places(), "test")
             try:
                 uuid = await world.add()
                 [before] = current._described().machine.mdevs
