@@ -1,8 +1,9 @@
 """``--daemonize``: the server goes on in the background, and who started it is told how that began.
 
-Its parent ends, so it becomes the child of whoever looks after orphans. Under systemd that is systemd, which is told of
-the end of no others: so a server that took the place of another, started by ``ExecReload=``, is looked after as the
-first one was.
+It is an orphan before it says anything to anybody: the child of whoever looks after orphans. Under systemd that is
+systemd, which is told of the end of no others: so a server that took the place of another, started by ``ExecReload=``,
+is looked after as the first one was. One that became an orphan later could die with its parent, and systemd would take
+that for an orderly end.
 """
 
 from __future__ import annotations
@@ -18,26 +19,34 @@ __all__ = ["Daemon"]
 
 
 class Daemon:
-    """The child; its parent waits in the constructor, which does not return there.
+    """The server's process. The constructor returns there alone; where it was called, it waits.
 
-    The parent ends with 0 as soon as the child is :meth:`ready`, and with 1 when that has ended sooner: what was wrong
+    It ends with status 0 as soon as the server is :meth:`ready`, and with 1 when that has ended sooner: what was wrong
     is on its standard error, which both have.
     """
 
     def __init__(self) -> None:
-        reading, writing = (FileDescriptor(number) for number in os.pipe2(os.O_CLOEXEC))
+        ready, self._ready = _pipe()
+        alone, parted = _pipe()
+        between = os.fork()
+        if between:
+            self._ready.close()
+            alone.close()
+            os.waitpid(between, 0)
+            parted.close()
+            os._exit(0 if os.read(ready.number, 1) else 1)
         if os.fork():
-            writing.close()
-            # It is not waited for: its end is the news of who looks after orphans.
-            os._exit(0 if os.read(reading.number, 1) else 1)
-        reading.close()
-        self._parent = writing
+            os._exit(0)
+        ready.close()
+        parted.close()
+        with alone:
+            os.read(alone.number, 1)  # its end: who was between has gone, and we are an orphan
 
     def ready(self) -> None:
-        """It serves: the parent may end."""
-        with contextlib.suppress(BrokenPipeError):  # somebody has ended it
-            os.write(self._parent.number, b"+")
-        self._parent.close()
+        """It serves: who started it may go on."""
+        with contextlib.suppress(BrokenPipeError):  # somebody has ended that one
+            os.write(self._ready.number, b"+")
+        self._ready.close()
 
     def __enter__(self) -> Self:
         return self
@@ -45,4 +54,10 @@ class Daemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._parent.close()
+        self._ready.close()
+
+
+def _pipe() -> tuple[FileDescriptor, FileDescriptor]:
+    """To read from, and to write to."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    return FileDescriptor(reading), FileDescriptor(writing)

@@ -5,7 +5,6 @@ A systemd of its own, in namespaces of its own: it needs root, and sees nothing 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -67,7 +66,6 @@ def booted(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "units").mkdir()
     (tmp_path / "units" / "test.target").write_text("[Unit]\nDefaultDependencies=no\nWants=vfiod.service\n")
     command = f"{sys.executable} -P -m vfiod.server --name vm1 --qmp unix:{path} --fd-store on"
-    command += f" --hand-over unix:{tmp_path}/hand-over --allow-path {tmp_path}"
     (tmp_path / "units" / "vfiod.service").write_text(
         "\n".join(
             [
@@ -90,7 +88,6 @@ def booted(tmp_path: Path) -> Iterator[Path]:
         if "set-up" not in (tmp_path / "log").read_text():
             pytest.skip(f"no namespaces for a systemd here: {(tmp_path / 'log').read_text()[-300:]}")
         assert process.poll() is None, (tmp_path / "log").read_text()
-        path.with_name("systemd").write_text(str(process.pid))
         yield path
     finally:
         process.kill()
@@ -145,55 +142,3 @@ def test_killed_under_systemd_everything_is_there_again(booted: Path) -> None:
         until(lambda: server_of(booted) not in (0, pid))
         with Client.connect(booted, timeout=PATIENCE) as client:
             assert [one.fdset_id for one in client.query_fdsets()] == [2]
-
-
-def first_of(booted: Path) -> str:
-    """That systemd's number here."""
-    unshare = booted.with_name("systemd").read_text()
-    return Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0]
-
-
-def taker_of(booted: Path) -> int:
-    """The child of systemd that has taken the place of the server; 0: there is none."""
-    first = first_of(booted)
-    for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            if b"--take-over" in Path(f"/proc/{child}/cmdline").read_bytes():
-                return int(child)
-    return 0
-
-
-def test_replaced_under_systemd_the_new_one_is_kept(booted: Path) -> None:
-    """systemd follows the process that has taken the place of the one it started, and starts another when it dies."""
-    if shutil.which("nsenter") is None:
-        pytest.skip("needs nsenter")
-    said = booted.with_name("taker")
-    # In the background of a shell that ends: systemd is told of the end of its children, and of orphans.
-    command = f"{sys.executable} -P -m vfiod.server --take-over unix:{booted.parent}/hand-over --log-level info"
-    command += f" --allow-path {booted.parent}"
-    with eventfd() as trigger, memfd(MiB) as memory:
-        with Client.connect(booted, timeout=PATIENCE) as client:
-            add(client, "a")
-            client.dma_map(iova=0, size=MiB, fd=memory)
-            client.irq_start(device="a", index="msi", eventfds=[VectorFds(vector=0, trigger=trigger)])
-            before = server_of(booted)
-            with said.open("w") as log:
-                subprocess.run(
-                    [
-                        *("nsenter", "--target", first_of(booted), "--mount", "--pid", "--ipc", "--uts"),
-                        *("sh", "-c", f"{command} &"),
-                    ],
-                    stdin=subprocess.DEVNULL, stderr=log, env={"PYTHONPATH": ":".join(filter(None, sys.path))},
-                    check=True, timeout=PATIENCE,
-                )  # fmt: skip
-            until(lambda: "Serving" in said.read_text() or "failed" in said.read_text())
-            add(client, "b")
-        os.kill(taker_of(booted), signal.SIGKILL)
-        until(lambda: server_of(booted) not in (0, before))
-        with Client.connect(booted, timeout=PATIENCE) as client:
-            machine = client.query_machine()
-            assert machine.restored == MachineRestored(devices=["a", "b"], lost=[])
-            assert [(one.iova, one.size) for one in machine.mappings] == [(0, MiB)]
-            put(client, "a", 0x14, 1)
-            assert rung(trigger) >= 1
-    assert "Traceback" not in said.read_text(), said.read_text()

@@ -14,6 +14,7 @@ from msgspec import UNSET
 from tests.integration.exports.hypervisor import eventfd, memfd
 
 from vfiod.client.methods.values import VectorFds
+from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.monitor import MachineRestored
 
 from .test_crash import ACKNOWLEDGE, PATIENCE, RAISE, SCRATCH, Kept, MiB, add, get, put, rung, until
@@ -64,6 +65,14 @@ def take_over(kept: Kept, name: str) -> Taker:
 def held(kept: Kept) -> int:
     """fds of the keeper."""
     return len(os.listdir(f"/proc/{kept.keeper.pid}/fd"))
+
+
+def put_for_good(client: Client, id: str, register: int, value: int) -> None:
+    """Write a register, and have that in the store: a small step follows soon after, and with any greater one."""
+    put(client, id, register, value)
+    with memfd(MiB) as memory:
+        client.dma_map(iova=0, size=MiB, fd=memory)
+        client.dma_unmap(iova=0, size=MiB)
 
 
 def kill(kept: Kept, taker: Taker) -> None:
@@ -139,6 +148,24 @@ def test_one_that_shall_not_keep_is_refused(kept: Kept) -> None:
         assert "Its fds are kept in a store, which this server shall not have (--fd-store off)" in taker.log()
         put(client, "a", SCRATCH, 3)
         assert get(client, "a", SCRATCH) == 3 ^ 0xFFFF_FFFF
+
+
+def test_in_the_background_who_started_it_is_told_how_it_began(kept: Kept) -> None:
+    with kept.client() as client:
+        add(client, "a")
+        put(client, "a", SCRATCH, 7)
+        refused = Taker(kept, "refused", "--daemonize", "--fd-store", "off")
+        assert refused.ended() == 1
+        assert "--fd-store off" in refused.log()
+        before = kept.pid
+        for turn in range(2):
+            taker = Taker(kept, f"taker{turn}", "--daemonize")
+            assert taker.ended() == 0, taker.log()
+            assert "Serving" in taker.log()
+            assert get(client, "a", SCRATCH) == 7 ^ 0xFFFF_FFFF
+        until(lambda: not Path(f"/proc/{before}").exists())
+        client.quit()
+    assert kept.keeper.wait(PATIENCE) == 0, kept.log()
 
 
 TAKER = """
@@ -259,7 +286,7 @@ def test_a_giver_that_dies_leaves_one_owner(kept: Kept, step: str) -> None:
     """Until ``Commit`` has arrived, the keeper alone decides who is next; the taker is gone before that begins."""
     with kept.client() as client:
         add(client, "a")
-        put(client, "a", SCRATCH, 7)
+        put_for_good(client, "a", SCRATCH, 7)
     giver = kept.pid
     kept.dead.add(giver)
     taker = Taker(kept, "taker", *UNCONFINED, run=("-c", WITNESS, str(giver), step, "goes on"))
@@ -274,13 +301,17 @@ def test_a_giver_that_dies_leaves_one_owner(kept: Kept, step: str) -> None:
     with kept.client() as client:
         assert get(client, "a", SCRATCH) == 7 ^ 0xFFFF_FFFF
         assert client.query_machine().restored == (UNSET if taken else MachineRestored(devices=["a"], lost=[]))
+        if taken:
+            client.quit()
+    if taken:
+        assert taker.ended() == 0, taker.log()
 
 
 @pytest.mark.parametrize("step", [*NOT_KNOWN, *GIVEN, *SAID])
 def test_a_giver_that_dies_is_followed_though_the_taker_stands_still(kept: Kept, step: str) -> None:
     with kept.client() as client:
         add(client, "a")
-        put(client, "a", SCRATCH, 7)
+        put_for_good(client, "a", SCRATCH, 7)
     giver = kept.pid
     kept.dead.add(giver)
     taker = Taker(kept, "taker", *UNCONFINED, run=("-c", WITNESS, str(giver), step, "stands still"))

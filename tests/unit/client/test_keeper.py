@@ -155,6 +155,61 @@ def test_others_are_not_heard_and_readiness_is_passed_on(tmp_path: Path) -> None
         assert outer.recv(4096) == b"READY=1\nSTATUS=Serving"
 
 
+def test_who_wanted_to_take_over_is_gone_before_another_begins(tmp_path: Path) -> None:
+    status, out, err = end(
+        keep(
+            tmp_path,
+            """
+            if turn == 0:
+                reading, writing = os.pipe()
+                taker = os.fork()
+                if not taker:
+                    signal.pause()
+                say(f"READY=1\\nX_VFIOD_TAKER={taker}")
+                say("X_VFIOD_TAKER=none\\nFDSTORE=1\\nFDNAME=writing", writing)
+                done()
+                (place / "taker").write_text(str(taker))
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                # A child of ours that was left behind: it may be waited for by others yet, and runs no more.
+                state = Path("/proc", (place / "taker").read_text(), "stat").read_text().rpartition(")")[2].split()[0]
+            except FileNotFoundError:
+                state = "X"
+            assert state in "ZX", state
+            """,
+        )
+    )
+    assert (status, out) == (0, ""), err
+    assert "process none cannot be watched" in err
+
+
+def test_who_took_over_is_looked_after_and_heard(tmp_path: Path) -> None:
+    status, out, err = end(
+        keep(
+            tmp_path,
+            """
+            if turn == 0:
+                say("READY=1\\nFDSTORE=1\\nFDNAME=vfiod-a", memory("one"))
+                reading, writing = os.pipe()
+                taker = os.fork()
+                if not taker:
+                    os.close(writing)
+                    os.read(reading, 1)  # our parent is gone, and was told nothing but who we are
+                    say("FDSTORE=1\\nFDNAME=vfiod-b", memory("two"))
+                    os.kill(os.getpid(), signal.SIGKILL)
+                say(f"MAINPID={taker}")
+                done()
+                say("FDSTORE=1\\nFDNAME=vfiod-c", memory("it is another's"))
+                sys.exit(0)
+            assert names == ["vfiod-a", "vfiod-b"], names
+            assert [read(name) for name in names] == ["one", "two"]
+            """,
+        )
+    )
+    assert (status, out) == (0, ""), err
+    assert "vfiod that had taken the place of ours is dead: starting it again with 2 fds" in err
+
+
 def test_inherited_sockets_stay_where_they_are(tmp_path: Path) -> None:
     program = tmp_path / "stand_in.py"
     body = """

@@ -24,7 +24,7 @@ def test_the_page_and_the_schema_are_current() -> None:
 
 def test_every_option_has_its_key() -> None:
     options = {name[2:] for action in serve_parser()._actions for name in action.option_strings if name[:2] == "--"}
-    assert options - {"help", "config", "take-over"} == set(schema()["properties"])
+    assert options - {"help", "config", "take-over", "daemonize"} == set(schema()["properties"])
     assert len({one.name for one in SERVE}) == len(SERVE)
 
 

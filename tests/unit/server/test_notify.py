@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vfiod.protocol.limits import MAX_STATUS
-from vfiod.server.notify import Notifier, Watchdog, watchdog_seconds
+from vfiod.server.notify import Notifier, Watchdog, control_group, watchdog_seconds
 
 PATIENCE = 120
 SECONDS = 0.05
@@ -146,3 +146,9 @@ def test_a_thread_that_is_stuck_does_not_matter(manager: socket.socket, notifier
         assert await worker
 
     asyncio.run(run())
+
+
+def test_the_control_group_is_systemds_or_the_only_one() -> None:
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    known = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines}
+    assert control_group() == known.get("name=systemd", known.get(""))
