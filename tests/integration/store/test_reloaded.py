@@ -186,14 +186,14 @@ def booted(tmp_path: Path) -> Iterator[Booted]:
 STEPS = """
 [Service]
 ExecReload=
-ExecReload=/bin/sh -c 'read -r step < /run/step; exec PYTHON /run/witness.py $MAINPID "$$step" "goes on" \
+ExecReload=/bin/sh -c 'read -r who step < /run/step; exec PYTHON /run/witness.py "$$who" "$$step" "goes on" \
 --take-over unix:/run/vfiod/vm1/hand-over --daemonize --fd-store on OPTIONS'
 """
 
 
 @pytest.fixture
 def witnessed(tmp_path: Path) -> Iterator[Booted]:
-    """One whose reload kills the server that gives, after the step that /run/step names."""
+    """One in whose reload somebody dies after a step: /run/step names both."""
     yield from boot(tmp_path, STEPS.replace("OPTIONS", " ".join(UNCONFINED)))
 
 
@@ -253,10 +253,31 @@ def test_a_giver_that_dies_under_systemd_leaves_one_owner(witnessed: Booted) -> 
         with witnessed.client() as client:
             put_for_good(client, "a", SCRATCH, value)
         before = witnessed.main()
-        (witnessed.root / "run/step").write_text(f"{step}\n")
+        (witnessed.root / "run/step").write_text(f"{before} {step}\n")
         taken = witnessed.reload()
         assert not taken or step in SAID, step
         until(lambda before=before: witnessed.main() not in (0, before))  # type: ignore[misc]
+        with witnessed.client() as client:
+            assert get(client, "a", SCRATCH) == value ^ 0xFFFF_FFFF, step
+            assert [one.id for one in client.query_devices()] == ["a"]
+        until(lambda: len(witnessed.processes()) == 1)
+
+
+def test_a_taker_that_dies_under_systemd_leaves_one_owner(witnessed: Booted) -> None:
+    with witnessed.client() as client:
+        add(client, "a")
+    for value, step in enumerate([*NOT_KNOWN, *GIVEN, *SAID], 1):
+        with witnessed.client() as client:
+            put_for_good(client, "a", SCRATCH, value)
+            before = witnessed.main()
+            (witnessed.root / "run/step").write_text(f"0 {step}\n")
+            assert not witnessed.reload() or step in SAID, step
+            if step not in SAID:
+                assert get(client, "a", SCRATCH) == value ^ 0xFFFF_FFFF, step
+                assert witnessed.main() == before
+        if step in SAID:
+            # The giver has left: whoever says that it is ready is the next.
+            until(lambda before=before: witnessed.main() not in (0, before))  # type: ignore[misc]
         with witnessed.client() as client:
             assert get(client, "a", SCRATCH) == value ^ 0xFFFF_FFFF, step
             assert [one.id for one in client.query_devices()] == ["a"]

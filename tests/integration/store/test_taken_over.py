@@ -227,7 +227,7 @@ def test_a_taker_that_dies_leaves_one_owner_and_the_store_whole(kept: Kept, step
         assert get(client, "a", SCRATCH) == 7 ^ 0xFFFF_FFFF
 
 
-# The real one, after whose step the giver dies; then it goes on, or stands still.
+# The real one, after whose step the giver (0: itself) dies; then it goes on, or stands still.
 WITNESS = """
 import contextlib, os, signal, sys
 from vfiod.server.program import main
@@ -239,7 +239,7 @@ send, receive, receive_whole = wire.Wire.send, wire.Wire.receive, wire.Wire.rece
 def after(step):
     if step == last:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(giver, signal.SIGKILL)
+            os.kill(giver or os.getpid(), signal.SIGKILL)
         if then == "stands still":
             os.kill(os.getpid(), signal.SIGSTOP)
 
