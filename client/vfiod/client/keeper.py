@@ -375,6 +375,9 @@ def _woken_by_signals() -> Iterator[socket.socket]:
         try:
             yield ours
         finally:
+            # vfiod has ended, and so do we: one more wish for it would turn a clean end into a death by signal.
+            for number in FORWARDED:
+                signal.signal(number, signal.SIG_IGN)
             signal.set_wakeup_fd(-1)
 
 

@@ -305,6 +305,7 @@ def test_a_giver_that_dies_leaves_one_owner(kept: Kept, step: str) -> None:
             client.quit()
     if taken:
         assert taker.ended() == 0, taker.log()
+        assert kept.keeper.wait(PATIENCE) == 0, kept.log()
 
 
 @pytest.mark.parametrize("step", [*NOT_KNOWN, *GIVEN, *SAID])
