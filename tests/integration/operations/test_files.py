@@ -42,6 +42,9 @@ def test_systemd_knows_every_line_of_the_units(tmp_path: Path) -> None:
         # The program need not be installed here: another stands for it, and its words stay.
         text = (SYSTEMD / unit).read_text().replace("/usr/bin/vfiod", "/bin/true")
         (tmp_path / unit.replace("@", "@x")).write_text(text.replace("%i", "x").replace("vfiod@x.", "vfiod@x."))
+    replace = (SYSTEMD / "replace.conf").read_text().replace("/usr/bin/vfiod", "/bin/true").replace("%i", "x")
+    (tmp_path / "vfiod@x.service.d").mkdir()
+    (tmp_path / "vfiod@x.service.d" / "replace.conf").write_text(replace)
     ran = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "./vfiod@x.service", "./vfiod@x.socket"],
         cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,

@@ -198,6 +198,12 @@ def test_wrong_elements_of_a_list(tmp_path: Path) -> None:
         parse([*_file(tmp_path, "allow-uid = [-1]"), *LEAST])
 
 
+def test_only_who_takes_over_goes_into_the_background() -> None:
+    assert parse(["--take-over", "unix:/x", "--daemonize"]).daemonize
+    with pytest.raises(OptionError, match=r"^--daemonize goes with --take-over: "):
+        parse([*LEAST, "--daemonize"])
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"Cannot read the configuration '.*absent': No such file"):
         parse(["--config", str(tmp_path / "absent")])
