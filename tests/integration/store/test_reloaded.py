@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +30,6 @@ from .test_taken_over import GIVEN, NOT_KNOWN, SAID, UNCONFINED, WITNESS, put_fo
 
 USER = "daemon"
 """In place of vfiod, which packages make: one that every system has."""
-
-SERVICE = "vfiod@vm1.service"
 
 BOOT = """
 set -e
@@ -55,9 +54,20 @@ container=vfiod-test exec {systemd} --system --unit=test.target --log-target=con
 
 
 class Booted:
-    """A systemd with the unit of examples/systemd."""
+    """A systemd with the unit of examples/systemd.
+
+    Args:
+        place: for what it needs.
+        replace: the drop-in that has ExecReload=.
+
+    Attributes:
+        vm: the name, in no other run: systemds share the control groups of their host, one for each name of a unit.
+
+    """
 
     def __init__(self, place: Path, replace: str) -> None:
+        self.vm = f"t{uuid.uuid4().hex[:8]}"
+        self.service = f"vfiod@{self.vm}.service"
         paths = [path for path in sys.path if Path(path).is_dir()]
         python = f"/run/python/bin/python{sys.version_info.major}.{sys.version_info.minor} -P"
         self._units(place / "units", python, ":".join(f"/run/path/{at}" for at in range(len(paths))), replace)
@@ -77,7 +87,7 @@ class Booted:
         outside = "[Unit]\nDefaultDependencies=no\n"
         drop_ins = place / "vfiod@.service.d"
         drop_ins.mkdir(parents=True)
-        (place / "test.target").write_text(f"{outside}Wants=vfiod@vm1.socket {SERVICE}\n")
+        (place / "test.target").write_text(f"{outside}Wants=vfiod@{self.vm}.socket {self.service}\n")
         for unit in (UNIT, UNIT.with_suffix(".socket")):
             text = unit.read_text().replace("=vfiod\n", f"={USER}\n")
             (place / unit.name).write_text(text.replace("/usr/bin/vfiod serve", f"{python} -m vfiod.server"))
@@ -121,19 +131,19 @@ class Booted:
         )  # fmt: skip
 
     def shown(self, what: str) -> str:
-        return self.inside("systemctl", "show", SERVICE, "--value", "-p", what).stdout.strip()
+        return self.inside("systemctl", "show", self.service, "--value", "-p", what).stdout.strip()
 
     def main(self) -> int:
         """The process that systemd looks after, by its count; 0: none."""
         return int(self.shown("MainPID") or 0)
 
     def reload(self) -> bool:
-        return self.inside("systemctl", "reload", SERVICE).returncode == 0
+        return self.inside("systemctl", "reload", self.service).returncode == 0
 
     def kill(self) -> None:
         """kill -9 of the server, and the next one is there."""
         before = self.main()
-        assert self.inside("systemctl", "kill", "--kill-whom=main", "-s", "KILL", SERVICE).returncode == 0
+        assert self.inside("systemctl", "kill", "--kill-whom=main", "-s", "KILL", self.service).returncode == 0
         until(lambda: self.main() not in (0, before))
 
     def processes(self) -> list[str]:
@@ -152,12 +162,15 @@ class Booted:
         end = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(ConnectFailed, ConnectionLost):
-                return Client.connect(self.root / "run/vfiod/vm1.qmp", timeout=PATIENCE)
+                return Client.connect(self.root / f"run/vfiod/{self.vm}.qmp", timeout=PATIENCE)
             assert time.monotonic() < end, self.said()
             time.sleep(0.01)
 
     def close(self) -> None:
-        said = self.said() if self._process.poll() is None and self._set_up() else ""
+        said = ""
+        if self._process.poll() is None and self._set_up():
+            self.inside("systemctl", "stop", self.service)  # with it goes its control group
+            said = self.said()
         self._process.kill()
         self._process.wait(PATIENCE)
         assert "Traceback" not in said, said
@@ -187,7 +200,7 @@ STEPS = """
 [Service]
 ExecReload=
 ExecReload=/bin/sh -c 'read -r who step < /run/step; exec PYTHON /run/witness.py "$$who" "$$step" "goes on" \
---take-over unix:/run/vfiod/vm1/hand-over --daemonize --fd-store on OPTIONS'
+--take-over unix:/run/vfiod/%i/hand-over --daemonize --fd-store on OPTIONS'
 """
 
 
@@ -222,7 +235,7 @@ def test_a_reload_replaces_the_program_and_the_new_one_is_kept(booted: Booted) -
                 assert rung(trigger) >= 1
                 put(client, "a", ACKNOWLEDGE, 1)
             assert booted.reload(), booted.said()
-    assert booted.inside("systemctl", "stop", SERVICE).returncode == 0
+    assert booted.inside("systemctl", "stop", booted.service).returncode == 0
     assert booted.shown("Result") == "success"
 
 
@@ -235,7 +248,7 @@ def test_one_that_systemd_would_not_look_after_is_refused_before_anything_moves(
         for more in ((), ("--daemonize",)):
             ran = booted.inside(
                 *("env", f"PYTHONPATH={path}", python, "-P", "-m", "vfiod.server"),
-                *("--take-over", "unix:/run/vfiod/vm1/hand-over", *more),
+                *("--take-over", f"unix:/run/vfiod/{booted.vm}/hand-over", *more),
             )
             assert ran.returncode == 1
             assert "Start it by ExecReload= of the unit, with --daemonize, and 'systemctl reload'" in ran.stderr
