@@ -207,6 +207,8 @@ class Keeper:
             self._unwatch(self._pidfd)
         self._former.append((self._pid, self._pidfd))
         self._pid, self._pidfd = pid, self._takers.pop(pid)
+        if self._ending:
+            self._signal(signal.SIGTERM)  # the former was told, and has given its place away instead
 
     def _watch(self, pidfd: FileDescriptor) -> None:
         assert self._waiting is not None  # noqa: S101 - it was said while we wait

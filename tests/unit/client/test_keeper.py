@@ -210,6 +210,31 @@ def test_who_took_over_is_looked_after_and_heard(tmp_path: Path) -> None:
     assert "vfiod that had taken the place of ours is dead: starting it again with 2 fds" in err
 
 
+def test_told_to_end_while_one_takes_over_it_ends_that_one(tmp_path: Path) -> None:
+    process = keep(
+        tmp_path,
+        """
+        reading, writing = os.pipe()
+        taker = os.fork()
+        if not taker:
+            signal.signal(signal.SIGTERM, lambda *_: (print("the new one ends", flush=True), os._exit(0)))
+            os.write(writing, b"+")
+            while True:
+                signal.pause()
+        os.read(reading, 1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        say("READY=1")
+        print("ready", flush=True)
+        signal.sigwait([signal.SIGTERM])
+        say(f"MAINPID={taker}")
+        done()
+        """,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert end(process) == (0, "the new one ends\n", "")
+
+
 def test_inherited_sockets_stay_where_they_are(tmp_path: Path) -> None:
     program = tmp_path / "stand_in.py"
     body = """
