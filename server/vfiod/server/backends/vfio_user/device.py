@@ -61,6 +61,7 @@ class VfioUserBackend:
 
     kind = "vfio-user"
     given_out = False
+    compatible = None
     may_block = True
     prompt = False
     foreign = True
