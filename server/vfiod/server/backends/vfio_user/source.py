@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
@@ -21,6 +22,12 @@ from vfiod.server.backends.vfio_user.device import VfioUserBackend, VfioUserSpac
 from vfiod.server.backends.vfio_user.peer import Peer
 from vfiod.server.kernel import confinement
 from vfiod.server.onloop import OnLoop
+from vfiod.server.state.format import CannotKeep
+
+if TYPE_CHECKING:
+    from vfiod.server.dma.guest_memory import GuestMemory
+    from vfiod.server.state.fds import Taken
+    from vfiod.server.state.machine import BackendState
 
 __all__ = ["VfioUserDevices", "VfioUserOrigin"]
 
@@ -82,6 +89,7 @@ class VfioUserDevices:
         self._on_loop = on_loop
         self._executor = executor
         self._emit = emit
+        self._open: dict[int, VfioUserBackend] = {}  # by identity of their address space
 
     def open(self, origin: VfioUserOrigin, user: str) -> Backend:
         """Connect, look, and give it guest memory. Blocks: in the topology lane. Takes the origin's fd over.
@@ -92,20 +100,88 @@ class VfioUserDevices:
             lambda: _connected(origin),
             origin.what,
             user,
+            path=origin.path,
             on_loop=self._on_loop,
             executor=self._executor,
             emit=self._emit,
             timeout_ms=origin.timeout_ms,
             reconnect_ms=origin.reconnect_ms if origin.path is not None else 0,
         )
+        peer.open()
         try:
             check_class(origin.driver, origin.what, peer.facts.info)
             space = VfioUserSpace(peer)
             self._attach_space(space)
-            return VfioUserBackend(peer, space, self._detach_space)
         except BaseException:
             peer.close()
             raise
+        return self._made(peer, space)
+
+    def _made(self, peer: Peer, space: VfioUserSpace) -> VfioUserBackend:
+        backend = VfioUserBackend(peer, space, self._left)
+        self._open[id(space)] = backend
+        return backend
+
+    def _left(self, space: AddressSpace) -> None:
+        self._open.pop(id(space), None)
+        self._detach_space(space)
+
+    # --- over a change of the process: on the loop ---------------------------------------------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """Which server is not at rest, for a person; None: all are."""
+        return next((what for one in tuple(self._open.values()) if (what := one.peer.under_way) is not None), None)
+
+    def adopt_device(
+        self,
+        state: BackendState,
+        user: str,
+        taken: Taken,
+        memory: GuestMemory,
+    ) -> VfioUserBackend:
+        """Have a device again that another process had. CommandError, OSError, LookupError.
+
+        It is asked nothing until :meth:`VfioUserBackend.look_again`.
+
+        Args:
+            state: what was described.
+            user: its id or path.
+            taken: the fds.
+            memory: guest memory, all of which the server has.
+
+        """
+        from vfiod.server.backends.vfio_user.keeping import adopt_peer, seen_of
+
+        served = state.served
+        if served is None:
+            raise CannotKeep(f"Device '{user}': what is known of {state.name} is not in the state")
+        origin = VfioUserOrigin("", path=served.path, timeout_ms=served.timeout_ms)
+        peer = adopt_peer(
+            served,
+            state.name,
+            user,
+            taken,
+            connect=lambda: _connected(origin),
+            on_loop=self._on_loop,
+            executor=self._executor,
+            emit=self._emit,
+        )
+        space = VfioUserSpace(peer)
+        memory.adopt_space(space)
+        for mapping in memory.mappings_of(space):
+            space.know(mapping)
+        backend = self._made(peer, space)
+        backend.recall(seen_of(served))
+        return backend
+
+    def adopted(self, backend: Backend, *, made: bool) -> None:
+        """The device around it is made again, or could not be. One that is not ours is passed over."""
+        if isinstance(backend, VfioUserBackend):
+            if made:
+                backend.look_again()
+            else:
+                backend.forsake()
 
     def check(self, origin: VfioUserOrigin) -> tuple[Check, ...]:
         """What ``device_add`` with ``x-dry-run`` says. Connects to nothing: a server may end with its client."""
