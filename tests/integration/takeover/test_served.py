@@ -30,13 +30,14 @@ from tests.integration.vfio_user.conftest import (
 
 from vfiod.client.methods.values import VectorFds
 from vfiod.client.sync import Client
+from vfiod.protocol.catalogue.devices import DeviceError
 from vfiod.protocol.catalogue.exports import DeviceExportDetached
 from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import RemoteError
 from vfiod.protocol.fd import FileDescriptor
 
-from .conftest import PATIENCE, House, until
-from .test_deaths import STEPS, take
+from .conftest import PATIENCE, House, fds_of, until
+from .test_deaths import BETWEEN, STEPS, take
 from .test_replaced import MODES, get, put
 from .test_replaced import rung as heard
 
@@ -335,3 +336,93 @@ def test_one_that_is_away_is_found_again_by_the_next_process(house: House, progr
         assert os.pread(memory.number, 8, 0) == bytes(range(8))
         assert client.query_device_exports() == []
         assert client.query_devices()[0].group is UNSET
+
+
+def test_a_line_that_waits_to_be_completed_goes_along(house: House, programs: Programs) -> None:
+    house.first("--allow-connect")
+    path = programs.plain()
+    with house.connect() as client, eventfd() as line:
+        client.device_add(driver="vfio-pci", id="n0", socket=str(path))
+        client.irq_start(device="n0", mode="relayed", eventfds=[VectorFds(vector=0, trigger=line)])
+        put(client, SIGNAL, 0x8000_0000)
+        assert rung(line) == 1
+        house.next("--allow-connect")
+        client.irq_eoi(device="n0", index="intx")
+        put(client, SIGNAL, 0x8000_0000)
+        assert rung(line) == 1
+        client.irq_eoi(device="n0", index="intx")
+        put(client, SIGNAL, 0x8000_0000)
+        assert rung(line) == 1
+
+
+@pytest.mark.parametrize("step", ["whole", "made", "commit"])
+def test_a_giver_that_dies_when_all_is_given_leaves_the_connection_to_the_taker(
+    house: House, programs: Programs, step: str
+) -> None:
+    server = house.first("--allow-connect")
+    path = house.directory / "between"
+    device = programs.plain()
+    with house.connect() as client, eventfd() as bell:
+        client.device_add(driver="vfio-pci", id="n0", socket=str(device))
+        client.irq_start(device="n0", index="msix", eventfds=[VectorFds(vector=0, trigger=bell)])
+        put(client, SCRATCH, 7)
+        command = [sys.executable, "-c", BETWEEN, str(house.hand), str(path), str(server.process.pid), step]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as between:
+            assert between.stdout is not None
+            assert between.stdout.readline() == b"listening\n"
+            house.start("--take-over", f"unix:{path}", "--allow-path", str(house.directory), "--allow-connect")
+            assert server.ended() == -9
+        assert get(client, SCRATCH) == 7
+        put(client, SIGNAL, 0)
+        assert rung(bell) == 1
+
+
+def test_a_serial_card_of_a_program_goes_along(house: House, programs: Programs) -> None:
+    """Another device than the others: ports, INTx alone, no memory to map."""
+    first = house.first("--allow-connect")
+    path = programs.mdev("p0", "serial-2")
+    with house.connect() as client:
+        client.device_add(driver="vfio-pci", id="n0", socket=str(path))
+        client.region_write(device="n0", region="bar0", offset=7, size=1, value=0x5A)
+        before = client.query_regions(device="n0"), client.query_irqs(device="n0"), client.query_devices()
+        house.next("--allow-connect")
+        assert first.ended() == 0
+        assert (client.query_regions(device="n0"), client.query_irqs(device="n0"), client.query_devices()) == before
+        assert client.region_read(device="n0", region="bar0", offset=7, size=1).value == 0x5A
+        client.device_reset(id="n0")
+
+
+def test_no_fd_is_left_of_a_device_that_came_along(house: House, programs: Programs) -> None:
+    house.first("--allow-connect")
+    path = programs.plain("p0", "--twin")
+    with house.connect() as client, eventfd() as bell:
+        bare = fds_of(house.next("--allow-connect").process.pid)
+        client.device_add(driver="vfio-pci", id="n0", socket=str(path))
+        client.irq_start(device="n0", index="msix", eventfds=[VectorFds(vector=3, trigger=bell)])
+        pid = house.next("--allow-connect").process.pid
+        assert fds_of(pid) > bare
+        client.device_del(id="n0")
+        until(lambda: fds_of(pid) == bare)
+
+
+def test_a_sandbox_that_lets_it_connect_nowhere_says_so(house: House, programs: Programs) -> None:
+    """The connection goes along; found again it is only by a process that may connect."""
+    house.first("--allow-connect")
+    path = programs.plain()
+    with house.connect() as client:
+        client.device_add(driver="vfio-pci", id="n0", socket=str(path), reconnect_ms=20)
+        put(client, SCRATCH, 7)
+        house.next()
+        assert get(client, SCRATCH) == 7
+        events = client.events()
+        programs.kill()
+        programs.plain()
+        reasons: list[str] = []
+        while not any("only with --allow-connect" in one for one in reasons):
+            event = events.get(PATIENCE)
+            if isinstance(event.data, DeviceError):
+                reasons.append(event.data.reason)
+        assert "is gone" in reasons[0]
+        house.next("--allow-connect")
+        while events.get(PATIENCE).name != "DEVICE_RECONNECTED":
+            pass

@@ -298,7 +298,7 @@ class Devices:
             ),
         }
         device = added.device
-        return device.keep(given, new=new, keep_backend=lambda: keep_backend(device.backend, given))
+        return device.keep(given, new=new, backend=lambda: keep_backend(device.backend, given))
 
     def adopt(self, new: NewDevice, backend: Backend, state: DeviceState_, taken: Taken) -> None:
         """Have a device again that was open in another process, and listen. CommandError."""

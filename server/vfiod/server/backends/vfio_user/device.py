@@ -143,6 +143,10 @@ class VfioUserBackend:
     def region_fd(self, index: int) -> int | None:
         """See :class:`Backend`."""
         fd = self._peer.facts.files.get(index)
+        if fd is None and index < len(self._peer.facts.regions):
+            info = self._peer.facts.regions[index]
+            if isinstance(info, vfio.RegionInfo) and info.mappable:
+                self._peer.check_there("mmap")  # it was not found again since this process was started
         return None if fd is None else fd.number
 
     def hot_reset_info(self) -> vfio.HotResetInfo:

@@ -63,8 +63,8 @@ class KeptConfig:
         Once it is found again, it must do none to memory that is another's by then.
         """
         first = _COMMAND.start
-        if offset <= first < offset + len(data) and not data[first - offset] & _MASTER and first in self._bytes:
-            self._bytes[first] &= ~_MASTER
+        if offset <= first < offset + len(data) and not data[first - offset] & _MASTER:
+            self._bytes[first] = self._bytes.get(first, data[first - offset]) & ~_MASTER
 
     def keep(self) -> list[tuple[int, bytes]]:
         """Describe it: runs of bytes, with the offset of each."""

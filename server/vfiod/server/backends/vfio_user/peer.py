@@ -161,9 +161,12 @@ class Peer:
         self._live(payload).post(payload, lambda error: self._tell(str(error)))
 
     def _live(self, payload: Payload) -> Link:
+        return self.check_there(f"VFIO_USER_{vfio_user.COMMAND_OF.get(type(payload), Command.DEVICE_RESET).name}")
+
+    def check_there(self, operation: str) -> Link:
+        """The connection. OperationFailed, ENOTCONN: there is none of use."""
         link = self._connected
         if link is None:
-            operation = f"VFIO_USER_{vfio_user.COMMAND_OF.get(type(payload), Command.DEVICE_RESET).name}"
             raise OperationFailed(operation, self.what, errno="ENOTCONN", advice=self._reason)
         return link
 
