@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -36,7 +37,7 @@ from vfiod.protocol.catalogue.words import UNSET
 from vfiod.protocol.errors import RemoteError
 from vfiod.protocol.fd import FileDescriptor
 
-from .conftest import PATIENCE, House, fds_of, until
+from .conftest import PATIENCE, House, until
 from .test_deaths import BETWEEN, STEPS, take
 from .test_replaced import MODES, get, put
 from .test_replaced import rung as heard
@@ -395,14 +396,29 @@ def test_a_serial_card_of_a_program_goes_along(house: House, programs: Programs)
 def test_no_fd_is_left_of_a_device_that_came_along(house: House, programs: Programs) -> None:
     house.first("--allow-connect")
     path = programs.plain("p0", "--twin")
+
+    def taken_over(client: Client) -> int:
+        pid = house.next("--allow-connect").process.pid
+        assert client.query_status().running is True  # it serves: what the take-over itself needed is closed
+        return pid
+
     with house.connect() as client, eventfd() as bell:
-        bare = fds_of(house.next("--allow-connect").process.pid)
+        bare = kinds_of_fds(taken_over(client))
         client.device_add(driver="vfio-pci", id="n0", socket=str(path))
         client.irq_start(device="n0", index="msix", eventfds=[VectorFds(vector=3, trigger=bell)])
-        pid = house.next("--allow-connect").process.pid
-        assert fds_of(pid) > bare
+        pid = taken_over(client)
+        assert kinds_of_fds(pid)["anon_inode"] > bare["anon_inode"]
+        assert kinds_of_fds(pid)["socket"] == bare["socket"] + 2
         client.device_del(id="n0")
-        until(lambda: fds_of(pid) == bare)
+        until(lambda: client.query_devices() == [])
+        until(lambda: kinds_of_fds(pid)["socket"] == bare["socket"])
+        assert {kind: count for kind, count in kinds_of_fds(pid).items() if bare[kind] != count} == {}
+
+
+def kinds_of_fds(process: int) -> Counter[str]:
+    """How many fds of each kind a process has: ``socket``, ``anon_inode``, ``pipe``, files by name without number."""
+    here = Path(f"/proc/{process}/fd")
+    return Counter(str(one.readlink()).partition(":")[0].rstrip("0123456789") for one in here.iterdir())
 
 
 def test_a_sandbox_that_lets_it_connect_nowhere_says_so(house: House, programs: Programs) -> None:
