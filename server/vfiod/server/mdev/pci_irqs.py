@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, IrqAction, IrqData, PciIrq, SetIrqs
@@ -28,6 +29,11 @@ from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
 from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PciIrqs"]
+
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_INTX: Final = PciIrq.INTX
+_EVENTFD: Final = IrqData.EVENTFD
+_NONE: Final = IrqData.NONE
 
 
 class PciIrqs:
@@ -242,7 +248,7 @@ class PciIrqs:
 
     def _intx_unmask(self, request: SetIrqs) -> int:
         self._only_intx(request)
-        if request.data is IrqData.EVENTFD:
+        if request.data is _EVENTFD:
             self._watch_unmask(request.fds[0])
         elif _applies(request, 0):
             self._do_unmask()
@@ -271,7 +277,7 @@ class PciIrqs:
         return 0
 
     def _only_intx(self, request: SetIrqs) -> None:
-        if self._kind is not PciIrq.INTX or request.count != 1:
+        if self._kind is not _INTX or request.count != 1:
             raise OSError(errno.EINVAL, _not_now(self._kind, request))
 
     def _do_unmask(self) -> None:
@@ -407,7 +413,7 @@ class PciIrqs:
 
 
 def _applies(request: SetIrqs, position: int) -> bool:
-    return request.data is IrqData.NONE or (request.data is IrqData.BOOL and request.values[position])
+    return request.data is _NONE or (request.data is IrqData.BOOL and request.values[position])
 
 
 def _not_now(kind: PciIrq | None, request: SetIrqs) -> str:

@@ -37,6 +37,12 @@ DOORBELL: Final = 0x0802_0040
 FIRST_DATA: Final = 0x50
 """The data of the first message; the others follow."""
 
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_TRIGGER: Final = IrqAction.TRIGGER
+_MASK: Final = IrqAction.MASK
+_EVENTFD: Final = IrqData.EVENTFD
+_NONE: Final = IrqData.NONE
+
 
 class _Irq:
     """One interrupt: ``struct vfio_platform_irq``."""
@@ -117,7 +123,7 @@ class PlatformIrqs:
             if index == len(self._irqs):
                 return self._set_messages(request)
             irq = self._irqs[index]
-            if request.action is IrqAction.TRIGGER:
+            if request.action is _TRIGGER:
                 self._set_trigger(irq, request)
             else:
                 self._set_mask(irq, request)
@@ -228,7 +234,7 @@ class PlatformIrqs:
             raise OSError(errno.EINVAL, f"index {request.index} takes a count of 1")
         if not irq.level:
             raise OSError(errno.EINVAL, f"index {request.index} is an edge interrupt: it cannot be masked")
-        if request.data is IrqData.EVENTFD:
+        if request.data is _EVENTFD:
             self._watch(irq, request)
         elif _applies(request, 0):
             _mask(irq, request.action)
@@ -319,10 +325,10 @@ class PlatformIrqs:
 
 
 def _mask(irq: _Irq, action: IrqAction) -> None:
-    irq.masked = action is IrqAction.MASK
+    irq.masked = action is _MASK
     if not irq.masked:
         irq.settle()
 
 
 def _applies(request: SetIrqs, position: int) -> bool:
-    return request.data is IrqData.NONE or (request.data is IrqData.BOOL and request.values[position])
+    return request.data is _NONE or (request.data is IrqData.BOOL and request.values[position])

@@ -118,6 +118,10 @@ MEMORY_MAX: Final = 256 << 20
 
 _WORD: Final = struct.Struct("<I")
 
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_MSI: Final = PciIrq.MSI
+_MSIX: Final = PciIrq.MSIX
+
 
 class PrimerDevice(MediatedDevice):
     """One device.
@@ -247,8 +251,9 @@ class PrimerDevice(MediatedDevice):
     def set_irqs(self, request: SetIrqs) -> int:
         """As vfio-pci; turning MSI on or off shows in config space."""
         granted = self._irqs.set_irqs(request)
-        self._config.msi_on = self._irqs.kind is PciIrq.MSI
-        self._config.msix_on = self._irqs.kind is PciIrq.MSIX
+        kind = self._irqs.kind
+        self._config.msi_on = kind is _MSI
+        self._config.msix_on = kind is _MSIX
         return granted
 
     def attributes(self) -> Mapping[str, str]:
