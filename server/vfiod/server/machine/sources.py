@@ -21,7 +21,7 @@ from vfiod.server.onloop import OnLoop
 
 if TYPE_CHECKING:
     from vfiod.protocol.fd import FileDescriptor
-    from vfiod.server.backends.base import Backend
+    from vfiod.server.backends.base import AddressSpace, Backend, Mapping
     from vfiod.server.backends.cdev import IoasInfo, KernelCdevs
     from vfiod.server.backends.group import HeldFd, KernelGroups
     from vfiod.server.backends.mediated import MediatedDevices
@@ -229,7 +229,12 @@ class Sources:
 
     def adopt_served(self, state: BackendState, user: str, taken: Taken) -> Backend:
         """Have a device of another program again; :meth:`adopted` must follow. CommandError, OSError, LookupError."""
-        return self.served.adopt_device(state, user, taken, self._memory)
+
+        def adopt_space(space: AddressSpace) -> list[Mapping]:
+            self._memory.adopt_space(space)
+            return self._memory.mappings_of(space)
+
+        return self.served.adopt_device(state, user, taken, adopt_space)
 
     def adopted(self, backend: Backend, *, made: bool) -> None:
         """The device around it is made again: from now on it may be asked. Or it could not be made."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from vfiod.protocol.catalogue.devices import Check
 from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import DEFAULT_MSG_TIMEOUT_MS
-from vfiod.server.backends.base import AddressSpace, Backend
+from vfiod.server.backends.base import AddressSpace, Backend, Mapping
 from vfiod.server.backends.origin import check_class
 from vfiod.server.backends.vfio_user.device import VfioUserBackend, VfioUserSpace
 from vfiod.server.backends.vfio_user.peer import Peer
@@ -25,7 +25,6 @@ from vfiod.server.onloop import OnLoop
 from vfiod.server.state.format import CannotKeep
 
 if TYPE_CHECKING:
-    from vfiod.server.dma.guest_memory import GuestMemory
     from vfiod.server.state.fds import Taken
     from vfiod.server.state.machine import BackendState
 
@@ -138,7 +137,7 @@ class VfioUserDevices:
         state: BackendState,
         user: str,
         taken: Taken,
-        memory: GuestMemory,
+        adopt_space: Callable[[AddressSpace], Iterable[Mapping]],
     ) -> VfioUserBackend:
         """Have a device again that another process had. CommandError, OSError, LookupError.
 
@@ -148,7 +147,7 @@ class VfioUserDevices:
             state: what was described.
             user: its id or path.
             taken: the fds.
-            memory: guest memory, all of which the server has.
+            adopt_space: knows an address space that has all guest memory already; gives the mappings.
 
         """
         from vfiod.server.backends.vfio_user.keeping import adopt_peer, seen_of
@@ -168,8 +167,7 @@ class VfioUserDevices:
             emit=self._emit,
         )
         space = VfioUserSpace(peer)
-        memory.adopt_space(space)
-        for mapping in memory.mappings_of(space):
+        for mapping in adopt_space(space):
             space.know(mapping)
         backend = self._made(peer, space)
         backend.recall(seen_of(served))
