@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OptionError as error:
         logs.complain(str(error))
         return 2
-    try:
-        with contextlib.ExitStack() as stack:
-            daemon = _daemon(stack) if options.daemonize else None
+    with contextlib.ExitStack() as stack:
+        daemon = _daemon(stack) if options.daemonize else None
+        try:
             journal = _begin_log(options)
             refuse_overflow_uid()
             raise_open_files()
@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise StartError(f"--trace '{pattern}' matches no trace point")
             with asyncio.Runner(loop_factory=new_loop) as runner:
                 clean = runner.run(serve(options, journal, daemon))
-    except VfiodError as error:
-        logs.complain(str(error))
-        return 1
+        except VfiodError as error:
+            logs.complain(str(error))  # and only then does who waits for a daemon hear of its end
+            return 1
     return 0 if clean else 1
 
 
