@@ -144,7 +144,14 @@ class Booted:
         """kill -9 of the server, and the next one is there."""
         before = self.main()
         assert self.inside("systemctl", "kill", "--kill-whom=main", "-s", "KILL", self.service).returncode == 0
-        until(lambda: self.main() not in (0, before))
+        self.wait_next(before)
+
+    def wait_next(self, before: int) -> None:
+        """Until systemd looks after another process than this one."""
+        end = time.monotonic() + PATIENCE
+        while self.main() in (0, before):
+            assert time.monotonic() < end, f"{self.inside('systemctl', 'status', self.service).stdout}\n{self.said()}"
+            time.sleep(0.01)
 
     def processes(self) -> list[str]:
         """Those of the unit."""
@@ -269,7 +276,7 @@ def test_a_giver_that_dies_under_systemd_leaves_one_owner(witnessed: Booted) -> 
         (witnessed.root / "run/step").write_text(f"{before} {step}\n")
         taken = witnessed.reload()
         assert not taken or step in SAID, step
-        until(lambda before=before: witnessed.main() not in (0, before))  # type: ignore[misc]
+        witnessed.wait_next(before)
         with witnessed.client() as client:
             assert get(client, "a", SCRATCH) == value ^ 0xFFFF_FFFF, step
             assert [one.id for one in client.query_devices()] == ["a"]
@@ -290,7 +297,7 @@ def test_a_taker_that_dies_under_systemd_leaves_one_owner(witnessed: Booted) -> 
                 assert witnessed.main() == before
         if step in SAID:
             # The giver has left: whoever says that it is ready is the next.
-            until(lambda before=before: witnessed.main() not in (0, before))  # type: ignore[misc]
+            witnessed.wait_next(before)
         with witnessed.client() as client:
             assert get(client, "a", SCRATCH) == value ^ 0xFFFF_FFFF, step
             assert [one.id for one in client.query_devices()] == ["a"]
