@@ -210,9 +210,9 @@ class HandOver:
         try:
             # One that was dying when the keeper looked was not taken for us: then our end has to be a failure, after
             # which the store is given to a new server. vfiod's own keeper takes whoever is not gone altogether, and
-            # its connection is closed by then. systemd refuses one that has begun to exit (in a hierarchy of version
-            # 1, the kernel has it in the unit no more), while its connection is open yet; whose status counts is the
-            # main process's alone, so ours is a failure in any case, and is heard if nobody was taken for us.
+            # the connection of one that is gone is closed. systemd has more reasons to refuse one, and says none of
+            # them; it counts the status of the main process alone, so ours may be a failure in any case: that is
+            # heard only if nobody was taken for us.
             if not _hung_up(connection):
                 status = 0 if store.unit is None else 1
                 _say(wire, Commit())
