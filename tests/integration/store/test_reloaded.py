@@ -176,7 +176,8 @@ class Booted:
     def close(self) -> None:
         said = ""
         if self._process.poll() is None and self._set_up():
-            self.inside("systemctl", "stop", self.service)  # with it goes its control group
+            # With them go their control groups, which are the host's.
+            self.inside("systemctl", "stop", f"vfiod@{self.vm}.socket", self.service)
             said = self.said()
         self._process.kill()
         self._process.wait(PATIENCE)
