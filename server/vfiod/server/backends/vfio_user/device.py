@@ -157,7 +157,7 @@ class VfioUserBackend:
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """See :class:`Backend`. What is written to configuration space is given to its server again."""
-        if index == _CONFIG:
+        if index == _CONFIG and self._peer.facts.info.flags & vfio.DeviceFlags.PCI:
             self._peer.write_config(offset, lambda: self._write(index, offset, data), data, self._config)
         else:
             self._write(index, offset, data)
