@@ -1,0 +1,72 @@
+"""Each system call of a take-over fails in each plausible way, at either end: exactly one owns everything afterwards.
+
+Real processes, real calls (:mod:`tests.fuzz.faults.wall`); a manager and a hypervisor are connected all the time.
+``VFIOD_FUZZ_EXAMPLES=5000`` for all of them (``make fuzz``), otherwise a few, always the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.fuzz.faults.errnos import plausible_of_process
+from tests.fuzz.faults.injector import Call, Fault
+from tests.fuzz.faults.row import End, Row, fds_of
+from tests.fuzz.faults.wall import possible
+
+pytestmark = pytest.mark.skipif(not possible(), reason="the kernel does not ask about system calls (SECCOMP_USER_NOTIF)")
+
+LONG = int(os.environ.get("VFIOD_FUZZ_EXAMPLES", "100")) > 100
+FEW = 3
+EVERY = 8
+"""Of the files that are opened, all of them modules, one in so many is none."""
+
+
+def faults(calls: list[Call]) -> Iterator[Fault]:
+    """Those to try."""
+    every = [
+        Fault(call, number)
+        for call in calls
+        if call.name != "openat" or call.nth % EVERY == 0
+        for number in plausible_of_process(call.name)
+    ]
+    yield from every if LONG else every[:: len(every) // FEW]
+
+
+@pytest.mark.parametrize("end", End)
+def test_each_call_of_a_take_over_may_fail(end: End, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    done, met, rows = 0, 0, 0
+    row = heirs = None
+    try:
+        calls: list[Call] = []
+        tried: list[Fault | None] = [None, None]
+        while tried:
+            fault = tried.pop(0)
+            if row is None:
+                rows += 1
+                (tmp_path / str(rows)).mkdir()
+                row = Row(tmp_path / str(rows))
+                row.fds_of_heirs = heirs
+            injector, taken, wrong = row.replace(end, fault)
+            done += taken
+            met += injector.met
+            if fault is None:
+                assert taken and not wrong, "\n".join(wrong)
+                row.fds_of_heirs = heirs = fds_of(row.owner.process.pid)
+                if not tried:
+                    calls = injector.calls
+                    tried = [*faults(calls)]
+                    print(f"\n{end}: {len(calls)} calls, {len(tried)} faults")
+                continue
+            if wrong:
+                complaints += [f"{end} {fault}: {one}" for one in wrong]
+                row.close()
+                row = None
+    finally:
+        if row is not None:
+            row.close()
+    print(f"{met} met, {done} done all the same")
+    assert not complaints, "\n".join(complaints)
