@@ -60,7 +60,7 @@ def lines(scale: float) -> Iterator[Line]:
     program = compiled("exports")
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        process = stack.enter_context(vfiod())
+        process = stack.enter_context(vfiod(arguments=("--allow-path", str(directory))))
         clients = _exported(process, directory)
         peer = None
         if program is not None:

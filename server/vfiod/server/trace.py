@@ -63,6 +63,9 @@ class TracePoint:
 
 def matching(pattern: str) -> Iterator[TracePoint]:
     """The trace points whose name matches a name or a pattern of ``*`` and ``?``; maybe none."""
+    if "*" not in pattern and "?" not in pattern:
+        point = POINTS.get(pattern)
+        return iter(() if point is None else (point,))
     # "[" is an ordinary character in QEMU's patterns (g_pattern_match), so it must not begin a set here.
     escaped = pattern.replace("[", "[[]")
     return (point for point in POINTS.values() if fnmatch.fnmatchcase(point.name, escaped))

@@ -122,10 +122,16 @@ def _complaint(spec: CommandSpec, raw: Raw | bytes, error: Exception) -> Command
 def _complaint_of(spec: CommandSpec, values: dict[str, Any], error: Exception) -> CommandError:
     if spec.arguments is DeviceAdd and (refusal := _device_refusal(values)):
         return refusal
+    wrong = next(_wrong_with_object(_members_of(spec.arguments), values, ""), None)
+    return InvalidArgument(wrong or f"The arguments of {spec.name} are not what it takes: {error}")
+
+
+@functools.cache
+def _members_of(kind: type[Arguments[Any]]) -> Any:
+    """What a class takes. Found out once: it is most of what an error costs, and who errs once errs again."""
     from msgspec import inspect  # on the way to an error only
 
-    wrong = next(_wrong_with_object(inspect.type_info(spec.arguments), values, ""), None)
-    return InvalidArgument(wrong or f"The arguments of {spec.name} are not what it takes: {error}")
+    return inspect.type_info(kind)
 
 
 def _device_refusal(values: dict[str, Any]) -> InvalidArgument | None:

@@ -1,67 +1,27 @@
-"""What the kernel has been told about a device's interrupts, and how that is changed: all of it, or nothing.
+"""How what the kernel has been told about a device's interrupts is changed: all of it, or nothing.
 
-:class:`Bound` is what is bound. :class:`Arming` takes the steps that :mod:`vfiod.server.interrupts.modes` plans from
-one to another; when one fails it takes the steps back.
+:class:`Arming` takes the steps that :mod:`vfiod.server.interrupts.modes` plans from what is bound
+(:mod:`vfiod.server.devices.bound`) to what is to be; when one fails it takes the steps back.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
-
-from msgspec import Struct, field
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.words import IrqKind
 from vfiod.protocol.errors import CommandError, OperationFailed
 from vfiod.server.backends.base import Backend, FewerVectors
+from vfiod.server.devices.bound import Bound
 from vfiod.server.devices.relay import Relay
-from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.messages import next_try, runs
-from vfiod.server.interrupts.modes import NOTHING, Do, Setup, Side, Step, plan
+from vfiod.server.interrupts.modes import NOTHING, Do, Side, Step, plan
 from vfiod.server.logs import about
 
-__all__ = ["Arming", "Bound", "InterruptsLost", "NotEnough"]
+__all__ = ["Arming", "InterruptsLost", "NotEnough"]
 
 _log: Final = logging.getLogger(__name__)
-
-
-class Bound(Struct, frozen=True, eq=False):
-    """What is bound. Replaced whole, by one assignment.
-
-    Attributes:
-        kind: the active kind.
-        index: its VFIO index; -1: none.
-        vectors: by number, in order.
-        block: vectors the kernel has allocated for it.
-        masked: messages that the user masked. (An INTx has its mask in its line.)
-        line: of INTx.
-        maskable: whether the index can be masked.
-        resizable: whether the block can grow while it is in use.
-
-    """
-
-    kind: IrqKind = IrqKind.NONE
-    index: int = -1
-    vectors: Mapping[int, Vector] = field(default_factory=lambda: MappingProxyType({}))
-    block: int = 0
-    masked: frozenset[int] = frozenset()
-    line: IntxLine | None = None
-    maskable: bool = False
-    resizable: bool = False
-
-    def setup(self) -> Setup:
-        """As the plan of a change sees it."""
-        if self.kind is IrqKind.NONE:
-            return NOTHING
-        masked = self.masked
-        if self.line is not None:
-            masked = frozenset((0,)) if self.line.state.masked else frozenset()
-        bindings = {number: vector.binding for number, vector in self.vectors.items()}
-        return Setup(self.kind, bindings, self.block, masked, self.maskable, self.resizable)
 
 
 class InterruptsLost(OperationFailed):

@@ -34,7 +34,6 @@ from vfiod.protocol.catalogue.devices import (
 from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.regions import RegionInfo, RegionMmapChanged
-from vfiod.protocol.catalogue.reset import DeviceResetDone
 from vfiod.protocol.catalogue.words import UNSET, DeviceState, IrqKind
 from vfiod.protocol.errors import (
     Busy,
@@ -45,14 +44,15 @@ from vfiod.protocol.errors import (
     PermissionRefused,
 )
 from vfiod.protocol.fd import FdKind, FileDescriptor
-from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
 from vfiod.server.devices.claims import Claim
 from vfiod.server.devices.environment import Environment
+from vfiod.server.devices.holders import RegionHolders
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.model import Interrupts, Model, Options, Quiesced
 from vfiod.server.devices.regions import Region, Regions
+from vfiod.server.devices.resetting import quiesce, reset_alone, revive
 from vfiod.server.lanes import Lane, Turn
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Device(ABC):
         self._going = False  # stopped: whatever still runs must leave it alone
         self._requested = 0
         self._fast_path_told = True
-        self._mapped_by: dict[int, set[str]] = {}  # by session: names of the regions
+        self._mapped_by = RegionHolders()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -336,11 +336,7 @@ class Device(ABC):
     def holders(self) -> list[Holder]:
         """Who keeps it from being removed: running and waiting operations, sessions that mapped a region."""
         operations = [Holder(kind="operation", detail=what) for what in self.lane.pending()]
-        mappings = [
-            Holder(kind="mapping", detail=f"session {session}: {', '.join(sorted(names))}")
-            for session, names in tuple(self._mapped_by.items())
-        ]
-        return operations + mappings + ([] if self.claim is None else [self.claim.holder()])
+        return operations + self._mapped_by.infos() + ([] if self.claim is None else [self.claim.holder()])
 
     def check_unclaimed(self, what: str, *, force: bool) -> None:
         """Refuse the monitor what changes a device that belongs to a client of an export. Busy, naming the export."""
@@ -376,7 +372,7 @@ class Device(ABC):
 
     def session_ended(self, session: int) -> None:
         """A monitor session ended: it no longer holds what it mapped."""
-        self._mapped_by.pop(session, None)
+        self._mapped_by.ended(session)
 
     def _came_back(self, changed: Sequence[int]) -> None:
         """The program that serves it was restarted, and has all that vfiod keeps for it. On the loop."""
@@ -494,7 +490,7 @@ class Device(ABC):
         Raises PermissionRefused (``share-fd=false``), InvalidArgument (it cannot be mapped), OperationFailed.
         """
         fd = self.share_region(region)
-        self._mapped_by.setdefault(session, set()).add(region.name)
+        self._mapped_by.add(session, region.name)
         return fd
 
     def share_region(self, region: Region) -> FileDescriptor:
@@ -520,15 +516,7 @@ class Device(ABC):
 
     def unmap_region(self, region: Region, session: int | None) -> None:
         """The session no longer holds a region it mapped. InvalidArgument when it holds no such."""
-        names = self._mapped_by.get(session) if session is not None else None
-        if session is None or not names or region.name not in names:
-            held = f"it holds {', '.join(sorted(names))}" if names else "it holds no region of it"
-            raise InvalidArgument(
-                f"This session does not hold region {region.name} of device '{self.name}' by region-map: {held}"
-            )
-        names.discard(region.name)
-        if not names:
-            del self._mapped_by[session]
+        self._mapped_by.drop(session, region.name, device=self.name)
 
     # --- interrupts -----------------------------------------------------------------------------------------
 
@@ -583,7 +571,7 @@ class Device(ABC):
         """
         if not self._active().info.can_reset:
             raise CommandError(self._why_no_reset())
-        task = asyncio.get_running_loop().create_task(self._reset())
+        task = asyncio.get_running_loop().create_task(reset_alone(self))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
         await asyncio.shield(task)
@@ -595,16 +583,6 @@ class Device(ABC):
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever asked has it, or is gone
-
-    async def _reset(self) -> None:
-        async with self.lane.turn("device-reset") as turn:
-            quiesced = await self.quiesce(turn, "device")
-            failure: Exception | None = None
-            try:
-                await self._in_thread(turn, quiesced.model.backend.reset)
-            except Exception as error:  # noqa: BLE001 - the device is revived first, then it is raised
-                failure = error
-            await self.revive(turn, quiesced, failure)
 
     async def feature(self, request: vfio.DeviceFeature, room: int) -> bytes:
         """``VFIO_DEVICE_FEATURE``, in its turn of the lane; see :meth:`Backend.feature`."""
@@ -632,17 +610,7 @@ class Device(ABC):
             method: what ``DEVICE_RESET`` will say: ``device``, ``hot``.
 
         """
-        model = self._active()
-        if trace.reset_begin.on:
-            trace.reset_begin(device=self.name, method=method)
-        await self._step(turn, model.interrupts.suspend)
-        try:
-            saved = await self._in_thread(turn, lambda: self._save(model))
-        except Exception:
-            if not self._going:
-                await self._step(turn, model.interrupts.resume)
-            raise
-        return Quiesced(model, saved, method)
+        return await quiesce(self, turn, method)
 
     async def revive(self, turn: Turn, quiesced: Quiesced, failure: Exception | None) -> None:
         """After a reset, or after one that failed: state and interrupts as they were; then ``DEVICE_RESET``.
@@ -650,32 +618,7 @@ class Device(ABC):
         Raises ``failure``, when there is one, last; else what restoring failed with. OperationFailed, after a
         ``DEVICE_ERROR``, for a device that comes back as all ones; DeviceNotActive for one that was forced away.
         """
-        model = quiesced.model
-        try:
-            if not await self._in_thread(turn, lambda: self._restore(model, quiesced.saved)):
-                failure = failure or self._silent(quiesced.method)
-        except Exception as error:  # noqa: BLE001 - interrupts come back first, then it is raised
-            failure = failure or error
-        if not self._going:
-            model.regions.decodes = await self._in_thread(turn, lambda: self._decodes(model))
-        if self._going:
-            raise DeviceNotActive(f"Device '{self.name}' was removed during its reset") from failure
-        try:
-            await self._step(turn, model.interrupts.resume)
-        except CommandError as error:
-            failure = failure or error
-        self._tell_fast_path()
-        if trace.reset_end.on:
-            trace.reset_end(device=self.name, method=quiesced.method, failed=failure)
-        if failure is not None:
-            raise failure
-        self._environment.emit(DeviceResetDone(device=self.name, method=quiesced.method))
-
-    def _silent(self, method: str) -> OperationFailed:
-        reason = "Its registers read all ones after a reset: the device does not answer"
-        self._environment.emit(DeviceError(device=self.name, reason=reason))
-        operation = "VFIO_DEVICE_PCI_HOT_RESET" if method == "hot" else "VFIO_DEVICE_RESET"
-        return OperationFailed(operation, f"device '{self.name}'", errno="EIO", advice=reason)
+        await revive(self, turn, quiesced, failure)
 
     # What a model does around a reset. Each blocks; in a worker. The model is passed: it may be forced away meanwhile.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, VectorInfo
 from vfiod.protocol.catalogue.words import UNSET, IrqMode
-from vfiod.server.devices.arming import Bound
+from vfiod.server.devices.bound import Bound
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.vectors import Counts, Vector
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -21,14 +21,14 @@ from vfiod.protocol.errors import CommandError, InvalidArgument
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
-from vfiod.server.devices.arming import Arming, Bound, InterruptsLost
+from vfiod.server.devices.arming import Arming, InterruptsLost
 from vfiod.server.devices.binding import Binder
+from vfiod.server.devices.bound import Bound, bound_with, trace_change
 from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import INTX, IrqIndex, Started, Wanted
 from vfiod.server.devices.irq_infos import irq_info
 from vfiod.server.devices.relay import Relay
 from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import IntxLine
 from vfiod.server.interrupts.modes import NOTHING, plan
 
 if TYPE_CHECKING:
@@ -36,13 +36,6 @@ if TYPE_CHECKING:
     from vfiod.server.state.machine import InterruptsState
 
 __all__ = ["DeviceInterrupts"]
-
-
-_OF_VECTORS: Final = (
-    *(trace.direct_ended, trace.vector_released, trace.vector_used),
-    *(trace.direct_started_edge, trace.direct_started_level),
-)
-"""What a change says of its vectors, when anybody listens."""
 
 
 class DeviceInterrupts:
@@ -237,28 +230,7 @@ class DeviceInterrupts:
         return started
 
     def _next(self, one: IrqIndex, vectors: Mapping[int, Vector], former: Bound | None, *, stay: bool = False) -> Bound:
-        """The state with these vectors; the mask, and a block that is large enough, are kept.
-
-        With ``stay`` an MSI-X without vectors is enabled nevertheless: the guest's is, and some devices look.
-        """
-        if not vectors and not (stay and one.kind is IrqKind.MSIX):
-            return Bound()
-        ordered = MappingProxyType(dict(sorted(vectors.items())))
-        masked = frozenset() if former is None else former.masked & ordered.keys()
-        line = None
-        if one.index == INTX:
-            vector = ordered[0]
-            line = IntxLine(
-                vector.mode,
-                by_access=vector.resample is None and self._by_access(),
-                timed=self._timed,
-                automasked=one.info.automasked,
-                masked=former is not None and former.line is not None and former.line.state.masked,
-            )
-            masked = frozenset()
-        block = max(max(ordered, default=0) + 1, 0 if former is None else former.block)
-        info = one.info
-        return Bound(one.kind, one.index, ordered, block, masked, line, info.maskable, info.resizable)
+        return bound_with(one, vectors, former, timed=self._timed, by_access=self._by_access, stay=stay)
 
     def stop(self, one: IrqIndex | None = None, vectors: Iterable[int] | None = None, *, reason: str) -> None:
         """Stop vectors of an index, a whole index, or whatever runs. What does not run is no error.
@@ -525,7 +497,7 @@ class DeviceInterrupts:
             raise
         self._bound = new
         self._on_kind(new.kind, new.block)
-        self._trace(old, new)
+        trace_change(self.device, old, new)
         for number, vector in old.vectors.items():
             if new.vectors.get(number) is not vector:
                 self._relay.drain(old.index, vector, new.vectors.get(number) if new.index == old.index else None)
@@ -540,23 +512,3 @@ class DeviceInterrupts:
             vector.close()
         self._environment.emit(DeviceError(device=self.device, reason=reason))
         self._environment.emit(IrqModeChanged(device=self.device, kind=IrqKind.NONE, reason=reason))
-
-    def _trace(self, old: Bound, new: Bound) -> None:
-        if not any(point.on for point in _OF_VECTORS):
-            return
-        device = self.device
-        for number, vector in old.vectors.items():
-            if vector is new.vectors.get(number):
-                continue
-            if vector.mode is IrqMode.DIRECT and trace.direct_ended.on:
-                trace.direct_ended(device=device, index=old.index, vector=number)
-            if old.line is None and trace.vector_released.on:
-                trace.vector_released(device=device, index=old.index, vector=number)
-        for number, vector in new.vectors.items():
-            if vector is old.vectors.get(number):
-                continue
-            if new.line is None and trace.vector_used.on:
-                trace.vector_used(device=device, index=new.index, vector=number)
-            started = trace.direct_started_edge if new.line is None else trace.direct_started_level
-            if vector.mode is IrqMode.DIRECT and started.on:
-                started(device=device, index=new.index, vector=number, fd=vector.trigger.number)

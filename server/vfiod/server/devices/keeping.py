@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vfiod.protocol.catalogue.devices import Driver, OnRequest
 from vfiod.protocol.catalogue.words import IrqMode
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.server.devices.arming import Bound
+from vfiod.server.devices.bound import Bound
 from vfiod.server.devices.irq_index import INTX, IrqIndex
 from vfiod.server.devices.model import Options
 from vfiod.server.devices.vectors import Counts, Vector
@@ -66,7 +66,7 @@ def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend
         requested=device._requested,
         fast_path_told=device._fast_path_told,
         shared=model.regions.shared,
-        mapped_by=[(session, sorted(names)) for session, names in device._mapped_by.items()],
+        mapped_by=device._mapped_by.keep(),
         model=device.keep_model(model, given),
         **new,
     )
@@ -81,7 +81,7 @@ def adopt_device(device: Device, backend: Backend, state: DeviceState, taken: Ta
     model.regions.shared = state.shared
     device._requested = state.requested
     device._fast_path_told = state.fast_path_told
-    device._mapped_by = {session: set(names) for session, names in state.mapped_by}
+    device._mapped_by.adopt(state.mapped_by)
     device.adopt_model(model, state.model, taken)
 
 

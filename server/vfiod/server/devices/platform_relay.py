@@ -6,52 +6,39 @@ What happens when is decided in :mod:`vfiod.server.interrupts.platform`; here it
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.devices import DeviceError
 from vfiod.protocol.errors import CommandError
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
-from vfiod.server.devices.environment import Environment, Timer
+from vfiod.server.devices.environment import Environment
 from vfiod.server.devices.irq_index import IrqIndex
-from vfiod.server.devices.relay import tell_delivered, tell_fired
+from vfiod.server.devices.relay_base import KERNEL, RelayBase, tell_delivered, tell_fired
 from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import Action, FastState
+from vfiod.server.interrupts.intx import Action
 from vfiod.server.interrupts.platform import Act, IrqState, Line, PlatformLines
-from vfiod.server.logs import about
 
 if TYPE_CHECKING:
     from vfiod.server.state.machine import LinesState
 
 __all__ = ["PlatformRelay"]
 
-_log: Final = logging.getLogger(__name__)
-
-_KERNEL: Final = {Action.HOST_MASK: vfio.IrqAction.MASK, Action.HOST_UNMASK: vfio.IrqAction.UNMASK}
-
 _request: Final = functools.lru_cache(maxsize=1024)(vfio.SetIrqs.now)
 """One completed interrupt asks what the next one asks."""
 
 
-class PlatformRelay:
+class PlatformRelay(RelayBase[PlatformLines]):
     """Listens to the relayed interrupts of one platform device.
-
-    Args:
-        device: what the device is called, for messages and events.
-        backend: where it comes from.
-        environment: events, watching, timers.
-        mmap_timeout_ms: before the fast path returns; 0: never.
-        on_trap: called with True when accesses must be seen from now on, with False when not any more.
 
     Attributes:
         lines: what is active, what waits, what is masked.
-        disabled: the kernel has no interrupt of this device now (a reset is at work): it is told nothing.
 
     """
+
+    _ONE = "An interrupt"
 
     def __init__(
         self,
@@ -62,14 +49,8 @@ class PlatformRelay:
         mmap_timeout_ms: int,
         on_trap: Callable[[bool], None],
     ) -> None:
+        super().__init__(device, backend, environment, mmap_timeout_ms=mmap_timeout_ms, on_trap=on_trap)
         self.lines = PlatformLines(timed=mmap_timeout_ms > 0)
-        self.disabled = False
-        self._device = device
-        self._backend = backend
-        self._environment = environment
-        self._mmap_timeout_ms = mmap_timeout_ms
-        self._on_trap = on_trap
-        self._timer: Timer | None = None
         self._vectors: dict[int, Vector] = {}
 
     # --- listening --------------------------------------------------------------------------------------
@@ -94,9 +75,7 @@ class PlatformRelay:
         vector = self._vectors.pop(one.index, None)
         if vector is None or vector.own is None:
             return 0
-        self._environment.unwatch(vector.own.number)
-        if vector.resample is not None:
-            self._environment.unwatch(vector.resample.number)
+        self._unwatch(vector, vector.own)
         left = eventfds.take(vector.own)
         vector.counts.fired += left
         waited = self.lines.state(one.index) is IrqState.PENDING
@@ -108,9 +87,7 @@ class PlatformRelay:
         undelivered = []
         for index, vector in self._vectors.items():
             if vector.own is not None:
-                self._environment.unwatch(vector.own.number)
-                if vector.resample is not None:
-                    self._environment.unwatch(vector.resample.number)
+                self._unwatch(vector, vector.own)
                 left = eventfds.take(vector.own)
                 vector.counts.fired += left
                 undelivered.append((vector, left + (index in self.lines.waiting)))
@@ -141,10 +118,7 @@ class PlatformRelay:
     def go_on(self, state: LinesState) -> None:
         """Lines that another process kept: who is active stays so, who waits too, and the timer begins anew."""
         self.lines.adopt(state)
-        if self.lines.fast_path is FastState.OFF:
-            self._fast_path(Action.FAST_PATH_OFF)
-            if self.lines.timed:
-                self._fast_path(Action.START_TIMER)
+        self._perform_again(self.lines)
 
     def stop_by_access(self) -> None:
         """From now on accesses complete nothing."""
@@ -175,8 +149,8 @@ class PlatformRelay:
         # The kernel first: what it refuses has not happened.
         try:
             for act in acts:
-                if act.action in _KERNEL and not self.disabled:
-                    self._backend.set_irqs(_request(_KERNEL[act.action], act.index))
+                if act.action in KERNEL and not self.disabled:
+                    self._backend.set_irqs(_request(KERNEL[act.action], act.index))
         except CommandError:
             lines.go_back(mark)
             raise
@@ -192,42 +166,10 @@ class PlatformRelay:
                 if act.index != fired and trace.irq_pending_injected.on:
                     trace.irq_pending_injected(device=self._device, index=act.index)
             elif act.index < 0:
-                self._fast_path(act.action)
+                self._perform(self.lines, act.action)
 
-    def _fast_path(self, action: Action) -> None:
-        if action is Action.FAST_PATH_OFF:
-            self._on_trap(True)
-            if trace.fast_path_off.on:
-                trace.fast_path_off(device=self._device)
-        elif action is Action.FAST_PATH_ON:
-            self._on_trap(False)
-            if trace.fast_path_on.on:
-                trace.fast_path_on(device=self._device)
-        elif action is Action.START_TIMER:
-            self._stop_timer()
-            self._timer = self._environment.after(self._mmap_timeout_ms, self._timer_fired)
-        elif action is Action.STOP_TIMER:
-            self._stop_timer()
-
-    def _timer_fired(self) -> None:
+    def _timer_fired(self, lines: PlatformLines) -> None:
         self._timer = None
-        if self.lines.active is not None and trace.timer_still_active.on:
-            trace.timer_still_active(device=self._device, index=self.lines.active)
-        self._do(self.lines.timer())
-
-    def _stop_timer(self) -> None:
-        """No timer any more."""
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-
-    def quietly(self, move: Callable[[], None]) -> None:
-        """For what nobody waits for: a failure becomes ``DEVICE_ERROR``."""
-        try:
-            move()
-        except CommandError as error:
-            _log.warning(
-                "Device %s: completing an interrupt failed: %s", self._device, error, extra=about(device=self._device)
-            )
-            reason = f"An interrupt could not be completed: {error}"
-            self._environment.emit(DeviceError(device=self._device, reason=reason))
+        if lines.active is not None and trace.timer_still_active.on:
+            trace.timer_still_active(device=self._device, index=lines.active)
+        self._do(lines.timer())

@@ -7,76 +7,27 @@ event. A level interrupt goes through its line (:mod:`vfiod.server.interrupts.in
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Final
 
 from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.devices import DeviceError
-from vfiod.protocol.catalogue.interrupts import Irq, IrqStorm
 from vfiod.protocol.errors import CommandError
 from vfiod.server import trace
-from vfiod.server.backends.base import Backend
 from vfiod.server.devices import eventfds
-from vfiod.server.devices.environment import Environment, Timer
 from vfiod.server.devices.irq_index import INTX
+from vfiod.server.devices.relay_base import KERNEL, RelayBase, tell_delivered, tell_fired
 from vfiod.server.devices.vectors import Vector
-from vfiod.server.interrupts.intx import Action, FastState, IntxLine, LineState
-from vfiod.server.logs import about
+from vfiod.server.interrupts.intx import Action, IntxLine, LineState
 
-__all__ = ["Relay", "tell_delivered", "tell_fired"]
+__all__ = ["Relay"]
 
-_log: Final = logging.getLogger(__name__)
-
-
-def tell_delivered(environment: Environment, device: str, index: int, vector: Vector) -> None:
-    """A relayed interrupt went on to its consumer: the event ``IRQ``."""
-    counts = vector.counts
-    environment.emit(
-        Irq(device=device, index=index, vector=vector.number, fired=counts.fired, delivered=counts.delivered)
-    )
+_REQUESTS: Final = {action: vfio.SetIrqs.now(asked, INTX) for action, asked in KERNEL.items()}
 
 
-def tell_fired(environment: Environment, device: str, index: int, vector: Vector, count: int) -> None:
-    """So many came from the device: trace it, and say so when it is a storm."""
-    storm = vector.counts.storm.note(count, environment.now())
-    if storm is not None:
-        environment.emit(IrqStorm(device=device, index=index, vector=vector.number, per_second=storm))
-    if trace.irq_fired.on:
-        trace.irq_fired(device=device, index=index, vector=vector.number, count=count)
+class Relay(RelayBase[IntxLine]):
+    """Listens to the relayed vectors of one PCI device."""
 
-
-class Relay:
-    """Listens to the relayed vectors of one device.
-
-    Args:
-        device: what the device is called, for messages and events.
-        backend: where it comes from.
-        environment: events, watching, timers.
-        mmap_timeout_ms: before the fast path returns.
-        on_trap: called with True when accesses must be seen from now on, with False when not any more.
-
-    Attributes:
-        disabled: the kernel has no interrupt of this device now (a reset is at work): it is told nothing.
-
-    """
-
-    def __init__(
-        self,
-        device: str,
-        backend: Backend,
-        environment: Environment,
-        *,
-        mmap_timeout_ms: int,
-        on_trap: Callable[[bool], None],
-    ) -> None:
-        self.disabled = False
-        self._device = device
-        self._backend = backend
-        self._environment = environment
-        self._mmap_timeout_ms = mmap_timeout_ms
-        self._on_trap = on_trap
-        self._timer: Timer | None = None
+    _ONE = "An INTx"
 
     # --- listening --------------------------------------------------------------------------------------
 
@@ -95,9 +46,7 @@ class Relay:
     def unlisten(self, vector: Vector) -> None:
         """Hear it no more. What has arrived stays in its eventfd."""
         if vector.own is not None:
-            self._environment.unwatch(vector.own.number)
-            if vector.resample is not None:
-                self._environment.unwatch(vector.resample.number)
+            self._unwatch(vector, vector.own)
 
     def drain(self, index: int, vector: Vector, heir: Vector | None) -> None:
         """What had arrived for a vector that is bound no more: goes to its heir, or is counted as spurious."""
@@ -154,7 +103,7 @@ class Relay:
             try:
                 # The kernel first: what it refuses has not happened.
                 for action in actions:
-                    if action in _KERNEL:
+                    if action in KERNEL:
                         self._backend.set_irqs(_REQUESTS[action])
             except CommandError:
                 line.state, line.fast_path = before, fast
@@ -164,15 +113,12 @@ class Relay:
                 vector.deliver(1)
                 if before is LineState.LATCHED and trace.irq_pending_injected.on:
                     trace.irq_pending_injected(device=self._device, index=INTX)
-            elif action not in _KERNEL:
+            elif action not in KERNEL:
                 self._perform(line, action)
 
     def go_on(self, line: IntxLine) -> None:
         """A line that another process kept: the fast path stays off if it was, and its timer begins anew."""
-        if line.fast_path is FastState.OFF:
-            self._perform(line, Action.FAST_PATH_OFF)
-            if line.timed:
-                self._perform(line, Action.START_TIMER)
+        self._perform_again(line)
 
     def release(self, line: IntxLine) -> None:
         """Known state: nothing pending, line down, fast path on, no timer. Tells the kernel nothing."""
@@ -184,43 +130,9 @@ class Relay:
         for action in line.stop_by_access():
             self._perform(line, action)
 
-    def _perform(self, line: IntxLine, action: Action) -> None:
-        if action is Action.FAST_PATH_OFF:
-            self._on_trap(True)
-            if trace.fast_path_off.on:
-                trace.fast_path_off(device=self._device)
-        elif action is Action.FAST_PATH_ON:
-            self._on_trap(False)
-            if trace.fast_path_on.on:
-                trace.fast_path_on(device=self._device)
-        elif action is Action.START_TIMER:
-            self._stop_timer()
-            self._timer = self._environment.after(self._mmap_timeout_ms, lambda: self._timer_fired(line))
-        elif action is Action.STOP_TIMER:
-            self._stop_timer()
-
     def _timer_fired(self, line: IntxLine) -> None:
         self._timer = None
         if line.state.up and trace.timer_still_active.on:
             trace.timer_still_active(device=self._device, index=INTX)
         for action in line.timer():
             self._perform(line, action)
-
-    def _stop_timer(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-
-    def quietly(self, move: Callable[[], None]) -> None:
-        """For what nobody waits for: a failure becomes ``DEVICE_ERROR``."""
-        try:
-            move()
-        except CommandError as error:
-            _log.warning(
-                "Device %s: completing an interrupt failed: %s", self._device, error, extra=about(device=self._device)
-            )
-            self._environment.emit(DeviceError(device=self._device, reason=f"An INTx could not be completed: {error}"))
-
-
-_KERNEL: Final = {Action.HOST_MASK: vfio.IrqAction.MASK, Action.HOST_UNMASK: vfio.IrqAction.UNMASK}
-_REQUESTS: Final = {action: vfio.SetIrqs.now(asked, INTX) for action, asked in _KERNEL.items()}

@@ -17,98 +17,27 @@ from __future__ import annotations
 
 import logging
 import os
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from msgspec import Struct, field
-
 from vfiod.protocol.catalogue.memory import MappingInfo
-from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
+from vfiod.protocol.errors import CommandError, InvalidArgument
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.protocol.limits import MAX_CLIENT_FILES, MAX_MAPPINGS
+from vfiod.protocol.limits import MAX_MAPPINGS
 from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
-from vfiod.server.dma.files import open_memory
+from vfiod.server.dma.client_files import ClientFiles, Unreachable
+from vfiod.server.dma.client_ranges import ClientRange, RangeTable
+from vfiod.server.dma.ranges import END_OF_SPACE, words
+from vfiod.server.dma.spaces import failed
 
 if TYPE_CHECKING:
     from vfiod.server.dma.guest_memory import MappedRange
-    from vfiod.server.kernel.memory import SharedMemory
-    from vfiod.server.kernel.pins import PinnedMemory
     from vfiod.server.state.doors import ClientRangeState
     from vfiod.server.state.fds import Given, Taken
 
-__all__ = ["Client", "ClientMappings", "ClientRange"]
+__all__ = ["Client", "ClientMappings"]
 
 _log: Final = logging.getLogger(__name__)
-
-END_OF_SPACE: Final = 1 << 64
-
-FileKey = tuple[int, int, bool]
-"""Device and inode of a file (``stat(2)``), and whether it is only read."""
-
-
-class ClientRange(Struct, eq=False):
-    """One mapping in one address space, and who counts it.
-
-    Attributes:
-        mapping: what it is.
-        identity: what makes two mappings at one address the same: the file, and where in it.
-        owners: the clients that count it.
-        by_machine: the machine has the same mapping there, and had it first: the space has it from the machine.
-        reachable: the space has it; else it is only known.
-
-    """
-
-    mapping: Mapping
-    identity: tuple[object, ...]
-    owners: list[Client]
-    by_machine: bool = False
-    reachable: bool = True
-
-    @property
-    def first(self) -> int:
-        """The first address."""
-        return self.mapping.iova
-
-    @property
-    def end(self) -> int:
-        """The address after the last."""
-        return self.mapping.iova + self.mapping.size
-
-
-class _File(Struct, eq=False):
-    """A client's file, opened once for all its mappings."""
-
-    memory: SharedMemory
-    users: int = 0
-
-
-class _Table(Struct, eq=False):
-    """The client mappings of one address space, lowest address first."""
-
-    space: AddressSpace
-    ranges: list[ClientRange] = field(default_factory=list)
-
-    def overlapping(self, first: int, end: int) -> ClientRange | None:
-        """One that has an address in this range."""
-        at = bisect_left(self.ranges, first, key=_first)
-        for one in self.ranges[max(0, at - 1) : at + 1]:
-            if one.first < end and first < one.end:
-                return one
-        return None
-
-    def exact(self, iova: int, size: int) -> ClientRange | None:
-        """The one that is exactly this range."""
-        at = bisect_left(self.ranges, iova, key=_first)
-        if at < len(self.ranges) and self.ranges[at].first == iova and self.ranges[at].mapping.size == size:
-            return self.ranges[at]
-        return None
-
-    def insert(self, one: ClientRange) -> None:
-        self.ranges.insert(bisect_left(self.ranges, one.first, key=_first), one)
-
-    def remove(self, one: ClientRange) -> None:
-        del self.ranges[bisect_left(self.ranges, one.first, key=_first)]
 
 
 class Client:
@@ -122,7 +51,7 @@ class Client:
 
     """
 
-    def __init__(self, name: str, table: _Table, all_clients: ClientMappings, remote: GuestFile | None) -> None:
+    def __init__(self, name: str, table: RangeTable, all_clients: ClientMappings, remote: GuestFile | None) -> None:
         self.name = name
         self.mappings = 0
         self.mapped_bytes = 0
@@ -180,10 +109,10 @@ class Client:
         if one is None or self not in one.owners:
             other = self._table.overlapping(iova, min(iova + max(size, 1), END_OF_SPACE))
             if other is None or self not in other.owners:
-                raise InvalidArgument(f"{self._words(iova, size)} is not mapped by {self.name}", errno="ENOENT")
+                raise InvalidArgument(f"{words(iova, size)} is not mapped by {self.name}", errno="ENOENT")
             raise InvalidArgument(
-                f"{self._words(iova, size)} is not what {self.name} has mapped there, which is"
-                f" {self._words(other.first, other.mapping.size)}: a mapping is taken back whole",
+                f"{words(iova, size)} is not what {self.name} has mapped there, which is"
+                f" {words(other.first, other.mapping.size)}: a mapping is taken back whole",
                 errno="EINVAL",
             )
         self._drop(one)
@@ -219,7 +148,7 @@ class Client:
         fresh = bool(getattr(space, "by_messages", False))
         try:
             if fd is None:
-                memory: GuestFile = self._remote or _Unreachable(self.name)
+                memory: GuestFile = self._remote or Unreachable(self.name)
                 mapping = Mapping(state.iova, state.size, memory, state.iova, state.readonly)
                 one = ClientRange(mapping, ("messages", self), [self], reachable=self._remote is not None)
                 if one.reachable and fresh:
@@ -245,7 +174,7 @@ class Client:
         if machine is not None:
             self._table.insert(ClientRange(machine.mapping, identity, [self], by_machine=True))
             return
-        memory = self._clients.open(self, fd, state.readonly, state.offset + state.size)
+        memory = self._clients.files.open(self.name, fd, state.readonly, state.offset + state.size)
         mapping = Mapping(state.iova, state.size, memory, state.offset, state.readonly)
         if fresh:
             self._table.space.map(mapping)
@@ -265,7 +194,7 @@ class Client:
             raise InvalidArgument(f"A mapping of {size:#x} bytes at {iova:#x} is not within 64 bits", errno="EINVAL")
         if (iova | size | offset) % space.page_size:
             raise InvalidArgument(
-                f"{self._words(iova, size)} at offset {offset:#x} is not made of pages of {space.page_size:#x} bytes, "
+                f"{words(iova, size)} at offset {offset:#x} is not made of pages of {space.page_size:#x} bytes, "
                 f"the smallest of {space.name}",
                 errno="EINVAL",
             )
@@ -274,7 +203,7 @@ class Client:
 
     def _map_remote(self, iova: int, size: int, readonly: bool) -> None:
         self._refuse_overlap(iova, size)
-        memory = self._remote or _Unreachable(self.name)
+        memory = self._remote or Unreachable(self.name)
         # A device asks for it by its address: "where in the file" is the address itself.
         mapping = Mapping(iova, size, memory, iova, readonly)
         one = ClientRange(mapping, ("messages", self), [self], reachable=self._remote is not None)
@@ -298,13 +227,13 @@ class Client:
         if machine is not None:
             self._count_machine(machine, identity, iova, size)
             return
-        memory = self._clients.open(self, fd, readonly, offset + size)
+        memory = self._clients.files.open(self.name, fd, readonly, offset + size)
         mapping = Mapping(iova, size, memory, offset, readonly)
         try:
             self._clients.check_reach(self._table.space, mapping)
             self._table.space.map(mapping)
         except BaseException:
-            self._clients.close(memory)
+            self._clients.files.close(memory)
             raise
         self._table.insert(ClientRange(mapping, identity, [self]))
 
@@ -315,7 +244,7 @@ class Client:
         own = ("file", status.st_dev, status.st_ino, mapping.offset, mapping.readonly)
         if (mapping.iova, mapping.size, own) != (iova, size, identity):
             raise InvalidArgument(
-                f"{self._words(iova, size)} overlaps {self._words(mapping.iova, mapping.size)}, which dma-map has "
+                f"{words(iova, size)} overlaps {words(mapping.iova, mapping.size)}, which dma-map has "
                 "mapped for the whole machine, and is not the same; dma-unmap that first",
                 errno="EEXIST",
             )
@@ -329,7 +258,7 @@ class Client:
     def _exists(self, iova: int, size: int, there: ClientRange) -> InvalidArgument:
         by = ", ".join(owner.name for owner in there.owners)
         return InvalidArgument(
-            f"{self._words(iova, size)} overlaps {self._words(there.first, there.mapping.size)}, mapped by {by}",
+            f"{words(iova, size)} overlaps {words(there.first, there.mapping.size)}, mapped by {by}",
             errno="EEXIST",
         )
 
@@ -339,8 +268,7 @@ class Client:
             try:
                 self._table.space.unmap(one.first, one.mapping.size)
             except OSError as error:
-                where = f"{self._table.space.name}, IOVA {self._words(one.first, one.mapping.size)}"
-                raise OperationFailed("unmap", where, errno=error.errno or "EIO") from error
+                raise failed("unmap", self._table.space, one.mapping, error) from error
         self._forget(one)
 
     def _forget(self, one: ClientRange) -> None:
@@ -352,11 +280,7 @@ class Client:
         if not one.owners:
             self._table.remove(one)
             if one.identity[0] == "file" and not one.by_machine:
-                self._clients.close(one.mapping.memory)
-
-    @staticmethod
-    def _words(iova: int, size: int) -> str:
-        return f"{iova:#x} to {iova + size - 1:#x}"
+                self._clients.files.close(one.mapping.memory)
 
 
 class ClientMappings:
@@ -365,6 +289,9 @@ class ClientMappings:
     Args:
         machine: the machine's own mappings that have an address in [first, end).
         check_reach: refuses a mapping an address space cannot translate.
+
+    Attributes:
+        files: of all clients, each open once.
 
     """
 
@@ -375,8 +302,8 @@ class ClientMappings:
     ) -> None:
         self._machine = machine
         self.check_reach = check_reach
-        self._tables: dict[int, _Table] = {}  # by identity of the space
-        self._files: dict[FileKey, _File] = {}
+        self._tables: dict[int, RangeTable] = {}  # by identity of the space
+        self.files: Final = ClientFiles()
         self._clients: list[Client] = []
 
     # --- clients --------------------------------------------------------------------------------------
@@ -391,12 +318,12 @@ class ClientMappings:
                 that, what comes without a file is only noted.
 
         """
-        table = self._tables.setdefault(id(space), _Table(space))
+        table = self._tables.setdefault(id(space), RangeTable(space))
         client = Client(name, table, self, remote)
         self._clients.append(client)
         return client
 
-    def left(self, client: Client, table: _Table) -> None:
+    def left(self, client: Client, table: RangeTable) -> None:
         """A client has gone."""
         self._clients.remove(client)
         if not table.ranges and not any(other._table is table for other in self._clients):
@@ -439,18 +366,17 @@ class ClientMappings:
             there = table.overlapping(first, first + size)
             if there is not None:
                 raise InvalidArgument(
-                    f"Parameter 'iova': {Client._words(first, size)} overlaps"
-                    f" {Client._words(there.first, there.mapping.size)}, which is mapped by {there.owners[0].name}",
+                    f"Parameter 'iova': {words(first, size)} overlaps"
+                    f" {words(there.first, there.mapping.size)}, which is mapped by {there.owners[0].name}",
                     errno="EEXIST",
                 )
 
     def counting(self, first: int, end: int) -> Client | None:
         """A client that counts on a mapping of the machine's in this range."""
         for table in self._tables.values():
-            low = bisect_right(table.ranges, first, key=_first)
-            for one in table.ranges[max(0, low - 1) : bisect_left(table.ranges, end, key=_first)]:
-                if one.by_machine and one.end > first:
-                    return one.owners[0]
+            owner = table.counting(first, end)
+            if owner is not None:
+                return owner
         return None
 
     def forget(self, space: AddressSpace) -> None:
@@ -487,113 +413,7 @@ class ClientMappings:
             for one in tuple(table.ranges)
         ]
 
-    # --- files ------------------------------------------------------------------------------------------
-
-    def open(self, client: Client, fd: FileDescriptor, readonly: bool, end: int) -> SharedMemory:
-        """The memory of a file, opened once however often it is mapped. Blocks. The fd stays the caller's.
-
-        Every fd is looked at, also when the file is known: what it may do is a property of the fd.
-        """
-        duplicate = _duplicate(fd, client.name)
-        try:
-            fresh = open_memory(duplicate, size=None, readonly=readonly, name=f"memory of {client.name}")
-        except CommandError as error:
-            duplicate.close()
-            raise InvalidArgument(
-                f"The file of {client.name} cannot be its memory: {error}", errno=error.errno or "EINVAL"
-            ) from error
-        status = os.fstat(duplicate.number)
-        if end > fresh.size:
-            fresh.close()
-            raise InvalidArgument(
-                f"The file of {client.name} has {fresh.size:#x} bytes, the mapping ends at {end:#x}", errno="EINVAL"
-            )
-        key: FileKey = (status.st_dev, status.st_ino, readonly)
-        known = self._files.get(key)
-        if known is not None and end <= known.memory.size:
-            fresh.close()
-            known.users += 1
-            return known.memory
-        if len(self._files) >= MAX_CLIENT_FILES:
-            fresh.close()
-            raise InvalidArgument(
-                f"{MAX_CLIENT_FILES} files of clients are mapped, no more are allowed", errno="ENOSPC"
-            )
-        if known is not None:
-            # It has grown since. Who mapped it before keeps the smaller one; new mappings share the larger.
-            self._files[(-1, id(known), readonly)] = known
-        self._files[key] = _File(fresh, 1)
-        return fresh
-
-    def close(self, memory: GuestFile) -> None:
-        """One mapping of a file less."""
-        for key, file in self._files.items():
-            if file.memory is memory:
-                file.users -= 1
-                if not file.users:
-                    del self._files[key]
-                    file.memory.close()
-                return
-
-    def files(self) -> Iterator[SharedMemory]:
-        """Every open file, for ``query-fds``."""
-        return (file.memory for file in tuple(self._files.values()))
-
     def end(self) -> None:
         """The machine ends: everything of every client goes."""
         for client in self.clients():
             client.leave()
-
-
-class _Unreachable:
-    """Memory that came without a file, for a device that cannot ask for it."""
-
-    readonly = False
-    closed = False
-    asks = False
-    is_mapped = False
-    size = END_OF_SPACE
-
-    def __init__(self, client: str) -> None:
-        self.name = f"memory of {client} that came without a file"
-
-    @property
-    def number(self) -> int:
-        raise self._nothing()
-
-    def address(self) -> int:
-        raise self._nothing()
-
-    def unmap(self) -> None:
-        """Nothing is mapped."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise self._nothing()
-
-    def write(self, offset: int, data: bytes) -> None:
-        raise self._nothing()
-
-    def pin(self, offset: int, length: int, *, writable: bool) -> PinnedMemory:
-        raise self._nothing()
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _nothing(self) -> OperationFailed:
-        return OperationFailed("map", self.name, errno="ENOTSUP", advice="share the guest's memory (QEMU: share=on)")
-
-
-def _duplicate(fd: FileDescriptor, client: str) -> FileDescriptor:
-    try:
-        return fd.duplicate()
-    except OSError as error:
-        raise OperationFailed(
-            "dup",
-            f"memory of {client}",
-            errno=error.errno or 0,
-            advice="the open-file limit (RLIMIT_NOFILE) may be too low",
-        ) from error
-
-
-def _first(one: ClientRange) -> int:
-    return one.mapping.iova

@@ -19,9 +19,10 @@ from msgspec import Struct
 
 from vfiod.protocol.catalogue.memory import MappingInfo
 from vfiod.protocol.catalogue.words import UNSET
-from vfiod.protocol.errors import Busy, CommandError, InvalidArgument, OperationFailed
+from vfiod.protocol.errors import Busy, CommandError, InvalidArgument
 from vfiod.protocol.limits import MAX_MAPPINGS
-from vfiod.server import trace
+from vfiod.server.dma.ranges import words
+from vfiod.server.dma.spaces import check_pages, check_range, check_reach, map_into, unmap_from
 
 if TYPE_CHECKING:  # later: see Machine
     from vfiod.server.backends.base import AddressSpace, GuestFile, Mapping
@@ -35,7 +36,6 @@ __all__ = ["GuestMemory", "MappedRange", "clip"]
 _log: Final = logging.getLogger(__name__)
 
 HOST_PAGE: Final = mmap.PAGESIZE
-END_OF_SPACE: Final = 1 << 64
 
 
 class MappedRange(Struct, frozen=True):
@@ -100,7 +100,7 @@ class GuestMemory:
         if self._clients is None:
             from vfiod.server.dma.clients import ClientMappings  # with the first export
 
-            self._clients = ClientMappings(self._overlapping, _check_reach)
+            self._clients = ClientMappings(self._overlapping, check_reach)
         return self._clients
 
     # --- looking: any thread, any time --------------------------------------------------------------
@@ -129,7 +129,7 @@ class GuestMemory:
 
     def client_files(self) -> Iterator[SharedMemory]:
         """The files clients have mapped, for ``query-fds``."""
-        return iter(()) if self._clients is None else self._clients.files()
+        return iter(()) if self._clients is None else iter(self._clients.files)
 
     def find(self, iova: int) -> MappedRange | None:
         """The mapping that holds an address; found by bisection."""
@@ -182,7 +182,7 @@ class GuestMemory:
 
         """
         page = self.page_size
-        _check_range(iova, size)
+        check_range(iova, size)
         if offset + size > memory.size:
             raise InvalidArgument(
                 f"Parameter 'size': offset {offset:#x} plus size {size:#x} is beyond the memory's {memory.size:#x}"
@@ -204,12 +204,12 @@ class GuestMemory:
         if self._clients is not None:
             self._clients.check_free(first, length)
         for space in self._spaces:
-            _check_reach(space, mapping)
+            check_reach(space, mapping)
         done: list[AddressSpace] = []
         was_mapped = memory.is_mapped
         try:
             for space in self._spaces:
-                _map(space, mapping)
+                map_into(space, mapping)
                 done.append(space)
         except BaseException:
             for space in reversed(done):
@@ -232,7 +232,7 @@ class GuestMemory:
         and ``removed`` is told.
         """
         page = self.page_size
-        _check_range(iova, size)
+        check_range(iova, size)
         first, length = clip(iova, size, page)
         if not length:
             raise InvalidArgument(_empty(iova, size, page))
@@ -240,12 +240,12 @@ class GuestMemory:
         chosen = self._ranges[low:high]
         counting = None if self._clients is None else self._clients.counting(first, first + length)
         if counting is not None:
-            raise Busy(f"{_words(first, length)} is counted on by {counting.name}, which maps the same")
+            raise Busy(f"{words(first, length)} is counted on by {counting.name}, which maps the same")
         done: list[tuple[AddressSpace, MappedRange]] = []
         try:
             for one in chosen:
                 for space in self._spaces:
-                    _unmap(space, one.mapping)
+                    unmap_from(space, one.mapping)
                     done.append((space, one))
         except BaseException as error:
             self._restore(done, error)
@@ -266,13 +266,13 @@ class GuestMemory:
             return
         ranges = self.ranges()
         for one in ranges:
-            _check_pages(space, one.mapping)
-            _check_reach(space, one.mapping)
+            check_pages(space, one.mapping)
+            check_reach(space, one.mapping)
         done = 0
         fresh = [one.mapping.memory for one in ranges if not one.mapping.memory.is_mapped]
         try:
             for one in ranges:
-                _map(space, one.mapping)
+                map_into(space, one.mapping)
                 done += 1
         except BaseException:
             for one in reversed(ranges[:done]):
@@ -376,8 +376,8 @@ class GuestMemory:
         for one in neighbours:
             if one.first < end and mapping.iova < one.end:
                 raise InvalidArgument(
-                    f"Parameter 'iova': {_words(mapping.iova, mapping.size)} overlaps the mapping"
-                    f" {_words(one.first, one.mapping.size)}; dma-unmap that first"
+                    f"Parameter 'iova': {words(mapping.iova, mapping.size)} overlaps the mapping"
+                    f" {words(one.first, one.mapping.size)}; dma-unmap that first"
                 )
         return at
 
@@ -390,8 +390,8 @@ class GuestMemory:
         for one in self._ranges[low:high][:1] + self._ranges[low:high][-1:]:
             if one.first < first or one.end > end:
                 raise InvalidArgument(
-                    f"Parameter 'size': {_words(first, end - first)} would split the mapping"
-                    f" {_words(one.first, one.mapping.size)}; unmap all of it or none"
+                    f"Parameter 'size': {words(first, end - first)} would split the mapping"
+                    f" {words(one.first, one.mapping.size)}; unmap all of it or none"
                 )
         return low, high
 
@@ -411,9 +411,9 @@ class GuestMemory:
 
     def _take_back(self, space: AddressSpace, mapping: Mapping) -> None:
         try:
-            _unmap(space, mapping)
+            unmap_from(space, mapping)
         except (CommandError, OSError) as error:
-            _log.error("%s still has %s: %s", space.name, _words(mapping.iova, mapping.size), error)
+            _log.error("%s still has %s: %s", space.name, words(mapping.iova, mapping.size), error)
 
     def _restore(self, done: list[tuple[AddressSpace, MappedRange]], cause: BaseException) -> None:
         """Map again what was unmapped before something failed; a mapping for which that fails has to go for good."""
@@ -423,9 +423,9 @@ class GuestMemory:
             if one in lost:
                 continue
             try:
-                _map(space, one.mapping)
+                map_into(space, one.mapping)
             except (CommandError, OSError) as error:
-                where = _words(one.first, one.mapping.size)
+                where = words(one.first, one.mapping.size)
                 _log.error("%s could not be mapped again into %s: %s", where, space.name, error)
                 lost.append(one)
             else:
@@ -443,57 +443,5 @@ def _first(one: MappedRange) -> int:
     return one.mapping.iova
 
 
-def _words(iova: int, size: int) -> str:
-    return f"{iova:#x} to {iova + size - 1:#x}"
-
-
 def _empty(iova: int, size: int, page: int) -> str:
-    return f"Parameter 'size': the range is empty: no whole page of {page:#x} bytes lies within {_words(iova, size)}"
-
-
-def _check_range(iova: int, size: int) -> None:
-    if iova + size > END_OF_SPACE:
-        raise InvalidArgument(f"Parameter 'size': IOVA {iova:#x} plus size {size:#x} is beyond 64 bits")
-
-
-def _check_pages(space: AddressSpace, mapping: Mapping) -> None:
-    if (mapping.iova | mapping.size | mapping.offset) % space.page_size:
-        raise InvalidArgument(
-            f"The mapping {_words(mapping.iova, mapping.size)} is not made of pages of {space.page_size:#x} bytes,"
-            f" the smallest of {space.name}; dma-unmap it, or map it anew in such pages"
-        )
-
-
-def _check_reach(space: AddressSpace, mapping: Mapping) -> None:
-    """Refuse what the IOMMU cannot translate (VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE) before any ioctl."""
-    ranges = space.iova_ranges()
-    last = mapping.iova + mapping.size - 1
-    if not ranges or any(low <= mapping.iova and last <= high for low, high in ranges):
-        return
-    usable = ", ".join(f"{low:#x} to {high:#x}" for low, high in ranges)
-    raise InvalidArgument(
-        f"Parameter 'iova': {space.name} cannot translate {_words(mapping.iova, mapping.size)}; it can do {usable}"
-    )
-
-
-def _map(space: AddressSpace, mapping: Mapping) -> None:
-    try:
-        space.map(mapping)
-    except OSError as error:
-        raise _failed("map", space, mapping, error) from error
-    if trace.mapping_made.on:
-        trace.mapping_made(space=space.name, iova=hex(mapping.iova), size=mapping.size, readonly=mapping.readonly)
-
-
-def _unmap(space: AddressSpace, mapping: Mapping) -> None:
-    try:
-        space.unmap(mapping.iova, mapping.size)
-    except OSError as error:
-        raise _failed("unmap", space, mapping, error) from error
-    if trace.mapping_removed.on:
-        trace.mapping_removed(space=space.name, iova=hex(mapping.iova), size=mapping.size)
-
-
-def _failed(operation: str, space: AddressSpace, mapping: Mapping, error: OSError) -> OperationFailed:
-    what = f"{space.name}, IOVA {_words(mapping.iova, mapping.size)}"
-    return OperationFailed(operation, what, errno=error.errno or "EIO")
+    return f"Parameter 'size': the range is empty: no whole page of {page:#x} bytes lies within {words(iova, size)}"
