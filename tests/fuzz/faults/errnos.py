@@ -76,7 +76,7 @@ _OF_PROCESS: dict[str, tuple[int, ...]] = {
     "socket": (e.EMFILE, e.ENFILE, e.ENOBUFS, e.ENOMEM),
     "connect": (e.ECONNREFUSED, e.EAGAIN, e.EACCES, e.ENOENT, e.ENOMEM),
     "accept4": (e.EMFILE, e.ENFILE, e.ENOMEM, e.ECONNABORTED, e.EINTR),
-    "getsockopt": (e.ENOMEM, e.EINVAL),
+    "getsockopt": (e.EACCES,),  # a security module
     "sendto": (e.ENOBUFS, e.ENOMEM, e.EINTR, e.EPIPE, e.ECONNRESET),
     "recvfrom": (e.ENOMEM, e.ECONNRESET, e.EINTR),
     "sendmsg": (e.ETOOMANYREFS, e.ENOMEM, e.ENOBUFS, e.EMSGSIZE, e.EPIPE, e.ECONNREFUSED, e.EAGAIN, e.EINTR),

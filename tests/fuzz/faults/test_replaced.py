@@ -16,7 +16,9 @@ from tests.fuzz.faults.injector import Call, Fault
 from tests.fuzz.faults.row import End, Row, fds_of
 from tests.fuzz.faults.wall import possible
 
-pytestmark = pytest.mark.skipif(not possible(), reason="the kernel does not ask about system calls (SECCOMP_USER_NOTIF)")
+pytestmark = pytest.mark.skipif(
+    not possible(), reason="the kernel does not ask about system calls (SECCOMP_USER_NOTIF)"
+)
 
 LONG = int(os.environ.get("VFIOD_FUZZ_EXAMPLES", "100")) > 100
 FEW = 3

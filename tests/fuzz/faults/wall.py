@@ -26,7 +26,7 @@ from vfiod.server.sandbox.calls import MACHINES, Machine, numbers_of
 
 __all__ = ["WATCHED", "Wall", "possible"]
 
-WATCHED: Final = (
+WATCHED: Final[tuple[str, ...]] = (
     *("socket", "connect", "accept4", "getsockopt", "sendto", "recvfrom", "sendmsg", "recvmsg", "poll", "ppoll"),
     *("epoll_ctl", "pidfd_open", "fcntl", "eventfd2", "memfd_create", "pipe2", "ftruncate", "pread64", "pwrite64"),
     *("mmap", "openat"),
