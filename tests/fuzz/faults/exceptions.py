@@ -117,7 +117,8 @@ EXCEPTIONS: tuple[Reason, ...] = (
         refused=True,
     ),
     Reason(
-        ("device_add", "device-reset", "hot-reset", "system_reset", "config write"), ("pread", "pwrite"), _FAST_PATH,
+        ("device_add", "device-reset", "hot-reset", "system_reset", "config write", "take-over"), ("pread", "pwrite"),
+        _FAST_PATH,
         "whether the device decodes memory could not be read: until it can, accesses go by read and write",
         refused=False,
     ),

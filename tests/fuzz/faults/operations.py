@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.fuzz.faults.bench import Bench
 from tests.fuzz.faults.doors import doors
+from tests.fuzz.faults.moved import moves
 from tests.fuzz.faults.sweep import Operation
 
 from vfiod.protocol.vfio import DeviceFlags
@@ -214,6 +215,16 @@ async def kernel_mdev_add(bench: Bench) -> None:
     await bench.command(
         "device_add", driver="vfio-pci", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g"
     )
+
+
+async def kernel_mdev(bench: Bench) -> None:
+    await kernel_mdev_ready(bench)
+    await kernel_mdev_add(bench)
+
+
+async def opened_here(bench: Bench) -> None:
+    await opened_here_ready(bench)
+    await opened_here_add(bench)
 
 
 async def primer_ready(bench: Bench) -> None:
@@ -520,4 +531,17 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("mdev-destroy", primer_ready, do("mdev-destroy", uuid=MDEV), (MDEV,)),
     *doors(group, primer),
+    *moves(
+        ("group", two),
+        ("cdev", cdev_two),
+        ("opened here", opened_here),
+        ("noiommu", noiommu),
+        ("platform", platform_started),
+        ("ccw", ccw),
+        ("ap", ap),
+        ("kernel mdev", kernel_mdev),
+        ("objects", objects),
+        ("direct", started(group, "intx", mode="direct")),
+        ("built-in mdev", started(primer, "msix")),
+    ),
 )

@@ -25,7 +25,7 @@ from tests.integration.exports.hypervisor import Hypervisor, eventfd, memfd, run
 from vfiod.client.methods.values import VectorFds
 from vfiod.client.sync import Client
 
-__all__ = ["PATIENCE", "End", "Row", "Walled", "fds_of", "until"]
+__all__ = ["PATIENCE", "End", "Row", "Walled", "fds_of", "plain", "until"]
 
 PATIENCE = 120.0
 """Seconds that nothing takes; when they are over, something hangs."""
@@ -152,7 +152,7 @@ class Row:
             *(self.client.query_devices(), self.client.query_dma(), self.client.query_objects()),
             *(self.client.query_fdsets(), self.client.query_machine().mdevs, self.client.query_device_exports()),
         )
-        return _plain(msgspec.to_builtins(shown))
+        return plain(msgspec.to_builtins(shown))
 
     def _probe(self) -> None:
         """Everything does what it did, by the connections there are."""
@@ -234,9 +234,10 @@ def _bad(log: str) -> bool:
 _COUNTED = frozenset({"requests", "errors", "events", "number", "pid", "fd", "accesses", "since"})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What was shown, without what counts on."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items() if key not in _COUNTED}
+        return {key: plain(one) for key, one in value.items() if key not in _COUNTED}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return value

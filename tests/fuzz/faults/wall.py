@@ -44,6 +44,9 @@ _F_DUPFD_CLOEXEC: Final = 1030
 _MAP_SHARED: Final = 1
 _EPOLL_CTL_ADD: Final = 1
 
+_SELF_PIPE: Final = {"sendto": 1, "recvfrom": 4096}
+"""Bytes: so asyncio wakes its loop from another thread, and believes that it cannot fail. Nobody else uses these."""
+
 # <linux/seccomp.h>, <linux/bpf_common.h>
 _ALLOW, _NOTIFY = 0x7FFF0000, 0x7FC00000
 _LOAD, _EQUAL, _SET, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -65,6 +68,7 @@ program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(text) // 8, ct
 os.dup2(door, wanted, inheritable=False)
 os.close(door)
 door = socket.socket(fileno=wanted)
+libc.prctl(1, 9, 0, 0, 0)
 libc.prctl(38, 1, 0, 0, 0)
 ear = libc.syscall(number, 1, 8, program)
 if ear < 0:
@@ -73,7 +77,7 @@ socket.send_fds(door, [b"E"], [ear])
 door.close()
 os.execv(sys.argv[5], sys.argv[5:])
 """
-"""Puts the filter on itself, hands the ear over, and becomes the program."""
+"""Dies with us (PR_SET_PDEATHSIG), puts the filter on itself, hands the ear over, and becomes the program."""
 
 
 def possible() -> bool:
@@ -100,6 +104,8 @@ def _filter(machine: Machine, watched: dict[int, str]) -> bytes:
             block = [(_LOAD, 0, 0, _argument(machine, 1)), (_EQUAL, 1, 0, _EPOLL_CTL_ADD)]
         elif name == "mmap":
             block = [(_LOAD, 0, 0, _argument(machine, 3)), (_SET, 1, 0, _MAP_SHARED)]
+        elif name in _SELF_PIPE:
+            block = [(_LOAD, 0, 0, _argument(machine, 2)), (_EQUAL, 0, 1, _SELF_PIPE[name])]
         else:
             block = [(_LOAD, 0, 0, _argument(machine, 0)), (_EQUAL, 0, 1, _DOOR)]
         block += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _NOTIFY)]
@@ -120,6 +126,7 @@ class Wall:
         command: the program, and its arguments.
         stderr: its log.
         environment: of the process; None: ours.
+        children: not its own calls count, but those of the processes that it starts.
         injector: armed from the beginning; see :meth:`arm`.
         since: see :meth:`arm`.
 
@@ -133,6 +140,8 @@ class Wall:
         command: Sequence[str],
         stderr: IO[str],
         environment: dict[str, str] | None = None,
+        *,
+        children: bool = False,
         injector: Injector | None = None,
         since: str | None = None,
     ) -> None:
@@ -140,6 +149,7 @@ class Wall:
         numbers = numbers_of(machine) | _PIDFD_OPEN
         self._names = {numbers[name]: name for name in WATCHED if name in numbers}
         text = _filter(machine, self._names)
+        self._children = children
         self._injector = injector
         self._since = since
         ours, theirs = socket.socketpair()
@@ -196,18 +206,18 @@ class Wall:
             notice[:] = bytes(_NOTICE.size)
             try:
                 fcntl.ioctl(self._ear.number, _RECEIVE, notice)
-                id, _, _, number, *_ = _NOTICE.unpack(notice)
-                code = self._judge(self._names[number])
+                id, thread, _, number, *_ = _NOTICE.unpack(notice)
+                code = self._judge(self._names[number], thread)
                 answer[:] = _ANSWER.pack(id, 0, -code, 0 if code else _GO_ON)
                 fcntl.ioctl(self._ear.number, _SEND, answer)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.EINTR, errno.ENOTCONN):  # it was killed meanwhile
                     raise
 
-    def _judge(self, name: str) -> int:
+    def _judge(self, name: str, thread: int) -> int:
         """0, or what the call says."""
         injector = self._injector
-        if injector is None:
+        if injector is None or (self._children and os.path.exists(f"/proc/{self.process.pid}/task/{thread}")):
             return 0
         if self._since is not None:
             if name != self._since:

@@ -70,7 +70,10 @@ class TakingOver:
             raise
 
     def _watch_giver(self) -> None:
-        pid = peer_of(self._socket).pid
+        try:
+            pid = peer_of(self._socket).pid
+        except OSError as error:
+            raise Refused(f"Who hands over cannot be asked for: {os.strerror(error.errno or 0)}") from error
         try:
             self._pidfd = FileDescriptor(os.pidfd_open(pid))
         except OSError as error:  # another pid namespace, or a kernel before 5.3: its socket alone tells
