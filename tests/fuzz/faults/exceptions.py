@@ -65,7 +65,8 @@ _PRESENT = (r".*",)
 
 EXCEPTIONS: tuple[Reason, ...] = (
     Reason(
-        ("device_add",), ("VFIO_DEVICE_GET_IRQ_INFO",), (*_IRQS, r"/kernel/devices/.*/single"),
+        ("device_add", "take-over"), ("VFIO_DEVICE_GET_IRQ_INFO",),
+        (*_IRQS, r"/kernel/devices/.*/single", r"/parent 0//irqs\["),
         "EINVAL is how the kernel and its mediated drivers say that a device has no such interrupt",
         refused=False, numbers=(e.EINVAL,),
     ),

@@ -217,16 +217,6 @@ async def kernel_mdev_add(bench: Bench) -> None:
     )
 
 
-async def kernel_mdev(bench: Bench) -> None:
-    await kernel_mdev_ready(bench)
-    await kernel_mdev_add(bench)
-
-
-async def opened_here(bench: Bench) -> None:
-    await opened_here_ready(bench)
-    await opened_here_add(bench)
-
-
 async def primer_ready(bench: Bench) -> None:
     await memory(bench)
     await bench.command("mdev-create", parent="primer", type="primer-pci", uuid=MDEV)
@@ -534,14 +524,9 @@ OPERATIONS: tuple[Operation, ...] = (
     *moves(
         ("group", two),
         ("cdev", cdev_two),
-        ("opened here", opened_here),
-        ("noiommu", noiommu),
         ("platform", platform_started),
         ("ccw", ccw),
-        ("ap", ap),
-        ("kernel mdev", kernel_mdev),
         ("objects", objects),
-        ("direct", started(group, "intx", mode="direct")),
         ("built-in mdev", started(primer, "msix")),
     ),
 )

@@ -117,10 +117,15 @@ class PlatformDevice(MediatedDevice):
     def open(self) -> None:
         """Fresh memory for a new user: what the last one gave away must not reach this one."""
         self._power_on()
-        self._memory = FileDescriptor(os.memfd_create("vfiod-platform", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(self._memory.number, self._size)
-        # Whoever gets the file can never cut it: that would be SIGBUS for all others.
-        fcntl.fcntl(self._memory.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        memory = FileDescriptor(os.memfd_create("vfiod-platform", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        try:
+            os.ftruncate(memory.number, self._size)
+            # Whoever gets the file can never cut it: that would be SIGBUS for all others.
+            fcntl.fcntl(memory.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            memory.close()
+            raise
+        self._memory = memory
 
     def close(self) -> None:
         """Let everything of the user go."""
