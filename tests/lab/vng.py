@@ -29,6 +29,11 @@ QMP_PORT = "vfiod.qmp"
 #: Python takes to start. A guest lives for a minute; it need not see the host's later edits.
 _ROOT_FLAGS = "rootflags=version=9p2000.L,trans=virtio,access=any,msize=500000,cache=loose"
 
+#: Ticks that come by themselves, on every processor. Otherwise Linux asks the local APIC for each next one, since 7.0
+#: from a place of its own after the interrupt (``HRTIMER_REARM_DEFERRED``), and in emulation that is missed now and
+#: then: all processors halt, the APIC's count at zero and its interrupt neither pending nor in service, for ever.
+_TICKS = ("nohz=off", "highres=off")
+
 #: Guest directories that virtme-ng covers with an empty tmpfs: what the tests need below them (a checkout in /var/tmp,
 #: a build directory in /run) is bound there, from below the tmpfs. Not by virtme-ng's own ``--rodir``: that mounts 9p
 #: without a cache, which makes a new inode at each look, and then no rule of Landlock holds for a directory.
@@ -121,7 +126,7 @@ def vng_command(topology: Topology, directory: Path, rest: Sequence[str]) -> lis
     line += ["--run", str(link), "--cpus", str(topology.cpus), "--memory", topology.memory]
     line += ["--qemu", qemu, "--user", "root"]
     clock = [f"tsc_early_khz={host_clock_khz()}"] if topology.tell_clock else []
-    for argument in (_ROOT_FLAGS, *topology.kernel_arguments, *clock):
+    for argument in (_ROOT_FLAGS, *_TICKS, *topology.kernel_arguments, *clock):
         line += ["--append", argument]
     line += ["--rwdir", f"{GUEST_EXCHANGE}={directory / 'exchange'}"]
     return [*line, f"--qemu-opts={shlex.join(extra)}", *rest]

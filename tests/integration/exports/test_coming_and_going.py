@@ -111,6 +111,10 @@ def test_the_monitor_looks_and_changes_nothing(server: Server) -> None:
     with memfd(4096) as memory:
         busy(client.dma_map, iova=0, size=4096, fd=memory)
     busy(client.dma_unmap, iova=0, size=4096)
+    line = "region-write dev0 bar0 4 size=4 value=3"
+    assert "force=true" in client.human_monitor_command(command_line=line)
+    assert client.human_monitor_command(command_line=f"{line} force=on") == ""
+    assert hypervisor.read(0, 4) == 0xFFFF_FFFC
     client.region_write(device="dev0", region="bar0", offset=4, size=4, value=1, force=True)
     assert hypervisor.read(0, 4) == 0xFFFF_FFFE
     [device] = client.query_devices()

@@ -123,6 +123,48 @@ def test_the_audit_log(server: OwnServer) -> None:
     assert stat.S_IMODE((server.path.parent / "audit").stat().st_mode) == 0o600
 
 
+def test_the_audit_log_of_lines_for_a_person(server: OwnServer) -> None:
+    """By human-monitor-command nobody hides: the command that a line means is noted, with its end, and no secret."""
+    token = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3"
+    with Client.connect(server.path) as client, Client.connect(server.path.parent / "look") as observer:
+
+        def say(line: str, by: Client = client) -> str:
+            return by.human_monitor_command(command_line=line)
+
+        uuid = say("mdev-create primer primer-pci").split()[-1]
+        assert say(f"device_add vfio-pci,id=n0,mdev={uuid}") == ""
+        assert "n0" in say("info devices")  # looks, and is not noted
+        assert say("nope").startswith("Error: unknown command")  # nothing that could change anything
+        assert say(f"device_add vfio-pci,host=00:01.0,vf-token={token}").startswith("Error: ")
+        assert say(f"device_add vfio-pci,host=00:01.0,vf-token={token}x").startswith("Error: ")
+        assert say("device_del nope") == "Error: Device 'nope' not found\n"
+        assert say("irq-start n0 vectors=[1,").startswith("Error: ")
+        assert "may not run quit" in say("quit", observer)
+        assert say("device_del n0") == ""
+        with pytest.raises(RemoteError) as refused:
+            client.device_add(driver="vfio-pci", host="00:01.0", vf_token=f"{token}x")
+        assert token not in str(refused.value)
+    found = [one for one in lines(server) if one["command"] != "qmp_capabilities"]
+    assert [(one["command"], one["ok"], one["role"]) for one in found] == [
+        ("mdev-create", True, "operator"),
+        ("device_add", True, "operator"),
+        ("device_add", False, "operator"),
+        ("device_add", False, "operator"),
+        ("device_del", False, "operator"),
+        ("irq-start", False, "operator"),
+        ("quit", False, "observer"),
+        ("device_del", True, "operator"),
+        ("device_add", False, "operator"),
+    ]
+    assert found[1]["arguments"]["mdev"] == uuid
+    assert found[2]["arguments"]["vf-token"] == "(not shown)"
+    assert (found[4]["arguments"]["id"], found[4]["error"]) == ("nope", "Device 'nope' not found")
+    assert "vf-token" in found[3]["error"] and "vf-token" in found[8]["error"]
+    written = (server.path.parent / "audit").read_text()
+    assert token not in written and "command-line" not in written
+    assert token not in server.messages()
+
+
 def test_a_full_disk_stops_nothing(tmp_path: Path) -> None:
     """What cannot be written is said once; commands go on."""
     with own_server(tmp_path, ["--audit", "/dev/full"], name="vm1") as server, Client.connect(server.path) as client:

@@ -37,6 +37,9 @@ class Driver(enum.StrEnum):
     VFIO_AP = "vfio-ap"
 
 
+SECRET: Final = frozenset({"vf-token"})
+"""Arguments whose values stand in no log and in no error."""
+
 ONLY_OF: Final[Mapping[str, frozenset[Driver]]] = {
     "vf-token": frozenset({Driver.VFIO_PCI}),
     "romfile": frozenset({Driver.VFIO_PCI}),

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from vfiod.protocol.catalogue.declare import EVENTS, Arguments, CommandSpec, EventData
-from vfiod.protocol.catalogue.devices import DeviceAdd, Driver
+from vfiod.protocol.catalogue.devices import SECRET, DeviceAdd, Driver
 from vfiod.protocol.errors import CommandError, InvalidArgument, InvalidRequest
 from vfiod.protocol.limits import MAX_COLLECTIONS
 
@@ -235,7 +235,7 @@ def _wrong_string(info: inspect.StrType, value: str, path: str, described: str) 
 
     if info.pattern is not None and not re.search(info.pattern, value):
         expected = described.rstrip(".") or f"text that matches {info.pattern}"
-        yield f"Parameter '{path}' expects {expected[:1].lower()}{expected[1:]}; it is {_show(value)}"
+        yield f"Parameter '{path}' expects {expected[:1].lower()}{expected[1:]}; it is {_known(path, value)}"
     yield from _wrong_length(info, value, path, "characters")
 
 
@@ -289,6 +289,11 @@ def _json_types_of(value: Any) -> tuple[str, ...]:
 def _show(value: Any) -> str:
     shown = f"'{value}'" if isinstance(value, str) else str(value)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def _known(path: str, value: Any) -> str:
+    """As :func:`_show`, unless it may be a secret: errors are logged, and a token with a slip is nearly the token."""
+    return "not one (it is not shown)" if path in SECRET else _show(value)
 
 
 def _one_of(words: Any) -> str:

@@ -88,7 +88,7 @@ class Call:
         oob: executed out of band: it must answer at once.
         carries_fds: whether fds can go with the reply; not with that to a batch or a notification.
         used_fds: whether it took or gave any fd: else success has nothing to do.
-        arguments: the command's; handlers are given them besides.
+        arguments: the command's; handlers are given them besides. None before they are known.
 
     """
 

@@ -22,9 +22,9 @@ import msgspec
 from msgspec import inspect
 
 from vfiod.protocol.catalogue import COMMANDS, CommandSpec, monitor
-from vfiod.protocol.errors import CommandError, InvalidArgument
+from vfiod.protocol.errors import CommandError, InternalError, InvalidArgument
 from vfiod.protocol.wire.arguments import decode_arguments
-from vfiod.server.commands.call import Call, Handler, Handlers
+from vfiod.server.commands.call import Call, Handlers
 
 __all__ = ["HANDLERS", "format_value", "parse_line"]
 
@@ -43,10 +43,10 @@ _WORDS_OF_TRUTH: Final = {"on": True, "yes": True, "true": True, "off": False, "
 
 def human_monitor_command(call: Call, arguments: monitor.HumanMonitorCommand) -> str | Awaitable[str]:
     """Run one line; what goes wrong is part of the text."""
-    from vfiod.server.commands.table import TABLE  # the table holds this function too
-
     # A line of text cannot say which fd is which.
     call.carries_fds = False
+    call.arguments = None
+    spec: CommandSpec | None = None
     try:
         words = _split(arguments.command_line)
         if not words:
@@ -55,29 +55,50 @@ def human_monitor_command(call: Call, arguments: monitor.HumanMonitorCommand) ->
             return _help(words[1:])
         if words[0] == "info" and len(words) == 1:
             return _help(["info"])
-        spec, given = parse_line(words)
-        if call.session is not None and not call.session.allows(spec.name):
-            raise call.session.refusal(spec.name)
-        value = _run(call, TABLE[spec.name], spec, given)
-    except CommandError as error:
-        return _error(call, error)
-    return _later(call, value) if hasattr(type(value), "__await__") else format_value(value)
+        spec, rest = _command(words)
+        value = _begin(call, spec, rest)
+    except Exception as error:  # noqa: BLE001 - a defect is noted too, and goes on
+        return _failed(call, spec, error)
+    if hasattr(type(value), "__await__"):
+        return _later(call, spec, value)
+    _note(call, spec, None)
+    return format_value(value)
 
 
-def _run(call: Call, handler: Handler, spec: CommandSpec, given: dict[str, Any]) -> Any:
-    return handler(call, decode_arguments(spec, msgspec.Raw(msgspec.json.encode(given))))
+def _begin(call: Call, spec: CommandSpec, rest: list[str]) -> Any:
+    from vfiod.server.commands.table import TABLE  # the table holds this module's command too
+
+    if call.session is not None and not call.session.allows(spec.name):
+        raise call.session.refusal(spec.name)
+    # What asks the call for its arguments means those of the command: the check of claims, the audit log.
+    call.arguments = decode_arguments(spec, msgspec.Raw(msgspec.json.encode(_arguments(spec, rest))))
+    return TABLE[spec.name](call, call.arguments)
 
 
-async def _later(call: Call, value: Awaitable[Any]) -> str:
+async def _later(call: Call, spec: CommandSpec, value: Awaitable[Any]) -> str:
     try:
-        return format_value(await value)
-    except CommandError as error:
-        return _error(call, error)
+        result = await value
+    except Exception as error:  # noqa: BLE001 - a defect is noted too, and goes on
+        return _failed(call, spec, error)
+    _note(call, spec, None)
+    return format_value(result)
 
 
-def _error(call: Call, error: CommandError) -> str:
+def _failed(call: Call, spec: CommandSpec | None, error: Exception) -> str:
+    """What a person reads of an error. Raises what is no CommandError: the dispatcher logs it."""
+    known = error if isinstance(error, CommandError) else InternalError("A defect of vfiod; its log has the details")
+    if spec is not None:
+        _note(call, spec, known)
+    if known is not error:
+        raise error
     call.fail()  # the names it used stay: to the dispatcher this line succeeded
     return f"Error: {error}\n"
+
+
+def _note(call: Call, spec: CommandSpec, error: CommandError | None) -> None:
+    """Tell the audit log what the line meant: to the dispatcher it is text that came and text that went."""
+    if spec.mutates:
+        call.server.audited(call, spec.name, error)
 
 
 # --- the line -------------------------------------------------------------------------------------
@@ -94,6 +115,12 @@ def _split(line: str) -> list[str]:
 
 def parse_line(words: list[str]) -> tuple[CommandSpec, dict[str, Any]]:
     """The command and the arguments a line means. Raises CommandError for an unknown command or a word too many."""
+    spec, rest = _command(words)
+    return spec, _arguments(spec, rest)
+
+
+def _command(words: list[str]) -> tuple[CommandSpec, list[str]]:
+    """The command that a line names, and the words that are its arguments."""
     name, *rest = words
     if name == "info":
         name, *rest = QUERY + rest[0], *rest[1:]
@@ -104,7 +131,7 @@ def parse_line(words: list[str]) -> tuple[CommandSpec, dict[str, Any]]:
     if name in ("device_add", "object-add") and rest:
         # QEMU's form: everything in one word, with commas.
         rest = [*rest[0].split(","), *rest[1:]]
-    return spec, _arguments(spec, rest)
+    return spec, rest
 
 
 def _arguments(spec: CommandSpec, words: list[str]) -> dict[str, Any]:

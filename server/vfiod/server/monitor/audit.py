@@ -1,8 +1,8 @@
 """The audit log: every command that may change something, who asked for it, and what became of it.
 
 One JSON object per line, appended with one ``write`` each, so that lines of several servers never mix. Secrets are
-left out, long values are cut. What cannot be written is said once on the ordinary log, and counted: a full disk must
-not stop a VM.
+left out, long values are cut. A line for a person is no entry: the command it means is (``commands/human.py``). What
+cannot be written is said once on the ordinary log, and counted: a full disk must not stop a VM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from vfiod.protocol.catalogue import Arguments
+from vfiod.protocol.catalogue.devices import SECRET
 from vfiod.protocol.errors import VfiodError
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Audit", "AuditError", "Asker"]
 
 _log: Final = logging.getLogger(__name__)
-
-SECRET: Final = frozenset({"vf-token"})
-"""Members whose values are never written."""
 
 NOTICE, WARNING = 5, 4
 """Priorities of entries of the journal."""

@@ -183,6 +183,7 @@ class Bus:
             method = dispatch.find(self._server.methods, call.command)
             arguments = convert_arguments(method.spec, call.arguments)
         except CommandError as error:
+            self._server.refused(None, call.command, error)
             self._answer_error(envelope, call, error)
             return
         member = method.device_member

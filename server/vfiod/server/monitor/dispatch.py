@@ -20,7 +20,7 @@ from vfiod.protocol.wire.arguments import decode_arguments
 from vfiod.server import trace
 from vfiod.server.commands.call import Call, Handler
 from vfiod.server.monitor import lean
-from vfiod.server.monitor.roles import Role
+from vfiod.server.monitor.roles import THROUGH_OTHERS, Role
 
 __all__ = [
     "Failure",
@@ -52,7 +52,8 @@ class Method:
         name: on the wire.
         spec: its declaration.
         allow_oob: may be executed out of band.
-        audited: may change something: the audit log has it, when there is one.
+        audited: may change something: the audit log has it, when there is one. What runs other commands is not: it
+            notes each of them itself.
         device_member: the member of its arguments that names the device whose order it joins.
         no_arguments: what it is called with when no arguments came; None when it requires some.
         invoke: what jsonrpcserver calls: the handler, with its exceptions turned into results.
@@ -66,7 +67,7 @@ class Method:
         self.name: Final = spec.name
         self.spec: Final = spec
         self.allow_oob: Final = spec.allow_oob
-        self.audited: Final = spec.mutates
+        self.audited: Final = spec.mutates and spec.name not in THROUGH_OTHERS
         self.device_member: Final = spec.device_member
         # Arguments are frozen, so that one object serves every call.
         self.no_arguments: Final = _without(spec)

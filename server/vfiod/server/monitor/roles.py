@@ -14,7 +14,7 @@ from typing import Final
 from vfiod.protocol.catalogue import COMMANDS
 from vfiod.protocol.errors import PermissionRefused, VfiodError
 
-__all__ = ["OBSERVER", "OPERATOR", "Role", "RoleError", "build_roles"]
+__all__ = ["OBSERVER", "OPERATOR", "THROUGH_OTHERS", "Role", "RoleError", "build_roles"]
 
 OPERATOR: Final = "operator"
 OBSERVER: Final = "observer"
@@ -23,7 +23,7 @@ ALWAYS: Final = frozenset({"qmp_capabilities"})
 """Without these no QMP session comes to anything."""
 
 THROUGH_OTHERS: Final = frozenset({"human-monitor-command"})
-"""Runs other commands, and asks the role again for each: harmless in every role."""
+"""Runs other commands, and asks the role again for each: harmless in every role. In the audit log is what it runs."""
 
 SHOWN: Final = 8
 """Commands that a refusal names; ``query-commands`` lists them all."""

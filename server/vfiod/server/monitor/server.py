@@ -15,7 +15,7 @@ from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.monitor import RunState, Shutdown, ShutdownCause, Stat, StatsResult, StatusInfo
 from vfiod.protocol.errors import Busy, CommandError, PermissionRefused
 from vfiod.protocol.limits import MAX_OTHER_SESSIONS, MAX_SESSIONS
-from vfiod.server.commands.call import Call, Handler
+from vfiod.server.commands.call import Call, Handler, SessionLike
 from vfiod.server.events import EventHub
 from vfiod.server.fds import KindOf
 from vfiod.server.monitor.dispatch import RoleMethods, build_methods
@@ -266,14 +266,12 @@ class MonitorServer:
         if self.on_change is not None:
             self.on_change(command)
         if self._audit is not None:
-            session = call.session
-            asker = session.asker() if isinstance(session, Session) else _bus_asker()
-            self._audit.note(asker, command, call.arguments, error)
+            self._audit.note(_asker(call.session), command, call.arguments, error)
 
-    def refused(self, session: Session, command: str, error: CommandError) -> None:
-        """A command was refused before it began: note it, when it might have changed something."""
-        if self._audit is not None and (method := self.methods.get(command)) is not None and method.audited:
-            self._audit.note(session.asker(), command, None, error)
+    def refused(self, session: Session | None, command: str, error: CommandError) -> None:
+        """A command was refused before it began: note it, when it might have changed something. No session: the bus."""
+        if self._audit is not None and (method := self.methods.get(command)) is not None and method.spec.mutates:
+            self._audit.note(_asker(session), command, None, error)
 
     def shut_down(self, cause: ShutdownCause) -> None:
         """Begin to end: tell the readers, and whoever awaits :attr:`closing`."""
@@ -326,10 +324,11 @@ def _send_and_close(connection: socket.socket, line: bytes) -> None:
             _log.debug("The refusal did not arrive: %s", os.strerror(error.errno or 0))
 
 
-def _bus_asker() -> Asker:
+def _asker(session: SessionLike | None) -> Asker:
+    """Who asked; no session: the bus."""
     from vfiod.server.monitor.audit import Asker
 
-    return Asker(None, "bus", None, None, OPERATOR)
+    return session.asker() if isinstance(session, Session) else Asker(None, "bus", None, None, OPERATOR)
 
 
 def belongs_to(listener: Listener, path: str | None) -> None:

@@ -148,12 +148,17 @@ def test_an_error_is_text_and_the_names_it_used_stay() -> None:
     names.receive([FileDescriptor(os.eventfd(0))])
     names.name("e")
     session = cast("Any", SimpleNamespace(id=1, names=names, allows=lambda _command: True))
-    call = Call(cast("Any", SimpleNamespace(add_container=None)), cast("Any", None), session)
+    noted: list[tuple[Any, str, str]] = []
+    log = SimpleNamespace(audited=lambda call, name, error: noted.append((call.arguments, name, str(error))))
+    call = Call(cast("Any", SimpleNamespace(add_container=None)), cast("Any", log), session)
     line = "object-add vfio-container,id=c,fd=e"
     assert _human(call, line) == "Error: Parameter 'fd': fd 'e' is an eventfd, expected vfio-container\n"
     assert _human(call, "device_del") == "Error: Parameter 'id' is missing\n"
     call.fd("fd", "e").close()
     assert _human(call, "nope").startswith("Error: ")
     assert call.succeed() is None
+    # Each that named a command is told to the audit log as that command; arguments that cannot be read are not.
+    assert [(arguments is None, name) for arguments, name, _ in noted] == [(False, "object-add"), (True, "device_del")]
+    assert noted[1][2] == "Parameter 'id' is missing"
     assert names.look("e") is not None
     names.close()
