@@ -204,7 +204,7 @@ def _kept(options: Options, notifier: Notifier) -> socket.socket | None:
         raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
     kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
     if kept and notifier.datagrams is None:
-        # Whoever starts us has them still, and gives them to the next one; this one would begin without, and say nothing.
+        # Whoever starts us has them still, and gives them to the next one; this one would begin without any.
         raise StartError("--fd-store auto: whoever keeps fds for this process cannot be reached ($NOTIFY_SOCKET)")
     return notifier.datagrams if kept else None
 

@@ -185,7 +185,8 @@ class Shelf:
         """
         said = len(self.log())
         try:
-            self._learn()
+            if self._reference is not None:
+                self._learn()
             if when is When.STORING:
                 self._wall.arm(injector)
             self._work()

@@ -21,7 +21,12 @@ pytestmark = pytest.mark.skipif(
 
 FEW = {
     When.STORING: (("sendmsg", 1, e.ETOOMANYREFS), ("pwrite", 2, e.ENOSPC)),
-    When.BEGINNING: (("pread", 1, e.EIO), ("dup", 2, e.EMFILE), ("epoll_ctl", 1, e.ENOSPC)),
+    When.BEGINNING: (
+        ("connect", 1, e.ECONNREFUSED),
+        ("pread", 1, e.EIO),
+        ("dup", 2, e.EMFILE),
+        ("epoll_ctl", 1, e.ENOSPC),
+    ),
 }
 
 
