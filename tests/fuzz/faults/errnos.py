@@ -96,7 +96,6 @@ _OF_PROCESS: dict[str, tuple[int, ...]] = {
     "pread": (e.EIO, e.ENOMEM, e.EINTR),
     "pwrite": (e.ENOSPC, e.ENOMEM, e.EIO, e.EINTR),
     "mmap": (e.ENOMEM, e.EAGAIN, e.EPERM),
-    "openat": (e.EMFILE,),
 }
 
 

@@ -21,8 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 LONG = int(os.environ.get("VFIOD_FUZZ_EXAMPLES", "100")) > 100
-EVERY = 8
-"""Of the files that are opened (modules), one in so many is none."""
 
 FEW = {
     End.GIVER: (("accept4", 1, e.EMFILE), ("sendmsg", 1, e.ETOOMANYREFS), ("recvfrom", -1, e.ENOMEM)),
@@ -33,12 +31,7 @@ FEW = {
 
 def all_faults(calls: list[Call]) -> list[Fault]:
     """Those of a long run."""
-    return [
-        Fault(call, number)
-        for call in calls
-        if call.name != "openat" or call.nth % EVERY == 0
-        for number in plausible_of_process(call.name)
-    ]
+    return [Fault(call, number) for call in calls for number in plausible_of_process(call.name)]
 
 
 def few_faults(calls: list[Call], few: tuple[tuple[str, int, int], ...]) -> list[Fault]:
