@@ -28,18 +28,8 @@ __all__ = ["WATCHED", "Wall", "possible"]
 
 WATCHED: Final[tuple[str, ...]] = (
     *("socket", "connect", "accept4", "getsockopt", "sendto", "recvfrom", "sendmsg", "recvmsg", "poll", "ppoll"),
-    *(
-        "epoll_ctl",
-        "pidfd_open",
-        "fcntl",
-        "eventfd2",
-        "memfd_create",
-        "pipe2",
-        "ftruncate",
-        "pread64",
-        "pwrite64",
-        "mmap",
-    ),
+    *("epoll_ctl", "pidfd_open", "fcntl", "eventfd2", "memfd_create", "pipe2", "ftruncate", "pread64", "pwrite64"),
+    "mmap",
 )
 """What a take-over and the store of fds are made of. Of ``fcntl`` duplicates only, of ``mmap`` shared files only, of
 ``epoll_ctl`` additions only: the others do not fail."""

@@ -71,7 +71,12 @@ class Foreign:
 
     def take(self) -> int:
         """Read it and set it to zero; 0 when nothing was there."""
-        return take(self._fd) if self._readable(0) else 0
+        if not self._readable(0):
+            return 0
+        try:
+            return os.eventfd_read(self._fd.number)
+        except BlockingIOError:
+            return 0
 
 
 def take_foreign(fd: FileDescriptor) -> int:

@@ -394,7 +394,7 @@ class DeviceInterrupts:
         line = bound.line
         if line is None or not line.by_access or not line.state.up or self._relay.disabled:
             return
-        self._relay.quietly(lambda: self._relay.step(line, line.access, bound.vectors[0]))
+        self._relay.quietly(self._relay.step, line, line.access, bound.vectors[0])
         if trace.irq_eoi.on:
             trace.irq_eoi(device=self.device, index=INTX, by="access")
 

@@ -310,7 +310,7 @@ class PlatformInterrupts:
         """Mask an interrupt that is started. InvalidArgument, OperationFailed."""
         one.check_maskable()
         self._active(one, vector, "mask")
-        self._relay.perform(lambda: self._relay.lines.mask(one.index))
+        self._relay.perform(self._relay.lines.mask, one.index)
         if trace.irq_mask.on:
             trace.irq_mask(device=self.device, index=one.index, vector=vector)
 
@@ -318,7 +318,7 @@ class PlatformInterrupts:
         """Unmask an interrupt that is started. InvalidArgument, OperationFailed."""
         one.check_maskable()
         self._active(one, vector, "unmask")
-        self._relay.perform(lambda: self._relay.lines.unmask(one.index))
+        self._relay.perform(self._relay.lines.unmask, one.index)
         if trace.irq_unmask.on:
             trace.irq_unmask(device=self.device, index=one.index, vector=vector)
 

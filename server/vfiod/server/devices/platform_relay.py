@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, ParamSpec
 
 from vfiod.protocol import vfio
 from vfiod.protocol.errors import CommandError
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from vfiod.server.state.machine import LinesState
 
 __all__ = ["PlatformRelay"]
+
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_RAISE: Final = Action.RAISE
+
+P = ParamSpec("P")
 
 _request: Final = functools.lru_cache(maxsize=1024)(vfio.SetIrqs.now)
 """One completed interrupt asks what the next one asks."""
@@ -108,7 +113,7 @@ class PlatformRelay(RelayBase[PlatformLines]):
 
     def _resampled(self, index: int, resample: eventfds.Foreign) -> None:
         if resample.take():
-            self.quietly(lambda: self.eoi(index, "resample"))
+            self.quietly(self.eoi, index, "resample")
 
     def inherit(self, one: IrqIndex, count: int) -> None:
         """What arrived for a former binding of this edge interrupt: it fires now."""
@@ -129,7 +134,7 @@ class PlatformRelay(RelayBase[PlatformLines]):
         active = self.lines.active
         if active is None or self.disabled:
             return
-        self.quietly(lambda: self.perform(self.lines.access))
+        self.quietly(self.perform, self.lines.access)
         if trace.irq_eoi.on and self.lines.active != active:
             trace.irq_eoi(device=self._device, index=active, by="access")
 
@@ -137,15 +142,15 @@ class PlatformRelay(RelayBase[PlatformLines]):
         """Complete an interrupt. OperationFailed when the kernel refuses: then it is not completed."""
         if trace.irq_eoi.on and index == self.lines.active:
             trace.irq_eoi(device=self._device, index=index, by=by)
-        self.perform(lambda: self.lines.eoi(index))
+        self.perform(self.lines.eoi, index)
 
     # --- doing --------------------------------------------------------------------------------------------
 
-    def perform(self, move: Callable[[], tuple[Act, ...]]) -> None:
+    def perform(self, move: Callable[P, tuple[Act, ...]], *args: P.args, **kwargs: P.kwargs) -> None:
         """Let the lines move, and do what they say. OperationFailed when the kernel refuses: then nothing moved."""
         lines = self.lines
         mark = lines.mark()
-        acts = move()
+        acts = move(*args, **kwargs)
         # The kernel first: what it refuses has not happened.
         try:
             for act in acts:
@@ -159,7 +164,7 @@ class PlatformRelay(RelayBase[PlatformLines]):
     def _do(self, acts: tuple[Act, ...], fired: int = -1) -> None:
         """Everything but the kernel's part. ``fired``: the index that just arrived."""
         for act in acts:
-            if act.action is Action.RAISE:
+            if act.action is _RAISE:
                 vector = self._vectors[act.index]
                 vector.deliver(1)
                 tell_delivered(self._environment, self._device, act.index, vector)

@@ -21,6 +21,10 @@ from vfiod.server.interrupts.intx import Action, IntxLine, LineState
 
 __all__ = ["Relay"]
 
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_RAISE: Final = Action.RAISE
+_LATCHED: Final = LineState.LATCHED
+
 _REQUESTS: Final = {action: vfio.SetIrqs.now(asked, INTX) for action, asked in KERNEL.items()}
 
 
@@ -80,7 +84,7 @@ class Relay(RelayBase[IntxLine]):
             return
         vector.counts.fired += count
         before = vector.counts.delivered
-        self.quietly(lambda: self.step(line, line.fired, vector))
+        self.quietly(self.step, line, line.fired, vector)
         if vector.counts.delivered != before:
             tell_delivered(self._environment, self._device, INTX, vector)
         elif trace.irq_pending.on:
@@ -91,7 +95,7 @@ class Relay(RelayBase[IntxLine]):
         if resample.take():
             if trace.irq_eoi.on:
                 trace.irq_eoi(device=self._device, index=INTX, by="resample")
-            self.quietly(lambda: self.step(line, line.eoi, vector))
+            self.quietly(self.step, line, line.eoi, vector)
 
     # --- the line -----------------------------------------------------------------------------------------
 
@@ -109,9 +113,9 @@ class Relay(RelayBase[IntxLine]):
                 line.state, line.fast_path = before, fast
                 raise
         for action in actions:
-            if action is Action.RAISE:
+            if action is _RAISE:
                 vector.deliver(1)
-                if before is LineState.LATCHED and trace.irq_pending_injected.on:
+                if before is _LATCHED and trace.irq_pending_injected.on:
                     trace.irq_pending_injected(device=self._device, index=INTX)
             elif action not in KERNEL:
                 self._perform(line, action)

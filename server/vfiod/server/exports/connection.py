@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from vfiod.protocol import vfio_user
 from vfiod.protocol.errors import CommandError, OperationFailed
-from vfiod.protocol.fd import FileDescriptor, close_all, rights_of
+from vfiod.protocol.fd import MSG_CMSG_CLOEXEC, FileDescriptor, close_all, rights_of
 from vfiod.protocol.limits import (
     READ_CHUNK,
     VFIO_USER_MAX_BACKLOG,
@@ -101,6 +101,8 @@ class Connection:
         self.errors = 0
         self._loop = loop
         self._socket = connection
+        self._receive: Final = connection.recvmsg_into
+        self._transmit: Final = connection.send
         self._execute = execute
         self._fast = fast
         self._on_end = ended
@@ -238,7 +240,7 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            size, ancillary, _, _ = self._socket.recvmsg_into(_INTO, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            size, ancillary, _, _ = self._receive(_INTO, _FD_SPACE, MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -250,7 +252,13 @@ class Connection:
             if answer is not None:
                 self.requests += 1
                 if answer:
-                    self._send(answer)
+                    # As _send, which meets what goes wrong here again, and knows what to do.
+                    try:
+                        sent = self._transmit(answer)
+                    except OSError:
+                        sent = 0
+                    if sent < len(answer):
+                        self._send(answer[sent:])
                 return
         if not size and not ancillary:
             cut = self.channel.cut_short
@@ -396,7 +404,7 @@ class Connection:
         """Bytes that the kernel took, the fds with the first; -1: the connection has ended."""
         try:
             if not fds:
-                return self._socket.send(data)
+                return self._transmit(data)
             rights = struct.pack(f"={len(fds)}i", *(fd.number for fd in fds))
             sent = self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         except (BlockingIOError, InterruptedError):

@@ -76,6 +76,11 @@ _S = LineState
 _E = LineEvent
 _A = Action
 
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_FIRED: Final = LineEvent.FIRED
+_EOI: Final = LineEvent.EOI
+_RAISE: Final = Action.RAISE
+
 RELAYED: Final[Mapping[tuple[LineState, LineEvent], tuple[LineState, tuple[Action, ...]]]] = {
     (_S.INACTIVE, _E.FIRED): (_S.PENDING, (_A.RAISE,)),
     (_S.INACTIVE, _E.EOI): (_S.INACTIVE, ()),
@@ -193,15 +198,15 @@ class IntxLine:
 
     def fired(self) -> tuple[Action, ...]:
         """The device's interrupt arrived (once or more: a line is up or down). Relayed mode only: else KeyError."""
-        return self._step(LineEvent.FIRED)
+        return self._step(_FIRED)
 
     def eoi(self) -> tuple[Action, ...]:
         """Complete it. With nothing pending it does nothing (direct: it unmasks, in case)."""
-        return self._step(LineEvent.EOI)
+        return self._step(_EOI)
 
     def access(self) -> tuple[Action, ...]:
         """A BAR was accessed where vfiod sees it: an EOI, when that is how this line is completed."""
-        return self._step(LineEvent.EOI) if self.by_access else ()
+        return self._step(_EOI) if self.by_access else ()
 
     def mask(self) -> tuple[Action, ...]:
         """The user masks it: nothing is delivered until :meth:`unmask`."""
@@ -226,10 +231,10 @@ class IntxLine:
 
     def _step(self, event: LineEvent) -> tuple[Action, ...]:
         self.state, actions = _TABLES[self.mode][self.state, event]
-        if event is LineEvent.EOI and not self.automasked:
+        if event is _EOI and not self.automasked:
             # Nothing masked it, so there is nothing to unmask.
             actions = tuple(action for action in actions if action is not Action.HOST_UNMASK)
-        if Action.RAISE in actions and self.by_access:
+        if self.by_access and _RAISE in actions:
             actions += self._fast(FastEvent.RAISED)
         return actions
 

@@ -58,6 +58,13 @@ class IrqEvent(enum.Enum):
 _S = IrqState
 _E = IrqEvent
 
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_INACTIVE: Final = IrqState.INACTIVE
+_PENDING: Final = IrqState.PENDING
+_ACTIVE: Final = IrqState.ACTIVE
+_FIRED: Final = IrqEvent.FIRED
+_COMPLETED: Final = IrqEvent.COMPLETED
+
 RELAYED: Final[Mapping[tuple[IrqState, IrqEvent], tuple[IrqState, tuple[Action, ...]]]] = {
     (_S.INACTIVE, _E.FIRED): (_S.ACTIVE, (Action.RAISE,)),
     (_S.INACTIVE, _E.FIRED_LATER): (_S.PENDING, ()),
@@ -223,7 +230,7 @@ class PlatformLines:
         if not line.automasked and not self.by_access and index not in self.masked:
             return self._step(index, IrqEvent.PASSED)
         if self.active is None and index not in self.masked:
-            return self._step(index, IrqEvent.FIRED)
+            return self._step(index, _FIRED)
         if index == self.active and not line.automasked:
             self._again = True
         return self._step(index, IrqEvent.FIRED_LATER)
@@ -285,10 +292,11 @@ class PlatformLines:
     # --- inside -----------------------------------------------------------------------------------------
 
     def _complete(self, index: int) -> tuple[Act, ...]:
-        return self._finish(index) + self._next()
+        acts = self._finish(index)
+        return acts + self._next() if self.waiting else acts
 
     def _finish(self, index: int) -> tuple[Act, ...]:
-        acts = self._step(index, IrqEvent.COMPLETED)
+        acts = self._step(index, _COMPLETED)
         if self._lines[index].automasked and index not in self.masked:
             return acts
         # Nothing masked it, or the user does: there is nothing to unmask.
@@ -304,22 +312,22 @@ class PlatformLines:
 
     def _step(self, index: int, event: IrqEvent) -> tuple[Act, ...]:
         line = self._lines[index]
-        before = self.state(index)
+        before = _ACTIVE if index == self.active else _PENDING if index in self.waiting else _INACTIVE
         after, actions = RELAYED[before, event]
         if after is not before:
-            if before is IrqState.ACTIVE:
+            if before is _ACTIVE:
                 self.active = None
-            elif before is IrqState.PENDING:
+            elif before is _PENDING:
                 del self.waiting[index]
-            if after is IrqState.ACTIVE:
+            if after is _ACTIVE:
                 self.active = index
                 self._again = False
-            elif after is IrqState.PENDING:
+            elif after is _PENDING:
                 self.waiting[index] = None
         acts = _acts(actions, index) if actions else ()
-        trapped = after is IrqState.ACTIVE and self.by_access and line.by_access
+        trapped = after is _ACTIVE and self.by_access and line.by_access
         # A timer that runs re-arms itself while one is active; only a fresh interrupt starts it anew.
-        if trapped and (event is IrqEvent.FIRED or (event is IrqEvent.TURN and self.fast_path is FastState.ON)):
+        if trapped and (event is _FIRED or (event is IrqEvent.TURN and self.fast_path is FastState.ON)):
             acts += self._fast(FastEvent.RAISED)
         return acts
 

@@ -43,6 +43,22 @@ __all__ = ["ChannelProgramRun", "Transfer", "Unit", "UnitCheck", "flags_of"]
 
 NORMAL: Final = Dstat.CHANNEL_END | Dstat.DEVICE_END
 _ENDED: Final = Stctl.PRIMARY | Stctl.SECONDARY
+# Asked as integers: a flag's own operators, and even finding a flag, take Python 3.11 longer than all the rest.
+_SUSPEND: Final = int(CcwFlags.SUSPEND)
+_CHAIN_COMMAND: Final = int(CcwFlags.CHAIN_COMMAND)
+_CHAIN_DATA: Final = int(CcwFlags.CHAIN_DATA)
+_INTERRUPT: Final = int(CcwFlags.INTERRUPT)
+_MODIFIED_INDIRECT: Final = int(CcwFlags.MODIFIED_INDIRECT)
+_SUPPRESS_LENGTH: Final = int(CcwFlags.SUPPRESS_LENGTH)
+_ILS: Final = int(OrbFlags.ILS)
+_UNIT_CHECK: Final = int(Dstat.UNIT_CHECK)
+_UNUSUAL: Final = int(Dstat.UNIT_CHECK | Dstat.UNIT_EXCEPTION)
+_MODIFIER: Final = int(Dstat.STATUS_MODIFIER)
+_PCI: Final = int(Cstat.PROGRAM_CONTROLLED_INTERRUPTION)
+_PENDING: Final = int(Stctl.STATUS_PENDING)
+_NO_CSTAT: Final = Cstat(0)
+_status: Final = functools.lru_cache(32)(Stctl)
+
 _ALWAYS_PROMPT: Final = frozenset({Command.NOP, Command.SENSE, Command.SENSE_ID})
 
 MAX_PROMPT_COMMANDS: Final = 32
@@ -190,13 +206,13 @@ class ChannelProgramRun:
                 self._ready = prompt and not self._is_prompt()
                 if self._ready:
                     return None
-                if CcwFlags.SUSPEND in self._ccw.flags:
+                if int.__and__(self._ccw.flags, _SUSPEND):
                     return self._suspended()
                 dstat = self._execute()
                 self._executed += 1
-                if dstat & (Dstat.UNIT_CHECK | Dstat.UNIT_EXCEPTION) or CcwFlags.CHAIN_COMMAND not in self._ccw.flags:
-                    return self._irb(dstat, Cstat(0))
-                if Dstat.STATUS_MODIFIER in dstat:
+                if int.__and__(dstat, _UNUSUAL) or not int.__and__(self._ccw.flags, _CHAIN_COMMAND):
+                    return self._irb(dstat, _NO_CSTAT)
+                if int.__and__(dstat, _MODIFIER):
                     self._next += CCW_SIZE
         except _Ended as ended:
             dstat = Dstat(0) if ended.cstat & Cstat.PROGRAM_CHECK and not self._executed else NORMAL
@@ -234,13 +250,13 @@ class ChannelProgramRun:
 
     def _check_length(self, transfer: Transfer, *, immediate: bool) -> None:
         """Incorrect length ends the program, unless it is to be suppressed."""
-        chained = CcwFlags.CHAIN_DATA in self._ccw.flags
+        chained = int.__and__(self._ccw.flags, _CHAIN_DATA) != 0
         wrong = transfer.short or self._left > 0 or chained
         if immediate:
             # Format 0 does not report it for an immediate operation; format 1 only without L of the ORB.
-            wrong = wrong and bool(self._orb.format) and OrbFlags.ILS not in self._orb.flags
+            wrong = wrong and bool(self._orb.format) and not int.__and__(self._orb.flags, _ILS)
         # SLI says nothing while data chaining goes on.
-        if wrong and (chained or CcwFlags.SUPPRESS_LENGTH not in self._ccw.flags):
+        if wrong and (chained or not int.__and__(self._ccw.flags, _SUPPRESS_LENGTH)):
             raise _Ended(Cstat.INCORRECT_LENGTH)
 
     # --- fetching ---------------------------------------------------------------------------------------
@@ -281,20 +297,20 @@ class ChannelProgramRun:
             else:
                 raise _Ended(Cstat.PROGRAM_CHECK) from None
         self._left = ccw.count
-        if CcwFlags.INTERRUPT in ccw.flags:
+        if int.__and__(ccw.flags, _INTERRUPT):
             self._interrupt(self._intermediate())
 
     def _check(self, ccw: Ccw, *, chained_data: bool) -> None:
         """What makes a CCW invalid."""
         flags = int(ccw.flags)  # asking the flags themselves is slow
-        in_data = chained_data or flags & int(CcwFlags.CHAIN_DATA)
+        in_data = chained_data or flags & _CHAIN_DATA
         if (
             # No command ends in 0; what ends in 8 is a TIC, and in format 1 only 08 itself is one.
             (not chained_data and ccw.command & 0xF in (0, 8))
             or (not ccw.count and (in_data or not self._orb.format))
-            or flags & int(CcwFlags.MODIFIED_INDIRECT)
+            or flags & _MODIFIED_INDIRECT
             # A program suspends itself between commands, not in the middle of one's data.
-            or (flags & int(CcwFlags.SUSPEND) and (chained_data or OrbFlags.SPND not in self._orb.flags))
+            or (flags & _SUSPEND and (chained_data or OrbFlags.SPND not in self._orb.flags))
             or (self._orb.format and ccw.address >= LIMIT_31)
         ):
             raise _Ended(Cstat.PROGRAM_CHECK)
@@ -340,7 +356,7 @@ class ChannelProgramRun:
             flags=flags_of(self._orb),
             fctl=Fctl.START,
             actl=actl,
-            stctl=stctl | Stctl.STATUS_PENDING,
+            stctl=_status(int(stctl) | _PENDING),
             cpa=self._at + CCW_SIZE & 0xFFFFFFFF,
             dstat=dstat,
             cstat=cstat,
@@ -349,11 +365,11 @@ class ChannelProgramRun:
 
     def _irb(self, dstat: Dstat, cstat: Cstat) -> Irb:
         stctl = _ENDED
-        if cstat & ~Cstat.PROGRAM_CONTROLLED_INTERRUPTION or dstat & (Dstat.UNIT_CHECK | Dstat.UNIT_EXCEPTION):
+        if int(cstat) & ~_PCI or int.__and__(dstat, _UNUSUAL):
             stctl |= Stctl.ALERT
         scsw = self._scsw(stctl, dstat=dstat, cstat=cstat)
         esw = Esw(word0=LPUM << 16)
-        if Dstat.UNIT_CHECK not in dstat:
+        if not int.__and__(dstat, _UNIT_CHECK):
             return Irb(scsw=scsw, esw=esw)
         # Concurrent sense: the data come along, and a SENSE that follows finds them as well.
         sense = self.sense.ljust(32, b"\0")[:32]

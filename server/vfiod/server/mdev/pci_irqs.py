@@ -21,13 +21,19 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, IrqAction, IrqData, PciIrq, SetIrqs
-from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
+from vfiod.server.mdev.eventfds import EventFd, drain, duplicate, open_all
 from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PciIrqs"]
+
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_INTX: Final = PciIrq.INTX
+_EVENTFD: Final = IrqData.EVENTFD
+_NONE: Final = IrqData.NONE
 
 
 class PciIrqs:
@@ -242,7 +248,7 @@ class PciIrqs:
 
     def _intx_unmask(self, request: SetIrqs) -> int:
         self._only_intx(request)
-        if request.data is IrqData.EVENTFD:
+        if request.data is _EVENTFD:
             self._watch_unmask(request.fds[0])
         elif _applies(request, 0):
             self._do_unmask()
@@ -271,7 +277,7 @@ class PciIrqs:
         return 0
 
     def _only_intx(self, request: SetIrqs) -> None:
-        if self._kind is not PciIrq.INTX or request.count != 1:
+        if self._kind is not _INTX or request.count != 1:
             raise OSError(errno.EINVAL, _not_now(self._kind, request))
 
     def _do_unmask(self) -> None:
@@ -340,14 +346,9 @@ class PciIrqs:
             )
         if end > self._granted:
             return self._granted
-        fresh: list[EventFd | None] = []
         try:
-            for number in fds:
-                fresh.append(EventFd(number) if number >= 0 else None)
+            fresh = open_all(fds)
         except OSError:
-            for trigger in fresh:
-                if trigger is not None:
-                    trigger.close()
             # vfio_msi_set_block takes the eventfds of the whole block away when one is bad.
             if self._kind is not None:
                 self._replace(start, [None] * min(len(fds), len(self._vectors) - start))
@@ -407,7 +408,7 @@ class PciIrqs:
 
 
 def _applies(request: SetIrqs, position: int) -> bool:
-    return request.data is IrqData.NONE or (request.data is IrqData.BOOL and request.values[position])
+    return request.data is _NONE or (request.data is IrqData.BOOL and request.values[position])
 
 
 def _not_now(kind: PciIrq | None, request: SetIrqs) -> str:

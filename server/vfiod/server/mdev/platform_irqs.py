@@ -26,7 +26,7 @@ from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import IrqAction, IrqData, IrqType, IrqTypeCap, MsiMessage, SetIrqs
-from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
+from vfiod.server.mdev.eventfds import EventFd, drain, duplicate, open_all
 from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PlatformIrqs"]
@@ -36,6 +36,12 @@ DOORBELL: Final = 0x0802_0040
 
 FIRST_DATA: Final = 0x50
 """The data of the first message; the others follow."""
+
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_TRIGGER: Final = IrqAction.TRIGGER
+_MASK: Final = IrqAction.MASK
+_EVENTFD: Final = IrqData.EVENTFD
+_NONE: Final = IrqData.NONE
 
 
 class _Irq:
@@ -117,7 +123,7 @@ class PlatformIrqs:
             if index == len(self._irqs):
                 return self._set_messages(request)
             irq = self._irqs[index]
-            if request.action is IrqAction.TRIGGER:
+            if request.action is _TRIGGER:
                 self._set_trigger(irq, request)
             else:
                 self._set_mask(irq, request)
@@ -228,7 +234,7 @@ class PlatformIrqs:
             raise OSError(errno.EINVAL, f"index {request.index} takes a count of 1")
         if not irq.level:
             raise OSError(errno.EINVAL, f"index {request.index} is an edge interrupt: it cannot be masked")
-        if request.data is IrqData.EVENTFD:
+        if request.data is _EVENTFD:
             self._watch(irq, request)
         elif _applies(request, 0):
             _mask(irq, request.action)
@@ -291,14 +297,9 @@ class PlatformIrqs:
             if not self._granted:
                 raise OSError(errno.ENOSPC, "no message can be had")
             return self._granted
-        fresh: list[EventFd | None] = []
         try:
-            for number in fds:
-                fresh.append(EventFd(number) if number >= 0 else None)
+            fresh = open_all(fds)
         except OSError:
-            for trigger in fresh:
-                if trigger is not None:
-                    trigger.close()
             if granted:
                 self._replace(start, [None] * len(fds))  # as vfio_msi_set_block: what it covers has none any more
             raise
@@ -319,10 +320,10 @@ class PlatformIrqs:
 
 
 def _mask(irq: _Irq, action: IrqAction) -> None:
-    irq.masked = action is IrqAction.MASK
+    irq.masked = action is _MASK
     if not irq.masked:
         irq.settle()
 
 
 def _applies(request: SetIrqs, position: int) -> bool:
-    return request.data is IrqData.NONE or (request.data is IrqData.BOOL and request.values[position])
+    return request.data is _NONE or (request.data is IrqData.BOOL and request.values[position])

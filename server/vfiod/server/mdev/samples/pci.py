@@ -46,7 +46,6 @@ A transfer ends before the write to DMA_COMMAND does. It moves 4 KiB pages in or
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import mmap
 import os
@@ -71,6 +70,7 @@ from vfiod.server.mdev.parent import (
 )
 from vfiod.server.mdev.pci_irqs import PciIrqs
 from vfiod.server.mdev.samples.config_space import ConfigSpace
+from vfiod.server.mdev.samples.memory import sealed_memory
 
 __all__ = ["Primer", "PrimerDevice"]
 
@@ -117,6 +117,10 @@ MEMORY_MAX: Final = 256 << 20
 """Bytes of BAR2: it must be a whole page to be mapped, and is vfiod's own memory."""
 
 _WORD: Final = struct.Struct("<I")
+
+# On the way of every interrupt, where Python 3.11 takes longer to find an Enum's member than the rest of a step.
+_MSI: Final = PciIrq.MSI
+_MSIX: Final = PciIrq.MSIX
 
 
 class PrimerDevice(MediatedDevice):
@@ -172,16 +176,7 @@ class PrimerDevice(MediatedDevice):
     def open(self) -> None:
         """Fresh memory for a new user: what the last one gave away must not reach this one."""
         self._power_on()
-        # MFD_NOEXEC_SEAL would be right as well, and needs Linux 6.3.
-        memory = FileDescriptor(os.memfd_create("vfiod-primer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        try:
-            os.ftruncate(memory.number, self._size)
-            # Whoever gets the file can never cut it: that would be SIGBUS for all others.
-            fcntl.fcntl(memory.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        except BaseException:
-            memory.close()
-            raise
-        self._memory = memory
+        self._memory = sealed_memory("vfiod-primer", self._size)
 
     def close(self) -> None:
         """Let everything of the user go."""
@@ -252,8 +247,9 @@ class PrimerDevice(MediatedDevice):
     def set_irqs(self, request: SetIrqs) -> int:
         """As vfio-pci; turning MSI on or off shows in config space."""
         granted = self._irqs.set_irqs(request)
-        self._config.msi_on = self._irqs.kind is PciIrq.MSI
-        self._config.msix_on = self._irqs.kind is PciIrq.MSIX
+        kind = self._irqs.kind
+        self._config.msi_on = kind is _MSI
+        self._config.msix_on = kind is _MSIX
         return granted
 
     def attributes(self) -> Mapping[str, str]:
