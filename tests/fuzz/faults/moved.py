@@ -103,4 +103,6 @@ def _watched(step: Step) -> Step:
 
 def moves(*ready: tuple[str, Step]) -> tuple[Operation, ...]:
     """A take-over of each of these machines."""
-    return tuple(Operation(f"take-over {name}", _watched(step), move, ("Taking over failed",)) for name, step in ready)
+    names = ("Taking over failed",)
+    # Not starved of fds: its loop would be, which is not the server's.
+    return tuple(Operation(f"take-over {name}", _watched(step), move, names, starves=False) for name, step in ready)
