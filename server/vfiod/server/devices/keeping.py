@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from vfiod.protocol.catalogue.devices import Driver, OnRequest
 from vfiod.protocol.catalogue.words import IrqMode
-from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.devices.bound import Bound
 from vfiod.server.devices.irq_index import INTX, IrqIndex
 from vfiod.server.devices.model import Options
@@ -39,7 +38,6 @@ __all__ = [
     "counts_from",
     "keep_bound",
     "keep_counts",
-    "keep_fds",
     "keep_options",
     "keep_vector",
     "options_from",
@@ -139,11 +137,6 @@ def options_from(state: OptionsState, driver: Driver) -> Options:
 
 
 # --- eventfds and vectors -------------------------------------------------------------------------------------
-
-
-def keep_fds(fds: Mapping[int, FileDescriptor], owner: str, given: Given) -> list[tuple[int, int]]:
-    """Eventfds by a number."""
-    return [(number, given.give(fd, f"{owner}/{number}")) for number, fd in fds.items()]
 
 
 def keep_counts(counts: Mapping[tuple[int, int], Counts]) -> list[CountsState]:

@@ -12,7 +12,6 @@ import vfiod
 from vfiod.server.sandbox.landlock import KEEP, MAKE, READ, USE_DEVICE, Rule
 
 __all__ = [
-    "OPTION",
     "for_configuration",
     "for_devices",
     "for_names",
@@ -21,8 +20,6 @@ __all__ = [
     "for_sockets",
     "is_shared",
 ]
-
-OPTION: Final = "--allow-path"
 
 HOST_FACTS: Final = (
     "/sys/bus",
