@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from tests.bench import (
     bus,
@@ -30,32 +31,27 @@ from tests.bench.processes import ROOT
 for part in ("protocol", "server", "client"):
     sys.path.append(str(ROOT / part))
 
+PARTS = (
+    *(monitor, devices, bus, vectors, platforms, channel, exports),
+    *(served, mediated, fuzzing, sandbox, takeover, store),
+)
+#: Each inside a machine of the lab, and by name only: why there is none elsewhere.
+LAB = {
+    kernel: "This is not the lab's machine 'bench': make bench-lab",
+    subchannel: "This is not the lab's s390x machine: python -m tests.lab run ccw",
+}
+
+
+def name_of(part: ModuleType) -> str:
+    """What ``--only`` calls it."""
+    return part.__name__.rpartition(".")[2]
+
 
 def main() -> None:
     """Measure, and print each line as it is known."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="longer (2) or shorter (0.4) than usual")
-    parser.add_argument(
-        "--only",
-        choices=[
-            "monitor",
-            "devices",
-            "bus",
-            "vectors",
-            "platforms",
-            "channel",
-            "exports",
-            "mediated",
-            "fuzzing",
-            "sandbox",
-            "takeover",
-            "served",
-            "store",
-            "kernel",
-            "subchannel",
-        ],
-        help="one part",
-    )
+    parser.add_argument("--only", choices=[name_of(part) for part in (*PARTS, *LAB)], help="one part")
     arguments = parser.parse_args()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
@@ -67,31 +63,14 @@ def main() -> None:
 
 
 def _lines(only: str | None, scale: float) -> Iterator[Line]:
-    for name, part in (
-        ("monitor", monitor),
-        ("devices", devices),
-        ("bus", bus),
-        ("vectors", vectors),
-        ("platforms", platforms),
-        ("channel", channel),
-        ("exports", exports),
-        ("served", served),
-        ("mediated", mediated),
-        ("fuzzing", fuzzing),
-        ("sandbox", sandbox),
-        ("takeover", takeover),
-        ("store", store),
-    ):
-        if only in (None, name):
+    for part in PARTS:
+        if only in (None, name_of(part)):
             yield from part.lines(scale)
-    if only == "kernel" and not kernel.available():
-        raise SystemExit("This is not the lab's machine 'bench': make bench-lab")
-    if only == "kernel":
-        yield from kernel.lines(scale)
-    if only == "subchannel" and not subchannel.available():
-        raise SystemExit("This is not the lab's s390x machine: python -m tests.lab run ccw")
-    if only == "subchannel":
-        yield from subchannel.lines(scale)
+    for part, elsewhere in LAB.items():
+        if only == name_of(part):
+            if not part.available():
+                raise SystemExit(elsewhere)
+            yield from part.lines(scale)
 
 
 def _row(line: Line) -> str:

@@ -1,4 +1,4 @@
-"""Channel I/O on the built-in disk: round trips, to a trivial command."""
+"""Channel I/O on the built-in disk: round trips, to a trivial command, and to the same shape in C."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import base64
 import json
 import mmap
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 
 from tests.bench.measuring import Line, paired, per_call
-from tests.bench.processes import Wire, vfiod
+from tests.bench.processes import Wire, compiled, vfiod
 
 from vfiod.protocol.channel import ChannelProgram
 from vfiod.protocol.fd import FileDescriptor
@@ -59,7 +60,15 @@ def _requests(wire: Wire, directory: str, rounds: int) -> Iterator[Line]:
         "request": lambda: per_call(lambda: wire.call(request), 200),
         "trivial": lambda: per_call(lambda: wire.call(SMALL), 200),
     }
+    floor = compiled("channel")
+    if floor is not None:
+        contestants["c"] = lambda: float(subprocess.run([floor, "2000"], check=True, capture_output=True).stdout)
     result = paired(contestants, rounds)
     per_second = 1e9 / result.median("request")
     yield Line("ccw-request of a NOP to the built-in disk, per second", per_second, unit="/s")
     yield Line("the same, to a trivial command", result.ratio("request", "trivial"))
+    if floor is None:
+        yield Line("the same, to pwrite, poll and pread in C", None, note="left out: no C compiler")
+        return
+    note = "the monitor, JSON and words included; C has neither"
+    yield Line("the same, to pwrite, poll and pread in C", result.ratio("request", "c"), note=note)

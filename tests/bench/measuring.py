@@ -73,12 +73,12 @@ def paired(contestants: Mapping[str, Callable[[], float]], rounds: int) -> Round
 
     Args:
         contestants: each measures itself once per round, and gives a number.
-        rounds: how many; one more is made first and forgotten.
+        rounds: how many, at least one; one more is made first and forgotten.
 
     """
     values: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
-    for number in range(rounds + 1):
+    for number in range(max(1, rounds) + 1):
         # Who goes first changes, so that what the first leaves in the caches helps everybody alike.
         for name in order if number % 2 else reversed(order):
             value = contestants[name]()

@@ -64,7 +64,8 @@ def _link(stack: ExitStack, directory: Path, program: str, rounds: int) -> Itera
 
 def _command(stack: ExitStack, directory: Path, rounds: int) -> Iterator[Line]:
     """``region-read`` of a device that another vfiod exports: a lane's turn, a thread, and the other vfiod's answer."""
-    serving, using = stack.enter_context(vfiod()), stack.enter_context(vfiod())
+    serving = stack.enter_context(vfiod(arguments=("--allow-path", str(directory))))
+    using = stack.enter_context(vfiod())
     path = str(directory / "served")
     wire = serving.connect()
     made = wire.command("mdev-create", parent="primer", type="primer-pci", parameters={"memory": 4096})

@@ -21,14 +21,15 @@ RANGE = 250
 """Vectors one irq-start can start (253, as many as fds in one message)."""
 
 
-def lines(_scale: float) -> Iterator[Line]:
-    """Everything of this module."""
+def lines(scale: float) -> Iterator[Line]:
+    """Everything of this module; with less than 1, of fewer vectors."""
+    vectors = max(2 * RANGE, int(VECTORS * min(1.0, scale)))
     with tempfile.TemporaryDirectory(prefix="vfiod-bench-") as directory:
         _install(Path(directory))
         with vfiod(str(ROOT), directory) as process:
             wire = process.connect()
             for resizable in (False, True):
-                yield from _device(wire, resizable=resizable)
+                yield from _device(wire, vectors, resizable=resizable)
             wire.socket.close()
 
 
@@ -40,7 +41,7 @@ def _install(directory: Path) -> None:
     (info / "entry_points.txt").write_text("[vfiod.mdev_parents]\nwide = tests.bench.wide:Wide\n")
 
 
-def _device(wire: Wire, *, resizable: bool) -> Iterator[Line]:
+def _device(wire: Wire, vectors: int, *, resizable: bool) -> Iterator[Line]:
     kind = "vectors can be added" if resizable else "all are allocated again (NORESIZE)"
     uuid = wire.command("mdev-create", parent="wide", type="wide-pci", parameters={"resizable": resizable})["uuid"]
     name = f"w{int(resizable)}"
@@ -55,18 +56,18 @@ def _device(wire: Wire, *, resizable: bool) -> Iterator[Line]:
         budget=1.2,
         note=kind,
     )
-    ranges = [_start(wire, name, range(first, min(first + RANGE, VECTORS))) for first in range(0, VECTORS, RANGE)]
+    ranges = [_start(wire, name, range(first, min(first + RANGE, vectors))) for first in range(0, vectors, RANGE)]
     yield Line(
-        f"{VECTORS} vectors by ranges of {RANGE}, the last full range to the first", ranges[-2] / ranges[0], note=kind
+        f"{vectors} vectors by ranges of {RANGE}, the last full range to the first", ranges[-2] / ranges[0], note=kind
     )
     wire.command("irq-stop", device=name)
-    single = [_start(wire, name, [vector]) for vector in range(VECTORS)]
+    single = [_start(wire, name, [vector]) for vector in range(vectors)]
     yield Line(
-        f"{VECTORS} vectors one by one, the last to the first ones",
+        f"{vectors} vectors one by one, the last to the first ones",
         median(single[-20:]) / median(single[1:21]),
         note=kind,
     )
-    yield Line(f"{VECTORS} vectors: one by one, to by ranges of {RANGE}", sum(single) / sum(ranges), note=kind)
+    yield Line(f"{vectors} vectors: one by one, to by ranges of {RANGE}", sum(single) / sum(ranges), note=kind)
     wire.command("irq-stop", device=name)
 
 

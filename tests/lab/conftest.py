@@ -30,11 +30,9 @@ if str(REPO) not in sys.path:  # so that ``tests.lab`` is importable however pyt
     sys.path.insert(0, str(REPO))
 
 from tests.lab import launch  # noqa: E402
-from tests.lab.places import GUEST_EXCHANGE, GuestDiedError, LabUnavailableError  # noqa: E402
+from tests.lab.places import GUEST_EXCHANGE, TEST_SECONDS, GuestDiedError, LabUnavailableError  # noqa: E402
 from tests.lab.topologies import find_topology  # noqa: E402
 
-#: As in ``reporter.py``, which only a guest can import.
-TEST_SECONDS = float(os.environ.get("VFIOD_LAB_TEST_SECONDS", "300"))
 #: Seconds for a guest to say that a test took too long, and to end.
 GRACE_SECONDS = 60.0
 

@@ -10,6 +10,9 @@ REPO = Path(__file__).resolve().parents[2]
 SOURCES = [str(REPO), *(str(REPO / root) for root in ("protocol", "server", "client"))]
 #: Where the exchange directory stands inside the guest. ``/run`` is always the guest's own memory.
 GUEST_EXCHANGE = Path("/run/vfiod-lab")
+#: Seconds one guest test may take, fixtures included. Emulation on a busy host is slow; a module whose tests take
+#: longer still (an emulator in the emulator) says so: ``TEST_SECONDS = 900``.
+TEST_SECONDS = float(os.environ.get("VFIOD_LAB_TEST_SECONDS", "300"))
 #: QEMU older than this lacks what the tests need.
 QEMU_MINIMUM = 10
 

@@ -14,10 +14,7 @@ import sys
 from typing import Any
 
 import pytest
-
-#: Seconds one guest test may take, fixtures included. Emulation on a busy host is slow; a module whose tests take
-#: longer still (an emulator in the emulator) says so: ``TEST_SECONDS = 900``.
-TEST_SECONDS = float(os.environ.get("VFIOD_LAB_TEST_SECONDS", "300"))
+from tests.lab.places import TEST_SECONDS
 
 _stream = open(os.environ["VFIOD_LAB_REPORTS"], "w", encoding="utf-8")  # noqa: SIM115  lives as long as pytest
 # A duplicate from before pytest captures standard error: tracebacks must reach the output file.

@@ -21,6 +21,21 @@ MDEV = "11111111-2222-3333-4444-555555555555"
 MiB = 1 << 20
 
 
+def do(name: str, **arguments: Any) -> Any:
+    async def run(bench: Bench) -> None:
+        await bench.command(name, **arguments)
+
+    return run
+
+
+def in_turn(*steps: Any) -> Any:
+    async def run(bench: Bench) -> None:
+        for step in steps:
+            await step(bench)
+
+    return run
+
+
 # --- machines -------------------------------------------------------------------------------------------
 
 
@@ -41,25 +56,21 @@ async def memory(bench: Bench) -> None:
     await bench.command("dma-map", iova=16 * MiB, size=MiB, fd="more")
 
 
+async def at_work(bench: Bench) -> None:
+    await bench.command("region-write", device="d0", region="config", offset=4, size=2, value=6)
+
+
 async def group_ready(bench: Bench) -> None:
     hosts(bench)
     await memory(bench)
     bench.name_opened("g", "/dev/vfio/7")
 
 
-async def group_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d0", host=HOST, group_fd="g")
+group_add = do("device_add", driver="vfio-pci", id="d0", host=HOST, group_fd="g")
 
 
-async def group(bench: Bench) -> None:
-    """A device of a kernel group, at work."""
-    await group_ready(bench)
-    await group_add(bench)
-    await at_work(bench)
-
-
-async def at_work(bench: Bench) -> None:
-    await bench.command("region-write", device="d0", region="config", offset=4, size=2, value=6)
+group = in_turn(group_ready, group_add, at_work)
+"""A device of a kernel group, at work."""
 
 
 async def two_ready(bench: Bench) -> None:
@@ -67,8 +78,7 @@ async def two_ready(bench: Bench) -> None:
     bench.name_opened("h", "/dev/vfio/8")
 
 
-async def two_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d1", host=SECOND, group_fd="h")
+two_add = do("device_add", driver="vfio-pci", id="d1", host=SECOND, group_fd="h")
 
 
 async def two(bench: Bench) -> None:
@@ -91,8 +101,7 @@ async def passed_container_ready(bench: Bench) -> None:
     await bench.command("object-add", qom_type="vfio-container", id="c0", fd="c")
 
 
-async def passed_container_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d0", host=HOST, group_fd="g", container="c0")
+passed_container_add = do("device_add", driver="vfio-pci", id="d0", host=HOST, group_fd="g", container="c0")
 
 
 async def opened_here_ready(bench: Bench) -> None:
@@ -101,8 +110,7 @@ async def opened_here_ready(bench: Bench) -> None:
     bench.machine.sources.groups._allow_open = True
 
 
-async def opened_here_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d0", host=HOST)
+opened_here_add = do("device_add", driver="vfio-pci", id="d0", host=HOST)
 
 
 async def noiommu_ready(bench: Bench) -> None:
@@ -110,13 +118,10 @@ async def noiommu_ready(bench: Bench) -> None:
     bench.name_opened("g", "/dev/vfio/noiommu-7")
 
 
-async def noiommu_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d0", host=HOST, group_fd="g", x_noiommu=True)
+noiommu_add = do("device_add", driver="vfio-pci", id="d0", host=HOST, group_fd="g", x_noiommu=True)
 
 
-async def noiommu(bench: Bench) -> None:
-    await noiommu_ready(bench)
-    await noiommu_add(bench)
+noiommu = in_turn(noiommu_ready, noiommu_add)
 
 
 async def cdev_ready(bench: Bench) -> None:
@@ -127,14 +132,10 @@ async def cdev_ready(bench: Bench) -> None:
     bench.name_opened("c", f"/dev/vfio/devices/vfio{bench.kernel.devices[HOST].cdev}")
 
 
-async def cdev_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d0", fd="c", iommufd="i0")
+cdev_add = do("device_add", driver="vfio-pci", id="d0", fd="c", iommufd="i0")
 
 
-async def cdev(bench: Bench) -> None:
-    await cdev_ready(bench)
-    await cdev_add(bench)
-    await at_work(bench)
+cdev = in_turn(cdev_ready, cdev_add, at_work)
 
 
 async def cdev_two_ready(bench: Bench) -> None:
@@ -142,8 +143,7 @@ async def cdev_two_ready(bench: Bench) -> None:
     bench.name_opened("e", f"/dev/vfio/devices/vfio{bench.kernel.devices[SECOND].cdev}")
 
 
-async def cdev_two_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d1", fd="e", iommufd="i0")
+cdev_two_add = do("device_add", driver="vfio-pci", id="d1", fd="e", iommufd="i0")
 
 
 async def cdev_two(bench: Bench) -> None:
@@ -158,13 +158,10 @@ async def platform_ready(bench: Bench) -> None:
     bench.name_opened("g", "/dev/vfio/7")
 
 
-async def platform_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-platform", id="d0", host="p0.dev", group_fd="g")
+platform_add = do("device_add", driver="vfio-platform", id="d0", host="p0.dev", group_fd="g")
 
 
-async def platform(bench: Bench) -> None:
-    await platform_ready(bench)
-    await platform_add(bench)
+platform = in_turn(platform_ready, platform_add)
 
 
 async def ccw_ready(bench: Bench) -> None:
@@ -176,15 +173,10 @@ async def ccw_ready(bench: Bench) -> None:
     bench.name_opened("g", "/dev/vfio/7")
 
 
-async def ccw_add(bench: Bench) -> None:
-    await bench.command(
-        "device_add", driver="vfio-ccw", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g"
-    )
+ccw_add = do("device_add", driver="vfio-ccw", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g")
 
 
-async def ccw(bench: Bench) -> None:
-    await ccw_ready(bench)
-    await ccw_add(bench)
+ccw = in_turn(ccw_ready, ccw_add)
 
 
 async def ap_ready(bench: Bench) -> None:
@@ -195,13 +187,10 @@ async def ap_ready(bench: Bench) -> None:
     bench.name_opened("g", "/dev/vfio/7")
 
 
-async def ap_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-ap", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g")
+ap_add = do("device_add", driver="vfio-ap", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g")
 
 
-async def ap(bench: Bench) -> None:
-    await ap_ready(bench)
-    await ap_add(bench)
+ap = in_turn(ap_ready, ap_add)
 
 
 async def kernel_mdev_ready(bench: Bench) -> None:
@@ -210,10 +199,7 @@ async def kernel_mdev_ready(bench: Bench) -> None:
     bench.name_opened("g", "/dev/vfio/7")
 
 
-async def kernel_mdev_add(bench: Bench) -> None:
-    await bench.command(
-        "device_add", driver="vfio-pci", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g"
-    )
+kernel_mdev_add = do("device_add", driver="vfio-pci", id="d0", sysfsdev=f"/sys/bus/mdev/devices/{UUID}", group_fd="g")
 
 
 async def primer_ready(bench: Bench) -> None:
@@ -221,14 +207,10 @@ async def primer_ready(bench: Bench) -> None:
     await bench.command("mdev-create", parent="primer", type="primer-pci", uuid=MDEV)
 
 
-async def primer_add(bench: Bench) -> None:
-    await bench.command("device_add", driver="vfio-pci", id="d0", mdev=MDEV)
+primer_add = do("device_add", driver="vfio-pci", id="d0", mdev=MDEV)
 
 
-async def primer(bench: Bench) -> None:
-    await primer_ready(bench)
-    await primer_add(bench)
-    await at_work(bench)
+primer = in_turn(primer_ready, primer_add, at_work)
 
 
 async def delete(bench: Bench) -> None:
@@ -253,16 +235,13 @@ async def map_two_ready(bench: Bench) -> None:
     bench.name_memory("new")
 
 
-async def map_file(bench: Bench) -> None:
-    await bench.command("dma-map", iova=64 * MiB, size=MiB, fd="new")
+map_file = do("dma-map", iova=64 * MiB, size=MiB, fd="new")
 
 
-async def map_object(bench: Bench) -> None:
-    await bench.command("dma-map", iova=64 * MiB, size=MiB // 2, offset=MiB // 2, memory_backend="m0")
+map_object = do("dma-map", iova=64 * MiB, size=MiB // 2, offset=MiB // 2, memory_backend="m0")
 
 
-async def unmap(bench: Bench) -> None:
-    await bench.command("dma-unmap", iova=0, size=32 * MiB)
+unmap = do("dma-unmap", iova=0, size=32 * MiB)
 
 
 async def object_ready(bench: Bench) -> None:
@@ -271,23 +250,16 @@ async def object_ready(bench: Bench) -> None:
     bench.name_opened("i", "/dev/iommu")
 
 
-async def object_memory(bench: Bench) -> None:
-    await bench.command("object-add", qom_type="memory-backend-fd", id="m0", fd="ram")
+object_memory = do("object-add", qom_type="memory-backend-fd", id="m0", fd="ram")
 
 
-async def object_container(bench: Bench) -> None:
-    await bench.command("object-add", qom_type="vfio-container", id="c0", fd="c")
+object_container = do("object-add", qom_type="vfio-container", id="c0", fd="c")
 
 
-async def object_iommufd(bench: Bench) -> None:
-    await bench.command("object-add", qom_type="iommufd", id="i0", fd="i")
+object_iommufd = do("object-add", qom_type="iommufd", id="i0", fd="i")
 
 
-async def objects(bench: Bench) -> None:
-    await object_ready(bench)
-    await object_memory(bench)
-    await object_container(bench)
-    await object_iommufd(bench)
+objects = in_turn(object_ready, object_memory, object_container, object_iommufd)
 
 
 async def object_del(bench: Bench) -> None:
@@ -336,13 +308,6 @@ async def start_passed_intx(bench: Bench) -> None:
     await bench.command("irq-start", device="d0", index="intx", eventfds=[{"trigger": "b0", "resample": "b1"}])
 
 
-def do(name: str, **arguments: Any) -> Any:
-    async def run(bench: Bench) -> None:
-        await bench.command(name, **arguments)
-
-    return run
-
-
 async def guest_msi_ready(bench: Bench) -> None:
     """The guest has programmed its MSI and will now enable it."""
     await group(bench)
@@ -351,8 +316,7 @@ async def guest_msi_ready(bench: Bench) -> None:
     await bench.command("region-write", device="d0", region="config", offset=0x4C, size=2, value=0x4021)
 
 
-async def started_line(bench: Bench) -> None:
-    await bench.command("irq-start", device="d0", index="intx")
+started_line = do("irq-start", device="d0", index="intx")
 
 
 async def routed(bench: Bench) -> None:

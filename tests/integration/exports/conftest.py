@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,52 +9,21 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.integration.process import ServerProcess
 
-from vfiod.client.errors import ConnectFailed
 from vfiod.client.events import Event
-from vfiod.client.sync import Client
 
 from .hypervisor import PATIENCE, Hypervisor
 
 
-class Server:
+class Server(ServerProcess):
     """One server process and a session with it."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(directory, "--allow-connect", "--allow-path", str(directory), patience=PATIENCE)
         self.directory = directory
-        self.path = directory / "qmp.sock"
-        self._log = (directory / "log").open("w+")
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vfiod.server", "--name", "test", "--qmp", f"unix:{self.path}"),
-                *("--allow-connect", "--allow-path", str(self.path.parent)),
-            ],
-            stderr=self._log,
-        )
-        try:
-            self.client = self._connected()
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            self._log.close()
-            raise
         self._events = self.client.events()
         self._hypervisors: list[Hypervisor] = []
-
-    def _connected(self) -> Client:
-        while True:
-            assert self.process.poll() is None, self.log()
-            try:
-                return Client.connect(self.path, timeout=PATIENCE)
-            except ConnectFailed:
-                time.sleep(0.01)
-
-    def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
-
-    def open_fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def cpu_ticks(self) -> int:
         """User and system time so far, in clock ticks (proc(5))."""
@@ -89,11 +55,7 @@ class Server:
     def close(self) -> None:
         for one in self._hypervisors:
             one.close()
-        self.client.close()
-        self.process.terminate()
-        assert self.process.wait(PATIENCE) == 0, self.log()
-        log = self.log()
-        self._log.close()
+        log = self.end()
         assert "Traceback" not in log, log
         assert "ResourceWarning" not in log, log
 

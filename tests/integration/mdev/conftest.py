@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from tests.integration.process import ServerProcess
 
-from vfiod.client.errors import ConnectFailed
-from vfiod.client.sync import Client
 from vfiod.protocol.fd import FileDescriptor, close_all
 
 PATIENCE = 20.0
@@ -25,43 +21,13 @@ Width = Literal[1, 2, 4, 8]
 VM = "5c4a1e3e-0000-4000-8000-00000000c0de"
 
 
-class Manager:
+class Manager(ServerProcess):
     """One server process and a session with it."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "qmp.sock"
-        self._log = (directory / "log").open("w+")
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vfiod.server", "--name", "test", "--uuid", VM, "--qmp", f"unix:{self.path}"),
-                *("--allow-path", str(self.path.parent), "--allow-path", "/dev/null"),
-            ],
-            stderr=self._log,
-        )
-        try:
-            self.client = self._connected()
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            self._log.close()
-            raise
+        options = ("--uuid", VM, "--allow-path", str(directory), "--allow-path", "/dev/null")
+        super().__init__(directory, *options, patience=PATIENCE)
         self.fds: list[FileDescriptor] = []
-
-    def _connected(self) -> Client:
-        # The path is there from bind(2) on, but nobody listens before listen(2).
-        while True:
-            assert self.process.poll() is None, self.log()
-            try:
-                return Client.connect(self.path, timeout=PATIENCE)
-            except ConnectFailed:
-                time.sleep(0.01)
-
-    def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
-
-    def open_fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def eventfd(self) -> FileDescriptor:
         self.fds.append(FileDescriptor(os.eventfd(0, os.EFD_NONBLOCK)))
@@ -75,11 +41,7 @@ class Manager:
     def close(self) -> None:
         """End it, and look at its log: the only tracebacks in it are of a test's own parents."""
         close_all(self.fds)
-        self.client.close()
-        self.process.terminate()
-        assert self.process.wait(PATIENCE) == 0, self.log()
-        log = self.log()
-        self._log.close()
+        log = self.end()
         assert log.count("Traceback") == len(re.findall(r"vfiod\.server\.mdev\.calls E .* raised ", log)), log
 
 

@@ -6,8 +6,8 @@ import enum
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from vfiod.client.host.attributes import read_entries, read_text_or_empty
 from vfiod.client.host.sysfs import HostDevice, HostGroup, Sysfs, vfio_driver
 
 __all__ = ["Assessment", "HostFacts", "Verdict", "assess", "host_facts"]
@@ -61,14 +61,15 @@ class HostFacts:
 def host_facts(sysfs: Sysfs) -> HostFacts:
     """What this host's kernel says."""
     # x86 names its interrupt chips IR-... when they remap (Documentation/ABI/testing/sysfs-kernel-irq: chip_name).
-    chips = {_text(one / "chip_name") for one in _entries(sysfs.root / "kernel/irq")}
+    chips = {read_text_or_empty(one / "chip_name") for one in read_entries(sysfs.root / "kernel/irq")}
     messages = {chip for chip in chips if re.match(r"(IR-)?(PCI-MSI|IO-APIC)", chip)}
     modules = sysfs.root / "module"
     return HostFacts(
-        iommus=tuple(one.name for one in _entries(sysfs.root / "class/iommu")),
+        iommus=tuple(one.name for one in read_entries(sysfs.root / "class/iommu")),
         remapping=any(chip.startswith("IR-") for chip in messages) if messages else None,
-        unsafe_interrupts=_text(modules / "vfio_iommu_type1/parameters/allow_unsafe_interrupts") in ("Y", "1"),
-        unsafe_noiommu=_text(modules / "vfio/parameters/enable_unsafe_noiommu_mode") in ("Y", "1"),
+        unsafe_interrupts=read_text_or_empty(modules / "vfio_iommu_type1/parameters/allow_unsafe_interrupts")
+        in ("Y", "1"),
+        unsafe_noiommu=read_text_or_empty(modules / "vfio/parameters/enable_unsafe_noiommu_mode") in ("Y", "1"),
     )
 
 
@@ -118,17 +119,3 @@ def _notes(device: HostDevice) -> Iterable[str]:
         yield f"{device.virtual_functions or 0} of {device.max_virtual_functions} virtual functions"
     if device.vf_token:
         yield "needs a VF token (vf-token)"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _entries(path: Path) -> list[Path]:
-    try:
-        return sorted(path.iterdir())
-    except OSError:
-        return []

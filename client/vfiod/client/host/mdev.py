@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vfiod.client.host.attributes import read_link, read_names, read_text
 from vfiod.client.host.sysfs import HostError
 from vfiod.protocol.errors import errno_name
 
@@ -143,17 +144,17 @@ class KernelMdevs:
 
     def parents(self) -> tuple[str, ...]:
         """The devices that can make some."""
-        return tuple(_names(self.root / "class/mdev_bus"))
+        return tuple(read_names(self.root / "class/mdev_bus"))
 
     def types(self, parent: str | None = None) -> Iterator[MdevType]:
         """Every type of every parent, or of one. Raises HostError for an unknown one."""
         for one in self.parents() if parent is None else (self._parent(parent),):
-            for name in _names(self._types(one)):
+            for name in read_names(self._types(one)):
                 yield self._type(one, name)
 
     def devices(self) -> Iterator[HostMdev]:
         """Every device, by UUID. One that vanishes meanwhile is passed over."""
-        for name in _names(self.root / "bus/mdev/devices"):
+        for name in read_names(self.root / "bus/mdev/devices"):
             try:
                 yield self.device(name)
             except HostError:
@@ -170,15 +171,15 @@ class KernelMdevs:
             )
         where = path.resolve()
         parent = where.parent.name
-        group = _link(path / "iommu_group")
+        group = read_link(path / "iommu_group")
         return HostMdev(
             uuid=uuid,
             parent=parent,
             type=type_path.resolve().name,
-            device_api=_text(type_path / "device_api") or "",
-            driver=_link(path / "driver"),
+            device_api=read_text(type_path / "device_api") or "",
+            driver=read_link(path / "driver"),
             group=int(group) if group is not None and group.isdigit() else None,
-            vfio_device=next(iter(_names(path / "vfio-dev")), None),
+            vfio_device=next(iter(read_names(path / "vfio-dev")), None),
             sysfsdev=str(where),
             defined=any(one.name == uuid for one in self._files()),
         )
@@ -276,28 +277,28 @@ class KernelMdevs:
         return name
 
     def _known_type(self, parent: str, name: str) -> MdevType:
-        types = _names(self._types(parent))
+        types = read_names(self._types(parent))
         if name not in types:
             raise HostError(f"Parent {parent} has no type '{name}'; it has {', '.join(types) or 'none'}")
         return self._type(parent, name)
 
     def _type(self, parent: str, name: str) -> MdevType:
         path = self._types(parent) / name
-        room = _text(path / "available_instances")
+        room = read_text(path / "available_instances")
         return MdevType(
             parent=parent,
             type=name,
-            name=_text(path / "name"),
-            description=_text(path / "description"),
-            device_api=_text(path / "device_api") or "",
+            name=read_text(path / "name"),
+            description=read_text(path / "description"),
+            device_api=read_text(path / "device_api") or "",
             available_instances=int(room) if room is not None and room.isdigit() else 0,
-            devices=tuple(_names(path / "devices")),
+            devices=tuple(read_names(path / "devices")),
         )
 
     def _files(self) -> list[Path]:
         return [
             path
-            for parent in _names(self.definitions_path)
+            for parent in read_names(self.definitions_path)
             for path in sorted((self.definitions_path / parent).glob("*"))
             if UUID.fullmatch(path.name)
         ]
@@ -339,27 +340,6 @@ def _inside(name: str) -> str:
     if not name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
         raise HostError(f"An attribute is a file in the device's own directory, such as 'assign_adapter'; got '{name}'")
     return name
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in path.iterdir())
-    except OSError:
-        return []
-
-
-def _link(path: Path) -> str | None:
-    try:
-        return path.readlink().name
-    except OSError:
-        return None
 
 
 def _failed(path: Path, text: str, number: int) -> str:

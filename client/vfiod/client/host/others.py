@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vfiod.client.host.attributes import read_link, read_text_or_empty
 from vfiod.client.host.sysfs import Sysfs, vfio_driver
 
 __all__ = ["OtherDevice", "other_devices"]
@@ -57,7 +58,7 @@ def other_devices(sysfs: Sysfs, *, everything: bool = False) -> Iterator[OtherDe
 def _device(bus: str, path: Path) -> OtherDevice | None:
     if bus == "ap" and "." not in path.name:
         return None  # a card: its queues are what is assigned
-    driver, group = _link(path / "driver"), _link(path / "iommu_group")
+    driver, group = read_link(path / "driver"), read_link(path / "iommu_group")
     cdevs = sorted(one.name for one in (path / "vfio-dev").glob("*"))
     number = int(group) if group is not None and group.isdigit() else None
     bound = vfio_driver(driver or "")
@@ -72,22 +73,8 @@ def _device(bus: str, path: Path) -> OtherDevice | None:
 
 def _kind(bus: str, path: Path) -> str:
     if bus == "platform":
-        return (_text(path / "of_node/compatible").replace("\0", " ").strip()) or "platform device"
+        return (read_text_or_empty(path / "of_node/compatible").replace("\0", " ").strip()) or "platform device"
     if bus == "css":
         kinds = {"0": "I/O subchannel", "1": "CHSC subchannel", "2": "message subchannel", "3": "ADM subchannel"}
-        return kinds.get(_text(path / "type"), "subchannel")
-    return _text(path.resolve().parent / "type") or "AP queue"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _link(path: Path) -> str | None:
-    try:
-        return path.readlink().name
-    except OSError:
-        return None
+        return kinds.get(read_text_or_empty(path / "type"), "subchannel")
+    return read_text_or_empty(path.resolve().parent / "type") or "AP queue"

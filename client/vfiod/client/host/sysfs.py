@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from vfiod.client.errors import ClientError
+from vfiod.client.host.attributes import read_link, read_names, read_text
 from vfiod.client.host.names import PciNames, system_names
 from vfiod.client.host.usage import Usage
 from vfiod.protocol.errors import errno_name
@@ -178,12 +179,12 @@ class Sysfs:
         code = _hexadecimal(path / "class")
         vendor_name = self.names.vendor(vendor)
         device_name = self.names.device(vendor, device)
-        node = _text(path / "numa_node")
-        group = _link(path / "iommu_group")
-        methods = _text(path / "reset_method")
-        driver, parent = _link(path / "driver"), _link(path / "physfn")
+        node = read_text(path / "numa_node")
+        group = read_link(path / "iommu_group")
+        methods = read_text(path / "reset_method")
+        driver, parent = read_link(path / "driver"), read_link(path / "physfn")
         enabled, possible = (_number(path / name) for name in ("sriov_numvfs", "sriov_totalvfs"))
-        sharer = _link(path / "physfn/driver") if parent else driver if enabled else None
+        sharer = read_link(path / "physfn/driver") if parent else driver if enabled else None
         return HostDevice(
             address=path.name,
             vendor_id=vendor,
@@ -194,10 +195,10 @@ class Sysfs:
             driver=driver,
             override=_override(path),
             group=int(group) if group is not None and group.isdigit() else None,
-            iommu=_link(path / "iommu"),
+            iommu=read_link(path / "iommu"),
             reset_methods=tuple((methods or "").split()) or (("unknown",) if _needs_method(path, methods) else ()),
             numa_node=int(node) if node is not None and node.isdigit() else None,
-            vfio_device=next(iter(_names(path / "vfio-dev")), None),
+            vfio_device=next(iter(read_names(path / "vfio-dev")), None),
             physical_function=parent,
             virtual_functions=enabled,
             max_virtual_functions=possible,
@@ -233,7 +234,7 @@ class Sysfs:
 
     def groups(self) -> Iterator[HostGroup]:
         """Every IOMMU group, by number."""
-        for number in sorted(int(name) for name in _names(self.root / "kernel/iommu_groups") if name.isdigit()):
+        for number in sorted(int(name) for name in read_names(self.root / "kernel/iommu_groups") if name.isdigit()):
             yield self.group(number)
 
     def group(self, number: int) -> HostGroup:
@@ -241,7 +242,7 @@ class Sysfs:
         path = self.root / "kernel/iommu_groups" / str(number)
         if not path.exists():
             raise HostError(f"There is no IOMMU group {number} ({path} does not exist); is an IOMMU enabled?")
-        members = tuple(sorted(_names(path / "devices")))
+        members = tuple(sorted(read_names(path / "devices")))
         blockers = []
         for member in members:
             try:
@@ -252,49 +253,27 @@ class Sysfs:
                 blockers.append(f"{device.address} ({device.driver})")
         return HostGroup(
             number=number,
-            type=_text(path / "type"),
+            type=read_text(path / "type"),
             devices=members,
             blockers=tuple(blockers),
-            noiommu=_text(path / "name") == "vfio-noiommu",
+            noiommu=read_text(path / "name") == "vfio-noiommu",
         )
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in path.iterdir())
-    except OSError:
-        return []
-
-
-def _link(path: Path) -> str | None:
-    """The last component of a link's target: sysfs' way to name a relation."""
-    try:
-        return path.readlink().name
-    except OSError:
-        return None
-
-
 def _number(path: Path) -> int | None:
-    text = _text(path)
+    text = read_text(path)
     return int(text) if text is not None and text.isdigit() else None
 
 
 def _hexadecimal(path: Path) -> int:
-    text = _text(path)
+    text = read_text(path)
     if text is None:
         raise HostError(f"Cannot read {path}: the device has gone, or this is no sysfs")
     return int(text, 16)
 
 
 def _override(path: Path) -> str | None:
-    text = _text(path / "driver_override")
+    text = read_text(path / "driver_override")
     return None if text in (None, "", "(null)") else text
 
 

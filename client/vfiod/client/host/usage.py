@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from vfiod.client.host.attributes import read_entries, read_text
 
 __all__ = ["Usage"]
 
@@ -44,7 +45,7 @@ class Usage:
             here = Path(directory)
             if here.parent.name == "net":
                 interfaces.append(here.name)
-                if _text(here / "operstate") == "up":
+                if read_text(here / "operstate") == "up":
                     yield f"network interface {here.name} (up)"
             if "dev" in files:
                 yield from self._block(here, here.name)
@@ -64,14 +65,14 @@ class Usage:
                 except OSError:
                     continue
                 if target in files:
-                    found.append(f"process {process.name} ({_text(process / 'comm') or '?'}) has {target} open")
+                    found.append(f"process {process.name} ({read_text(process / 'comm') or '?'}) has {target} open")
                     break
         return tuple(found)
 
     def _block(self, here: Path, disk: str, depth: int = 0) -> Iterator[str]:
         """A block device, and those that stand on it (``holders``)."""
         on = disk if here.name == disk else f"{disk} (as {here.name})"
-        mount = self._mounts.get(_text(here / "dev") or "") or self._mounts.get(here.name)
+        mount = self._mounts.get(read_text(here / "dev") or "") or self._mounts.get(here.name)
         if mount == "/":
             yield f"the root file system is mounted from {on}"
         elif mount is not None:
@@ -98,16 +99,5 @@ def _lines(path: Path | None) -> list[list[str]]:
         return []
 
 
-def _text(path: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        return path.read_text(errors="replace").strip()
-    return None
-
-
 def _entries(path: Path | None) -> list[Path]:
-    if path is None:
-        return []
-    try:
-        return sorted(path.iterdir())
-    except OSError:
-        return []
+    return [] if path is None else read_entries(path)

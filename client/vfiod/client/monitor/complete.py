@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 import msgspec
 
+from vfiod.client.annotations import metas
 from vfiod.client.line import members, plain_type
 from vfiod.protocol.catalogue import COMMANDS
 from vfiod.protocol.catalogue.devices import Driver
@@ -189,7 +190,7 @@ def _summaries() -> list[tuple[str, str]]:
 
 def about(annotation: Any) -> str:
     """The description nearest to the argument."""
-    return next(reversed([readable(meta.description) for meta in _metas(annotation) if meta.description]), "")
+    return next(reversed([readable(meta.description) for meta in metas(annotation) if meta.description]), "")
 
 
 def readable(text: str) -> str:
@@ -230,16 +231,6 @@ def _choices(annotation: Any, kind: Any) -> Iterator[str]:
         yield from (str(member.value) for member in kind)
 
 
-def _metas(annotation: Any) -> Iterator[msgspec.Meta]:
-    if get_origin(annotation) is typing.Annotated:
-        inner, *extra = get_args(annotation)
-        yield from _metas(inner)
-        yield from (meta for meta in extra if isinstance(meta, msgspec.Meta))
-    elif get_origin(annotation) in (typing.Union, types.UnionType):
-        for part in get_args(annotation):
-            yield from _metas(part)
-
-
 def _is(annotation: Any, word: Any) -> bool:
     """Whether an annotation is one of the catalogue's shared words."""
-    return any(meta == get_args(word)[1] for meta in _metas(annotation))
+    return any(meta == get_args(word)[1] for meta in metas(annotation))

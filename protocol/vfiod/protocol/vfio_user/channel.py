@@ -208,15 +208,17 @@ class Channel:
         """What has come of a message that is not whole; the fds are lent."""
         return self._framer.keep()
 
-    def adopt(self, wire: Wire | None, data: bytes, fds: list[FileDescriptor]) -> None:
+    def adopt(self, wire: Wire | None, data: bytes, fds: list[FileDescriptor], *, next_id: int = 0) -> None:
         """Begin where another process's channel stood, between two requests. Owns the fds from here on.
 
         Args:
             wire: what was agreed on; None: VERSION has not come.
             data: what has come of the next message.
             fds: what came with that.
+            next_id: of the next request of ours (:attr:`next_id`).
 
         """
+        self._next_id = next_id
         if wire is not None:
             self.wire = wire
             self._awaits_version = False
@@ -258,6 +260,16 @@ class Channel:
     def waiting(self) -> tuple[int, ...]:
         """Ids whose reply has not come and somebody waits for."""
         return tuple(id for id, command in self._pending.items() if command is not None)
+
+    @property
+    def next_id(self) -> int:
+        """The id of our next request, unless one is still out with it."""
+        return self._next_id
+
+    @property
+    def unanswered(self) -> int:
+        """Requests of ours whose reply has not come, whether or not anybody waits for it."""
+        return len(self._pending)
 
     def reply(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> Outgoing | None:
         """Answer a request: None when none is wanted. ``payload`` None: a header alone."""

@@ -7,7 +7,7 @@ tells of itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final, Generic, TypeVar
 
@@ -108,6 +108,21 @@ class HostChecks(Generic[H]):
         self._sysfs = Sysfs(calls)
         self._has = holdings
 
+    def _found(self, find: Callable[[], HostDevice]) -> Generator[Check, None, HostDevice | None]:
+        """What is checked of every one first. Returns it; None: there is none, and nothing more to be said."""
+        try:
+            device = find()
+        except CommandError as error:
+            yield Check(name="host-device", ok=False, detail=str(error))
+            return None
+        yield self._host_device(device)
+        yield self._open_files()
+        yield self._reset(device)
+        return device
+
+    def _members(self, number: int) -> str:
+        return ", ".join(map(str, self._sysfs.members(number))) or "members not known"
+
     def _host_device(self, device: HostDevice) -> Check:
         if device.name in self._has.attached:
             return Check(
@@ -164,14 +179,9 @@ class DryRun(HostChecks[GroupHoldings]):
         return tuple(self._run(origin))
 
     def _run(self, origin: GroupOrigin) -> Iterator[Check]:
-        try:
-            device = find_device(self._sysfs, origin)
-        except CommandError as error:
-            yield Check(name="host-device", ok=False, detail=str(error))
+        device = yield from self._found(lambda: find_device(self._sysfs, origin))
+        if device is None:
             return
-        yield self._host_device(device)
-        yield self._open_files()
-        yield self._reset(device)
         try:
             number, noiommu = group_of(self._calls, self._sysfs, origin.group_fd, device)
         except CommandError as error:
@@ -210,8 +220,7 @@ class DryRun(HostChecks[GroupHoldings]):
                 return
             try:
                 check_status(self._sysfs, group_status(self._calls, fd, number), number)
-                members = ", ".join(map(str, self._sysfs.members(number))) or "members not known"
-                yield Check(name="viable", ok=True, detail=f"group {number}: {members}")
+                yield Check(name="viable", ok=True, detail=f"group {number}: {self._members(number)}")
             except CommandError as error:
                 yield Check(name="viable", ok=False, detail=str(error))
 
@@ -253,14 +262,9 @@ class CdevDryRun(HostChecks[CdevHoldings]):
         return tuple(self._run(origin))
 
     def _run(self, origin: CdevOrigin) -> Iterator[Check]:
-        try:
-            device = find_cdev(self._calls, self._sysfs, origin)
-        except CommandError as error:
-            yield Check(name="host-device", ok=False, detail=str(error))
+        device = yield from self._found(lambda: find_cdev(self._calls, self._sysfs, origin))
+        if device is None:
             return
-        yield self._host_device(device)
-        yield self._open_files()
-        yield self._reset(device)
         yield self._cdev(origin, device)
         if device.group is not None:
             yield self._group(device.group)
@@ -288,7 +292,6 @@ class CdevDryRun(HostChecks[CdevHoldings]):
         if self._has.group_in_use(number):
             detail = f"group {number} is held here through its group file: never both interfaces"
             return Check(name="viable", ok=False, detail=detail)
-        members = ", ".join(map(str, self._sysfs.members(number))) or "members not known"
         blocked = bool(self._sysfs.culprits(number))
         advice = "; a host driver is in the way" if blocked else ""
-        return Check(name="viable", ok=not blocked, detail=f"group {number}: {members}{advice}")
+        return Check(name="viable", ok=not blocked, detail=f"group {number}: {self._members(number)}{advice}")

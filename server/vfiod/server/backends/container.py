@@ -18,6 +18,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.server import trace
 from vfiod.server.backends.base import Mapping
 from vfiod.server.backends.ioctls import call, call_info, failed
+from vfiod.server.backends.mapped import forget_range
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 from vfiod.server.kernel.sysfs import Sysfs
 
@@ -145,12 +146,7 @@ class Type1Space:
             raise OperationFailed(
                 "VFIO_IOMMU_UNMAP_DMA", what, errno="ENOENT", advice=f"0x{done:x} bytes were unmapped"
             )
-        if self._mapped.get(iova) == size:  # the common case, whatever the number of mappings
-            del self._mapped[iova]
-            return
-        last = iova + size - 1
-        for start in [start for start in self._mapped if iova <= start <= last]:
-            del self._mapped[start]
+        forget_range(self._mapped, iova, size)
 
     def _unmap(self, iova: int, size: int, what: str) -> int:
         argument = bytearray(vfio.DmaUnmap(iova, size).pack())

@@ -19,6 +19,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.server import trace
 from vfiod.server.backends.base import GuestFile, Mapping
 from vfiod.server.backends.ioctls import call, failed
+from vfiod.server.backends.mapped import forget_range
 from vfiod.server.kernel.syscalls import PAGE_SIZE, Syscalls
 
 if TYPE_CHECKING:
@@ -308,12 +309,7 @@ class Ioas:
         if done != size:
             what = f"{self.name} (IOVA 0x{iova:x}, size 0x{size:x})"
             raise OperationFailed("IOMMU_IOAS_UNMAP", what, errno="ENOENT", advice=f"0x{done:x} bytes were unmapped")
-        if self._mapped.get(iova) == size:  # the common case, whatever the number of mappings
-            del self._mapped[iova]
-            return
-        last = iova + size - 1
-        for start in [start for start in self._mapped if iova <= start <= last]:
-            del self._mapped[start]
+        forget_range(self._mapped, iova, size)
 
     def _unmap(self, iova: int, size: int) -> int:
         what = f"{self.name} (IOVA 0x{iova:x}, size 0x{size:x})"

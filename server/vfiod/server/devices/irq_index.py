@@ -8,6 +8,7 @@ from typing import Final
 from msgspec import Struct
 
 from vfiod.protocol import vfio
+from vfiod.protocol.catalogue.interrupts import IrqFlags
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FileDescriptor
@@ -59,6 +60,16 @@ class IrqIndex(Struct, frozen=True):
     def reserved(self) -> bool:
         """Vfiod's own."""
         return False
+
+    @property
+    def flags(self) -> IrqFlags:
+        """For ``query-irqs``."""
+        return IrqFlags(
+            eventfd=bool(self.info.flags & vfio.IrqFlags.EVENTFD),
+            maskable=self.info.maskable,
+            automasked=self.info.automasked,
+            noresize=not self.info.resizable,
+        )
 
     @property
     def requests(self) -> bool:

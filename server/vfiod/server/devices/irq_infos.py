@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, VectorInfo
+from vfiod.protocol.catalogue.interrupts import IrqInfo, VectorInfo
 from vfiod.protocol.catalogue.words import UNSET, IrqMode
 from vfiod.server.devices.bound import Bound
 from vfiod.server.devices.irq_index import IrqIndex
@@ -37,12 +36,7 @@ def irq_info(
         name=one.name,
         count=info.count,
         active=active,
-        flags=IrqFlags(
-            eventfd=bool(info.flags & vfio.IrqFlags.EVENTFD),
-            maskable=info.maskable,
-            automasked=info.automasked,
-            noresize=not info.resizable,
-        ),
+        flags=one.flags,
         reserved=one.reserved,
         vectors=[_vector_info(bound, one, vector, numbers) for vector in bound.vectors.values()] if active else [],
         fired=None if blind else sum(c.fired for c in mine),

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NoReturn
 
-from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo
+from vfiod.protocol.catalogue.interrupts import IrqInfo
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
 from vfiod.protocol.errors import InvalidArgument
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -97,12 +96,7 @@ class OwnInterrupts:
                 name=one.name,
                 count=one.info.count,
                 active=one.info.count > 0,
-                flags=IrqFlags(
-                    eventfd=bool(one.info.flags & vfio.IrqFlags.EVENTFD),
-                    maskable=one.info.maskable,
-                    automasked=one.info.automasked,
-                    noresize=not one.info.resizable,
-                ),
+                flags=one.flags,
                 reserved=True,
                 vectors=[],
                 fired=self._heard[one.index],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, VectorInfo
+from vfiod.protocol.catalogue.interrupts import IrqInfo, VectorInfo
 from vfiod.protocol.catalogue.words import UNSET, IrqMode
 from vfiod.server.devices.irq_index import IrqIndex
 from vfiod.server.devices.vectors import Counts, Vector
@@ -53,12 +52,7 @@ def platform_irq_info(
         name=one.name,
         count=info.count,
         active=bound is not None,
-        flags=IrqFlags(
-            eventfd=bool(info.flags & vfio.IrqFlags.EVENTFD),
-            maskable=info.maskable,
-            automasked=info.automasked,
-            noresize=not info.resizable,
-        ),
+        flags=one.flags,
         reserved=one.reserved,
         vectors=vectors,
         fired=fired,

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.interrupts import IrqFlags, IrqInfo, IrqMessage, VectorInfo
+from vfiod.protocol.catalogue.interrupts import IrqInfo, IrqMessage, VectorInfo
 from vfiod.protocol.catalogue.words import UNSET, IrqMode
 from vfiod.protocol.errors import CommandError, InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -218,12 +220,7 @@ class PlatformMessages:
             name=self.index.name,
             count=len(granted) or info.count,
             active=bool(granted),
-            flags=IrqFlags(
-                eventfd=bool(info.flags & vfio.IrqFlags.EVENTFD),
-                maskable=info.maskable,
-                automasked=info.automasked,
-                noresize=True,
-            ),
+            flags=replace(self.index.flags, noresize=True),
             reserved=False,
             vectors=[
                 VectorInfo(

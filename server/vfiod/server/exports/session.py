@@ -578,11 +578,13 @@ class ClientSession:
             requests=self.requests,
             errors=self.errors,
             failed_reads=self.failed_reads,
+            mapped=sorted(self.mapped),
         )
 
     def adopt(self, state: ClientState, taken: Taken) -> bool:
         """Be where the other process's session stood, before :meth:`start`. Whether it is attached."""
         self.failed_reads = state.failed_reads
+        self.mapped.update(state.mapped)
         if state.version is None:
             self._connection.adopt(None, state, taken)
             return False

@@ -10,13 +10,14 @@ import errno
 import logging
 import os
 import select
+from collections.abc import Iterable
 from typing import Final
 
 from vfiod.protocol.fd import FdKind, FileDescriptor
 from vfiod.server.kernel import signalling
 from vfiod.server.kernel.kinds import kind_of
 
-__all__ = ["EventFd", "drain"]
+__all__ = ["EventFd", "drain", "open_all"]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -93,3 +94,17 @@ def drain(number: int) -> bool:
         return os.preadv(number, [bytearray(8)], -1, os.RWF_NOWAIT) == 8
     except BlockingIOError:
         return False
+
+
+def open_all(numbers: Iterable[int]) -> list[EventFd | None]:
+    """Duplicates of lent eventfds, None where the number is negative; all of them, or OSError and none."""
+    fresh: list[EventFd | None] = []
+    try:
+        for number in numbers:
+            fresh.append(EventFd(number) if number >= 0 else None)
+    except OSError:
+        for trigger in fresh:
+            if trigger is not None:
+                trigger.close()
+        raise
+    return fresh

@@ -25,7 +25,7 @@ from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import VFIO_PCI_NUM_IRQS, IrqAction, IrqData, PciIrq, SetIrqs
-from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
+from vfiod.server.mdev.eventfds import EventFd, drain, duplicate, open_all
 from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PciIrqs"]
@@ -346,14 +346,9 @@ class PciIrqs:
             )
         if end > self._granted:
             return self._granted
-        fresh: list[EventFd | None] = []
         try:
-            for number in fds:
-                fresh.append(EventFd(number) if number >= 0 else None)
+            fresh = open_all(fds)
         except OSError:
-            for trigger in fresh:
-                if trigger is not None:
-                    trigger.close()
             # vfio_msi_set_block takes the eventfds of the whole block away when one is bad.
             if self._kind is not None:
                 self._replace(start, [None] * min(len(fds), len(self._vectors) - start))

@@ -26,7 +26,7 @@ from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import IrqAction, IrqData, IrqType, IrqTypeCap, MsiMessage, SetIrqs
-from vfiod.server.mdev.eventfds import EventFd, drain, duplicate
+from vfiod.server.mdev.eventfds import EventFd, drain, duplicate, open_all
 from vfiod.server.mdev.parent import Host, IrqInfo, Saved, Watch
 
 __all__ = ["PlatformIrqs"]
@@ -297,14 +297,9 @@ class PlatformIrqs:
             if not self._granted:
                 raise OSError(errno.ENOSPC, "no message can be had")
             return self._granted
-        fresh: list[EventFd | None] = []
         try:
-            for number in fds:
-                fresh.append(EventFd(number) if number >= 0 else None)
+            fresh = open_all(fds)
         except OSError:
-            for trigger in fresh:
-                if trigger is not None:
-                    trigger.close()
             if granted:
                 self._replace(start, [None] * len(fds))  # as vfio_msi_set_block: what it covers has none any more
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.unit.server.playing import play_in
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.declare import COMMANDS
@@ -278,29 +278,11 @@ Scenario = Callable[[World], Awaitable[None]]
 Play = Callable[..., None]
 
 
-def open_fds() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture
 def play() -> Iterator[Play]:
     """Play a scenario in a world of its own; afterwards nothing of it may be left."""
 
     def run(scenario: Scenario, *, syscalls: Syscalls | None = None) -> None:
-        async def main() -> None:
-            world = World(syscalls)
-            troubles: list[dict[str, Any]] = []
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context))
-            try:
-                await asyncio.wait_for(scenario(world), 60)
-            finally:
-                await world.end()
-            gc.collect()
-            assert troubles == [], "the loop had to complain"
-
-        before = open_fds()
-        asyncio.run(main())
-        assert open_fds() == before, "file descriptors are left open"
+        play_in(lambda: World(syscalls), scenario)
 
     return run  # type: ignore[return-value]

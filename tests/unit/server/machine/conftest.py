@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 from tests.unit.server.fake_kernel import FakeKernel
+from tests.unit.server.playing import play_in
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.declare import COMMANDS
@@ -232,30 +232,12 @@ class World:
 Scenario = Callable[[World], Awaitable[None]]
 
 
-def open_fds() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture
 def play() -> Callable[[Scenario], None]:
     """Play a scenario in a world of its own; afterwards nothing of it may be left."""
 
     def run(scenario: Scenario) -> None:
-        async def main() -> None:
-            world = World()
-            troubles: list[dict[str, Any]] = []
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context))
-            try:
-                await asyncio.wait_for(scenario(world), 60)
-            finally:
-                await world.end()
-            gc.collect()
-            assert troubles == [], "the loop had to complain"
-
-        before = open_fds()
-        asyncio.run(main())
-        assert open_fds() == before, "file descriptors are left open"
+        play_in(World, scenario)
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import msgspec
 import pytest
 from tests.unit.server.fake_kernel import FakeKernel
 from tests.unit.server.fake_platform import FakePlatformDevice
+from tests.unit.server.playing import play_in
 
 from vfiod.protocol.catalogue import EventData
 from vfiod.protocol.catalogue.declare import COMMANDS
@@ -203,29 +203,11 @@ Scenario = Callable[[World], Awaitable[None]]
 Play = Callable[[Scenario], None]
 
 
-def open_fds() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture
 def play() -> Play:
     """Play a scenario in a world of its own; afterwards nothing of it may be left."""
 
     def run(scenario: Scenario) -> None:
-        async def main() -> None:
-            world = World()
-            troubles: list[dict[str, Any]] = []
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context))
-            try:
-                await asyncio.wait_for(scenario(world), 60)
-            finally:
-                await world.end()
-            gc.collect()
-            assert troubles == [], "the loop had to complain"
-
-        before = open_fds()
-        asyncio.run(main())
-        assert open_fds() == before, "file descriptors are left open"
+        play_in(World, scenario)
 
     return run

@@ -46,7 +46,6 @@ A transfer ends before the write to DMA_COMMAND does. It moves 4 KiB pages in or
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import mmap
 import os
@@ -71,6 +70,7 @@ from vfiod.server.mdev.parent import (
 )
 from vfiod.server.mdev.pci_irqs import PciIrqs
 from vfiod.server.mdev.samples.config_space import ConfigSpace
+from vfiod.server.mdev.samples.memory import sealed_memory
 
 __all__ = ["Primer", "PrimerDevice"]
 
@@ -176,11 +176,7 @@ class PrimerDevice(MediatedDevice):
     def open(self) -> None:
         """Fresh memory for a new user: what the last one gave away must not reach this one."""
         self._power_on()
-        # MFD_NOEXEC_SEAL would be right as well, and needs Linux 6.3.
-        self._memory = FileDescriptor(os.memfd_create("vfiod-primer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(self._memory.number, self._size)
-        # Whoever gets the file can never cut it: that would be SIGBUS for all others.
-        fcntl.fcntl(self._memory.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._memory = sealed_memory("vfiod-primer", self._size)
 
     def close(self) -> None:
         """Let everything of the user go."""

@@ -34,7 +34,6 @@ eventfds), read the messages back (IRQ_INFO), write them into MSI_SOURCE. The da
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import struct
@@ -46,6 +45,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.vfio import Area, SetIrqs
 from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo, Saved
 from vfiod.server.mdev.platform_irqs import PlatformIrqs
+from vfiod.server.mdev.samples.memory import sealed_memory
 
 __all__ = ["Platform", "PlatformDevice"]
 
@@ -117,10 +117,7 @@ class PlatformDevice(MediatedDevice):
     def open(self) -> None:
         """Fresh memory for a new user: what the last one gave away must not reach this one."""
         self._power_on()
-        self._memory = FileDescriptor(os.memfd_create("vfiod-platform", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(self._memory.number, self._size)
-        # Whoever gets the file can never cut it: that would be SIGBUS for all others.
-        fcntl.fcntl(self._memory.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._memory = sealed_memory("vfiod-platform", self._size)
 
     def close(self) -> None:
         """Let everything of the user go."""
