@@ -28,6 +28,7 @@ from vfiod.client.methods.aio import AsyncMethods
 from vfiod.client.sockets import adopt, connect_failed, new_socket, path_of, receive, send
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.monitor import VersionInfo
+from vfiod.protocol.limits import GREETING_MS
 
 __all__ = ["AsyncClient", "AsyncEventStream"]
 
@@ -77,13 +78,21 @@ class AsyncClient(AsyncMethods):
                 client = cls(sock, Connection(Dialect(dialect), peer=peer), timeout)
                 try:
                     client._settle()
-                    await client._ready
+                    asking = client._loop.call_later(GREETING_MS / 1000, client._ask)
+                    try:
+                        await client._ready
+                    finally:
+                        asking.cancel()
                 except BaseException:
                     await client.close()
                     raise
         except TimeoutError as error:
             raise RequestTimedOut(f"{peer} did not answer the greeting within {timeout:g} s") from error
         return client
+
+    def _ask(self) -> None:
+        self._connection.ask()
+        self._flush()
 
     @property
     def version(self) -> VersionInfo | None:

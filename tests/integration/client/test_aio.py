@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from vfiod.client import AsyncClient, ConnectFailed, ConnectionLost, FileDescriptor, RemoteError, RequestTimedOut
+from vfiod.client.errors import ProtocolError
 from vfiod.client.spawn import OwnServer
 from vfiod.protocol.catalogue.devices import DeviceDeleted
 
@@ -205,6 +206,14 @@ def test_more_than_the_socket_takes(server: OwnServer) -> None:
             os.kill(server.pid, signal.SIGCONT)
             await asyncio.gather(*writes)
             assert (await client.region_read(device="dev0", region="bar2", offset=0, length=1 << 19)).data == data
+
+    asyncio.run(test())
+
+
+def test_a_silent_socket_of_the_other_dialect(server: OwnServer) -> None:
+    async def test() -> None:
+        with pytest.raises(ProtocolError, match="speaks JSON-RPC, not QMP: give --jsonrpc"):
+            await AsyncClient.connect(server.path.parent / "rpc.sock")
 
     asyncio.run(test())
 

@@ -1,4 +1,7 @@
-"""Clients come and go; so do devices and servers. What a client had is taken back, and the next may attach."""
+"""Clients come and go; so do devices and servers. What a client had is taken back, and the next may attach.
+
+Rules are those of behaviour.md, section 5.
+"""
 
 from __future__ import annotations
 

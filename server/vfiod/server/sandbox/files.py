@@ -26,6 +26,7 @@ HOST_FACTS: Final = (
     "/sys/class",
     "/sys/dev",
     "/sys/devices",
+    "/sys/firmware/devicetree",
     "/sys/kernel/iommu_groups",
     "/sys/module",
     "/proc/self",

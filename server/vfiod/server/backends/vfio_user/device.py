@@ -67,6 +67,7 @@ class VfioUserBackend:
 
     kind = "vfio-user"
     given_out = False
+    compatible = None
     may_block = True
     prompt = False
     foreign = True
