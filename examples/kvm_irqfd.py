@@ -7,7 +7,8 @@ Two eventfds join them: the device signals the first, and KVM raises the line (`
 lower the line and signal the second (``KVM_IRQFD_FLAG_RESAMPLE``), which unmasks the interrupt at the device. The guest
 is a few bytes of real mode code; its handler asks this program to quieten the device, as a driver would by a register.
 
-Ends with 77 and the reason where there is no KVM, or where it cannot run a guest.
+Ends with 77 and the reason where there is no KVM, or where the guest cannot get ready. Once it is, all that
+differs from what is said here is a fault: status 1.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ KVM_GET_IRQCHIP: Final = 0xC208AE62
 KVM_CAP_IRQFD_RESAMPLE: Final = 82
 KVM_IRQFD_FLAG_RESAMPLE: Final = 2
 KVM_EXIT_IO: Final = 2
+PORT_END: Final = 36  # of struct kvm_run: the exit reason is at 8, the port of KVM_EXIT_IO at 34
 
 # --- the guest: what it says to this program by writing to a port ----------------------------------------------
 READY, QUIETEN, HANDLED = 0xE0, 0xE1, 0xE2
@@ -179,6 +181,15 @@ def too_long(number: int, frame: FrameType | None) -> None:
     raise TimeoutError(f"nothing happened for {PATIENCE} s")
 
 
+def look(run: bytes, wanted: int) -> None:
+    """Whether the guest stopped by writing to that port, by the start of ``struct kvm_run``."""
+    (reason,) = struct.unpack_from("=I", run, 8)
+    said = struct.unpack_from("=H", run, 34)[0] if reason == KVM_EXIT_IO else None
+    if said != wanted:
+        where = "no port" if said is None else f"port {said:#x}"
+        raise OSError(f"the guest was to write to port {wanted:#x}, and stopped at {where}, exit reason {reason}")
+
+
 class Vm:
     """A virtual machine with one processor, an interrupt controller, and the guest above."""
 
@@ -249,10 +260,7 @@ class Vm:
             fcntl.ioctl(self._cpu, KVM_RUN, 0)
         finally:
             signal.alarm(0)
-        (reason,) = struct.unpack_from("=I", self._run, 8)
-        said = struct.unpack_from("=H", self._run, 34)[0] if reason == KVM_EXIT_IO else None
-        if said != wanted:
-            raise NoKvm(f"KVM cannot run this guest here: exit reason {reason}, port {said}")
+        look(self._run[:PORT_END], wanted)
 
     def __enter__(self) -> Self:
         return self

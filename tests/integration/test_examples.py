@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +144,15 @@ class TestKvm:
         ):  # fmt: skip
             assert said in done.stdout
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(("reason", "port"), [(2, 0xE2), (8, 0xE1), (5, 0)], ids=["port", "shutdown", "halted"])
+    def test_a_guest_that_does_something_else_is_a_fault_and_no_reason_to_skip(self, reason: int, port: int) -> None:
+        """Only a guest that never gets ready means that there is no KVM."""
+        example = runpy.run_path(str(EXAMPLES / "kvm_irqfd.py"))
+        run = struct.pack("<8xI22xH", reason, port)
+        with pytest.raises(OSError, match=f"was to write to port 0xe1.*exit reason {reason}"):
+            example["look"](run, 0xE1)
+        example["look"](struct.pack("<8xI22xH", 2, 0xE1), 0xE1)
 
 
 class TestChannelProgram:

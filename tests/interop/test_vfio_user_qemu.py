@@ -39,6 +39,7 @@ from tests.lab.small.guest import (
 from vfiod.client.spawn import OwnServer, own_server
 from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.exports import ExportState
+from vfiod.server.sandbox.files import is_shared
 
 pytestmark = pytest.mark.qemu
 
@@ -265,7 +266,12 @@ def script(path: Path, line: str) -> None:
 
 
 def test_the_guide_is_true(directory: Path, initrd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``docs/vfio-user.md``, as somebody new would type it; only places, the memory's size and the guest are ours."""
+    """``docs/vfio-user.md``, as somebody new would type it; only places, the memory's size and the guest are ours.
+
+    What stands for ``/run`` is shared as ``/run`` is: the sandbox lets nobody make sockets there later.
+    """
+    directory.chmod(0o1777)
+    assert is_shared("/run") and is_shared(str(directory))
     text = (REPO / "docs" / "vfio-user.md").read_text()
     typed = [
         one.replace("/run/", f"{directory}/") for one in re.findall(r"^```sh [^\n]*\n(.*?)^```", text, re.M | re.S)
@@ -275,10 +281,10 @@ def test_the_guide_is_true(directory: Path, initrd: Path, monkeypatch: pytest.Mo
     programs.mkdir()
     script(programs / "vfiod", f'exec {sys.executable} -m vfiod.client.program "$@"')
     guest = SmallGuest(directory, initrd, [], then="wait")
-    own = f"-accel tcg -nodefaults -display none -serial file:{guest.console}"
-    own += f" -qmp unix:{guest.qmp_path},server=on,wait=off"
+    ours = f"-accel tcg -nodefaults -display none -serial file:{guest.console}"
+    ours += f" -qmp unix:{guest.qmp_path},server=on,wait=off"
     boot = f"-kernel {find_kernel()} -initrd {initrd} -append 'console=ttyS0 panic=-1 quiet vfiod.then=wait'"
-    script(programs / "qemu-system-x86_64", f'exec {find_program()} "$@" {own} {boot}')
+    script(programs / "qemu-system-x86_64", f'exec {find_program()} "$@" {ours} {boot}')
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     guest.arguments = ["sh", "-ec", "exec " + start.replace("1G", "160M")]
 
@@ -290,9 +296,10 @@ def test_the_guide_is_true(directory: Path, initrd: Path, monkeypatch: pytest.Mo
             for line in lines.splitlines()
         ]
 
-    vfiod = subprocess.Popen(["sh", "-ec", "exec " + serve])
+    own = directory / "vm1"
+    vfiod = subprocess.Popen(["sh", "-ec", serve.replace("vfiod serve", "exec vfiod serve")])
     try:
-        until((directory / "vm1.qmp").exists, "vfiod serves")
+        until((own / "qmp").exists, "vfiod serves")
         run(make)
         with guest:
             all_well(guest.wait_done())
@@ -307,9 +314,10 @@ def test_the_guide_is_true(directory: Path, initrd: Path, monkeypatch: pytest.Mo
     finally:
         vfiod.kill()
         vfiod.wait()
+    assert list(own.iterdir()) == []
     program = subprocess.Popen(["sh", "-ec", "exec " + mdev_serve])
     try:
-        until((directory / "d0.sock").exists, "the program serves")
+        until((own / "d0.sock").exists, "the program serves")
     finally:
         program.terminate()
         assert program.wait(WAIT_SECONDS) == 0

@@ -21,7 +21,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -30,7 +31,7 @@ import zmq
 import zmq.asyncio
 from msgspec import UNSET, Struct
 
-from vfiod.client.errors import ConnectionLost, ProtocolError, RequestTimedOut
+from vfiod.client.errors import ConnectFailed, ConnectionLost, ProtocolError, RequestTimedOut
 from vfiod.client.events import LOST, Event
 from vfiod.client.fds import OpenFd
 from vfiod.client.methods.aio import AsyncMethods
@@ -90,6 +91,21 @@ def _connect(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, address: str, keys:
         socket.connect(f"{kind}://{rest}")
     except zmq.ZMQError as error:
         raise ValueError(f"'{address}' is no address: {error.strerror}") from error
+
+
+@contextmanager
+def _taken_in(socket: zmq.Socket[bytes], address: str, patience: float | None) -> Iterator[None]:
+    """Connect in here; afterwards the other side has said who it is. Raises ConnectFailed when it did not in time."""
+    if patience is None:
+        yield
+        return
+    with socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as reports:
+        try:
+            yield
+            if not reports.poll(int(patience * 1000)):
+                raise ConnectFailed(f"Nobody publishes on {address}; 'vfiod serve --events {address}' does")
+        finally:
+            socket.disable_monitor()
 
 
 def _key(path: str | os.PathLike[str]) -> tuple[bytes, bytes | None]:
@@ -327,13 +343,17 @@ class EventReader:
         address: ``ipc:PATH`` or ``tcp:HOST:PORT`` of ``--events``.
         topics: beginnings of ``NAME/device``: ``IRQ/nic0``, ``DEVICE_``; none: all events.
         keys: for ``tcp:``.
+        patience: seconds to wait until somebody who publishes has taken us in; None: connected to whenever he comes.
+
+    Raises:
+        ConnectFailed: nobody did.
 
     A reader of all events sees by their numbers when some did not come (it was too slow), and gets an ``EVENTS_LOST``
     of its own in their place. A reader of some topics cannot know.
 
     """
 
-    def __init__(self, address: str, *topics: str, keys: Keys | None = None) -> None:
+    def __init__(self, address: str, *topics: str, keys: Keys | None = None, patience: float | None = None) -> None:
         self._address = address
         self._all = not topics
         self._next: int | None = None
@@ -341,9 +361,10 @@ class EventReader:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         try:
-            _connect(self._socket, address, keys)
             for topic in topics or ("",):
                 self._socket.subscribe(topic)
+            with _taken_in(self._socket, address, patience):
+                _connect(self._socket, address, keys)
         except BaseException:
             self.close()
             raise
@@ -368,6 +389,17 @@ class EventReader:
         """Read no more."""
         self._socket.close()
         self._context.term()
+
+    def fileno(self) -> int:
+        """Readable when :meth:`pending` may find something, once it was called."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def pending(self) -> list[Event]:
+        """What has arrived so far, without waiting."""
+        found = []
+        while self._kept is not None or self._socket.poll(0):
+            found.append(self._take())
+        return found
 
     def get_now(self, timeout: float | None = None) -> Event:
         """The next event; waits for it. Raises RequestTimedOut after so many seconds, None: never."""

@@ -52,6 +52,11 @@ MAX_BUS_IN_FLIGHT: Final = 64
 MAX_BUS_CALLS: Final = 1024
 """Calls in flight on the bus; beyond it no further message is taken, and clients' own queues fill."""
 
+MAX_BUS_FRAMES: Final = 8
+"""Frames of one message on the bus that are kept: who sent it, the empty frame of a REQ socket, the call, and a few
+that an error can count. What follows is dropped unread, some in each turn of the loop: ZeroMQ hands over a message
+of a million frames as gladly as one of three."""
+
 BUS_QUEUE: Final = 1000
 """Messages waiting to or from one peer of the bus (ZeroMQ's high-water mark, and its default). A reader of events
 whose queue is full misses those that follow, and sees that by their numbers."""
@@ -261,6 +266,11 @@ VFIO_USER_PARTING_MS: Final = 1_000
 
 MAX_EXPORTS: Final = 4096
 """Exports of one machine: as many as devices."""
+
+# --- the client -----------------------------------------------------------------------------------
+GREETING_MS: Final = 5_000
+"""Milliseconds a client waits for a QMP greeting, which comes at once, before it asks what is there. Bearable for a
+person; longer than a server usually takes to start, which would be asked for nothing."""
 
 # --- the program ----------------------------------------------------------------------------------
 MAX_CONFIG_SIZE: Final = 1024 * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 import msgpack
 import pytest
 import zmq
+from tests.integration.terminal.screen import PROGRAM
 
 from vfiod.client.bus import AsyncBus, Bus, EventReader
 from vfiod.client.errors import RequestTimedOut
@@ -27,12 +29,12 @@ from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.devices import DeviceAdded
 from vfiod.protocol.catalogue.monitor import EventsLost
 from vfiod.protocol.errors import RemoteError
-from vfiod.protocol.limits import BUS_QUEUE, MAX_BUS_IN_FLIGHT
+from vfiod.protocol.limits import BUS_QUEUE, MAX_BUS_FRAMES, MAX_BUS_IN_FLIGHT
 from vfiod.server.commands.table import TABLE
 from vfiod.server.events import EventHub
 from vfiod.server.kernel.kinds import kind_of
 from vfiod.server.machine.root import Machine
-from vfiod.server.monitor.bus import EventBus
+from vfiod.server.monitor.bus import FRAMES_IN_TURN, EventBus
 from vfiod.server.monitor.bus_socket import Address
 from vfiod.server.monitor.server import MonitorServer
 from vfiod.server.sockets.access import Access
@@ -164,6 +166,44 @@ def test_events_by_topic(server: OwnServer) -> None:
             some.get_now(timeout=0.05)
 
 
+def monitor_of(server: OwnServer, *words: str) -> list[str]:
+    return [*PROGRAM, "monitor", bus_of(server), *words]
+
+
+def test_the_monitor_in_a_pipe_shows_events(server: OwnServer) -> None:
+    """Answers and events, a line of JSON each."""
+    with Bus(bus_of(server)) as bus:
+        add(bus, "n0")
+    command = monitor_of(server, "-e", "--bus-events", events_of(server))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as monitor:
+        assert monitor.stdin is not None
+        assert monitor.stdout is not None
+        heard: list[str] = []
+        while "DEVICE_RESET" not in heard:  # a subscription takes effect when it arrives
+            monitor.stdin.write("device-reset id=n0\n")
+            monitor.stdin.flush()
+            while "return" not in (line := json.loads(monitor.stdout.readline())):
+                heard.append(line["event"])
+        monitor.stdin.close()
+        assert monitor.wait(PATIENCE) == 0
+        assert set(heard) == {"DEVICE_RESET"}
+
+
+def test_the_monitor_says_where_events_of_a_bus_are(server: OwnServer) -> None:
+    done = subprocess.run(monitor_of(server, "-e"), input="", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("vfiod monitor: A bus has its events elsewhere: with -e, add --bus-events ADDRESS")
+
+
+def test_the_monitor_says_that_nobody_publishes(server: OwnServer, tmp_path: Path) -> None:
+    nowhere = f"ipc:{tmp_path}/nowhere"
+    done = subprocess.run(
+        monitor_of(server, "-e", "--bus-events", nowhere), input="query-name\n", capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"vfiod monitor: Nobody publishes on {nowhere}; 'vfiod serve --events {nowhere}' does\n"
+
+
 def test_a_reader_that_missed_some_is_told(server: OwnServer) -> None:
     """What is missing between two numbers is named."""
     with EventReader(events_of(server)) as every, zmq.Context() as context, context.socket(zmq.XPUB) as other:
@@ -264,6 +304,27 @@ def test_garbage_gets_an_error_and_costs_nothing(server: OwnServer) -> None:
         assert msgpack.unpackb(dealer.recv())["error"]["message"].startswith("A call is one frame")
         dealer.send(msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": "x"}))
         assert msgpack.unpackb(dealer.recv()) == {"jsonrpc": "2.0", "result": {"name": "vm1"}, "id": "x"}
+        assert bus.query_name().name == "vm1"
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, FRAMES_IN_TURN - 1, FRAMES_IN_TURN, 50_000])
+def test_a_message_of_many_frames_is_dropped_as_it_comes(server: OwnServer, more: int) -> None:
+    """It is answered with an error when its end is there; what follows it is read as if it had not been."""
+    count = MAX_BUS_FRAMES + more  # with the identity one more
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer, Bus(bus_of(server)) as bus:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.connect(f"ipc://{server.path.parent}/bus")
+        for _ in range(2):
+            dealer.send_multipart([b"x"] * count)
+            dealer.send(msgpack.packb({"jsonrpc": "2.0", "method": "query-name", "id": 7}))
+        for _ in range(2):
+            assert dealer.poll(120_000)
+            refused = msgpack.unpackb(dealer.recv())["error"]["message"]
+            assert refused.startswith("A call is one frame of msgpack"), refused
+            assert ("more than" in refused) is (count >= MAX_BUS_FRAMES)
+            assert dealer.poll(120_000)
+            assert msgpack.unpackb(dealer.recv()) == {"jsonrpc": "2.0", "result": {"name": "vm1"}, "id": 7}
         assert bus.query_name().name == "vm1"
 
 

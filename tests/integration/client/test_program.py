@@ -41,6 +41,17 @@ class TestCall:
         assert json.loads(done.stdout) == {"name": "vm1"}
         assert vfiod("call", server.path, "query-name", "--compact", "--oob").stdout == '{"name": "vm1"}\n'
 
+    @pytest.mark.parametrize("program", [["call"], ["monitor"]])
+    def test_the_wrong_dialect_is_named(self, server: OwnServer, program: list[str]) -> None:
+        """A JSON-RPC socket says nothing until it is spoken to: nobody waits for its greeting without a word."""
+        query = ["query-name"] if program == ["call"] else []
+        done = vfiod(*program, server.path.parent / "rpc.sock", *query)
+        assert done.returncode == 1
+        assert "speaks JSON-RPC, not QMP: give --jsonrpc" in done.stderr + done.stdout
+        done = vfiod(*program, "--jsonrpc", server.path, *query, stdin="query-name\n")
+        assert done.returncode == 1
+        assert "speaks QMP, not JSON-RPC: leave out --jsonrpc" in done.stderr + done.stdout
+
     def test_jsonrpc(self, server: OwnServer) -> None:
         done = vfiod("call", "--jsonrpc", server.path.parent / "rpc.sock", "query-name")
         assert json.loads(done.stdout) == {"name": "vm1"}

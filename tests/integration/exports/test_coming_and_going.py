@@ -1,4 +1,7 @@
-"""Clients come and go; so do devices and servers. What a client had is taken back, and the next may attach."""
+"""Clients come and go; so do devices and servers. What a client had is taken back, and the next may attach.
+
+Rules are those of behaviour.md, section 5.
+"""
 
 from __future__ import annotations
 
@@ -356,3 +359,13 @@ def test_mdev_serve_says_what_is_wrong(tmp_path: Path) -> None:
     fails(1, "no-such-type", "--type", "no-such-type", "--socket-path", path)
     fails(1, "inherited", "--type", "primer-pci", "--fd", "99")
     assert not Path(path).exists()
+
+
+def test_coming_and_going_are_traced(server: Server) -> None:
+    path = server.primer()
+    server.client.trace_event_set_state(name="export_*ached", enable=True)
+    server.attach(path).close()
+    server.event("DEVICE_EXPORT_DETACHED")
+    server.client.trace_event_set_state(name="*", enable=False)
+    log = server.log()
+    assert 0 < log.find("export_attached") < log.find("export_detached"), log

@@ -1,4 +1,7 @@
-"""Clients that send what they must not. The server stays in step, refuses what is wrong, and leaks nothing."""
+"""Clients that send what they must not. The server stays in step, refuses what is wrong, and leaks nothing.
+
+Rules are those of behaviour.md, section 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Channel I/O through everything: a real server, its built-in disk and terminal, guest memory, events."""
+"""Channel I/O through everything: a real server, its built-in disk and terminal, guest memory, events.
+
+Rules are those of behaviour.md, sections 8 and 9.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Parents from another package, through a real server: one that waits, one that hangs, one that raises."""
+"""Parents from another package, through a real server: one that waits, one that hangs, one that raises.
+
+Rules are those of behaviour.md, section 8.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.integration.exports.hypervisor import Hypervisor
 
 from vfiod.client.sync import Client
+from vfiod.protocol.catalogue.exports import ExportClient
 from vfiod.protocol.errors import RemoteError
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import MDEV_CALL_MS
@@ -211,6 +216,26 @@ def test_one_that_raises_is_named_and_goes_on(foreign: Foreign, callback: str) -
     foreign.let_go(callback)
     assert foreign.get("slow") == 0xF10D0001
     client.device_reset(id="slow")
+
+
+def test_a_read_that_fails_through_an_export_is_all_ones_and_logged_and_counted(foreign: Foreign) -> None:
+    """Section 3: what hardware gives when nobody answers; the guest goes on, and so does the device."""
+    path = foreign.directory / "slow.sock"
+    foreign.client.device_export_add(id="door", type="vfio-user", device="slow", path=str(path))
+    with Hypervisor(path) as hypervisor:
+        assert hypervisor.read(0, 0) == 0xF10D0001
+        foreign.tell("read", "raise")
+        assert hypervisor.read(0, 0) == 0xFFFF_FFFF
+        assert hypervisor.read(0, 4, 1) == 0xFF
+        assert hypervisor.bytes(0, 0, 24) == b"\xff" * 24
+        foreign.let_go("read")
+        assert hypervisor.read(0, 0) == 0xF10D0001
+        [export] = foreign.client.query_device_exports()
+        assert isinstance(export.client, ExportClient)
+        assert export.client.failed_reads == 3
+    log = foreign.manager.log()
+    assert log.count("export 'door' reads all ones from bar0 at 0x0: ") == 1, "the first is logged: a guest may poll"
+    assert log.count("reads all ones") == 1
 
 
 def test_removed_while_it_hangs_it_is_closed_when_it_returns(foreign: Foreign) -> None:

@@ -1,4 +1,7 @@
-"""The built-in device through everything: a real server, real sockets, real eventfds, real memory."""
+"""The built-in device through everything: a real server, real sockets, real eventfds, real memory.
+
+Rules are those of behaviour.md, section 8.
+"""
 
 from __future__ import annotations
 

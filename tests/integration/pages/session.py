@@ -19,6 +19,7 @@ from tests.integration.pages.matching import like
 from tests.integration.terminal.screen import Screen
 
 from vfiod.client.spawn import accepts
+from vfiod.server.sandbox.files import is_shared
 
 PATIENCE: Final = 120.0
 """Seconds until what is awaited must have come: a busy machine is no failure."""
@@ -31,6 +32,8 @@ class Session:
         self.page = page
         self.directory = directory / "here"
         self.directory.mkdir(mode=0o700)
+        if page.replace and is_shared(page.replace):
+            self.directory.chmod(0o1777)  # what stands for /tmp is shared as /tmp is, which the sandbox minds
         (self.directory / "examples").symlink_to(REPO / "examples")
         self.environment = environment(directory)
         self.servers: list[tuple[str, subprocess.Popen[bytes], Path]] = []

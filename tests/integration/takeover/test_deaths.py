@@ -20,7 +20,10 @@ STEPS = ("connected", "welcomed", "begun", "told how much", "everything", "commi
 """After what a taker dies."""
 
 
-def take(path: Path, until_step: str) -> None:
+NEEDS = ["backend:mdev", "device:vfio-pci", "mdev:primer/primer-pci"]
+
+
+def take(path: Path, until_step: str, needs: list[str] = NEEDS) -> None:
     """Take over up to a step, and hang up there, as a process that was killed does."""
     import socket
 
@@ -35,7 +38,7 @@ def take(path: Path, until_step: str) -> None:
                     wire.send(Hello(PROTOCOL, VERSION, "a test"))
                     welcome = wire.receive()
                     assert isinstance(welcome, Welcome)
-                    assert welcome.needs == ["backend:mdev", "device:vfio-pci", "mdev:primer/primer-pci"]
+                    assert welcome.needs == needs
                 case "begun":
                     wire.send(Begin())
                 case "told how much":

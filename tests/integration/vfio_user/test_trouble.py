@@ -147,6 +147,7 @@ def test_what_was_mapped_of_a_former_server_is_told(bench: Bench) -> None:
 
 
 def test_a_hypervisor_that_maps_nothing_keeps_its_device(bench: Bench) -> None:
+    """Sections 2 and 3: while its program is away it reads as all ones; its memory is mapped again when it is back."""
     program = bench.start()
     bench.add(reconnect_ms=20, share_fd=False)
     door = bench.place / "door.sock"

@@ -1,4 +1,7 @@
-"""Subchannels that go while they are in use, on a machine of their own: with plain system calls, and through vfiod."""
+"""Subchannels that go while they are in use, on a machine of their own: with plain system calls, and through vfiod.
+
+Rules are those of behaviour.md, section 9.
+"""
 
 from __future__ import annotations
 

@@ -548,3 +548,32 @@ class TestNonsense:
         for ticket in tickets:
             connection.abandon(ticket)  # closes what it got, if it got something
         assert all(fd.closed for fd in given)
+
+
+def test_a_slow_server_that_is_asked_goes_on_as_any() -> None:
+    """The question is refused after the greeting, and that is all."""
+    connection = Connection(Dialect.QMP)
+    connection.ask()
+    [([question], _)] = sent(connection)
+    assert question["execute"] == "query-version"
+    connection.receive_data(GREETING)
+    answer(connection, error={"class": "CommandNotFound", "desc": "Expecting capabilities"}, id=question["id"])
+    [([negotiation], _)] = sent(connection)
+    assert negotiation["execute"] == "qmp_capabilities"
+    answer(connection, **{"return": {}}, id=negotiation["id"])
+    assert connection.state is State.READY and connection.oob_enabled
+    connection.ask()
+    assert sent(connection) == []
+
+
+@pytest.mark.parametrize(
+    ("dialect", "heard", "said"),
+    [
+        (Dialect.QMP, b'{"jsonrpc": "2.0", "error": {"code": -32600, "message": ""}, "id": null}\n', "give --jsonrpc"),
+        (Dialect.JSONRPC, GREETING, "speaks QMP, not JSON-RPC: leave out --jsonrpc"),
+    ],
+)
+def test_the_other_dialect_is_named(dialect: Dialect, heard: bytes, said: str) -> None:
+    connection = Connection(dialect)
+    connection.receive_data(heard)
+    assert isinstance(connection.error, ProtocolError) and said in str(connection.error)

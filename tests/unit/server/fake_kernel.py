@@ -842,6 +842,8 @@ class FakeKernel(Syscalls):
                 return device.reset_method
             case ["mdev_type", "device_api"]:
                 return device.device_api
+            case ["of_node", "compatible"] if isinstance(device, FakePlatformDevice):
+                return device.compatible
         return None
 
     def _must(self, path: str) -> str:

@@ -49,12 +49,13 @@ class FakeIrq:
 
 @dataclass
 class FakePlatformDevice(FakeDevice):
-    """One platform device; ``irqs`` and ``regions`` (sizes in bytes) may be set before it is opened."""
+    """One platform device. Its ``irqs``, ``regions`` (in bytes) and ``compatible`` may be set before it is opened."""
 
     bus: str = "platform"
     driver: str | None = "vfio-platform"
     reset_method: str | None = None
     flags: vfio.DeviceFlags = vfio.DeviceFlags.PLATFORM | vfio.DeviceFlags.RESET
+    compatible: str | None = None
     irqs: str = "le"
     regions: tuple[int, ...] = (REGION_SIZE, REGION_SIZE)
     lines: list[FakeIrq] = field(default_factory=list)

@@ -19,7 +19,7 @@ from vfiod.protocol.errors import RemoteError
 from vfiod.protocol.fd import FileDescriptor, close_all
 
 if TYPE_CHECKING:
-    from vfiod.client.bus import Bus
+    from vfiod.client.bus import Bus, EventReader
     from vfiod.client.sync import Client, EventStream
 
 __all__ = ["run_filter"]
@@ -27,17 +27,20 @@ __all__ = ["run_filter"]
 
 def run_filter(
     client: Client | Bus,
-    stream: EventStream | None,
+    stream: EventStream | EventReader | None,
     options: argparse.Namespace,
     fds: Mapping[str, FileDescriptor],
+    *,
+    linger_s: float = 0.0,
 ) -> int:
     """Answer every line of standard input, to the first error unless told otherwise.
 
     Args:
         client: connected.
-        stream: its events, when it is a Unix socket's: they tell when the connection ends.
+        stream: its events: those of a Unix socket, which tell when the connection ends; or of the bus's other socket.
         options: of the command line: ``human``, ``verbose``, ``events``, ``keep_going``.
         fds: passed first, under their names.
+        linger_s: seconds without an event after the last reply, before no more are waited for.
 
     Returns:
         0: all were results; 1: at least one was an error.
@@ -53,10 +56,14 @@ def run_filter(
         status |= failed
         if lost or (failed and not options.keep_going):
             break
+    if options.events and stream is not None and linger_s:
+        _print_events(stream)
+        while select.select([stream], [], [], linger_s)[0]:
+            _print_events(stream)
     return status
 
 
-def _lines(stream: EventStream | None) -> Iterator[str]:
+def _lines(stream: EventStream | EventReader | None) -> Iterator[str]:
     """Commands from standard input, JSON over several lines as one; while none come, events are printed."""
     unfinished = ""
     for text in _raw_lines(stream):
@@ -70,7 +77,7 @@ def _lines(stream: EventStream | None) -> Iterator[str]:
         yield unfinished
 
 
-def _raw_lines(stream: EventStream | None) -> Iterator[str]:
+def _raw_lines(stream: EventStream | EventReader | None) -> Iterator[str]:
     pending = b""
     source = sys.stdin.buffer.raw if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer
     while True:
@@ -123,7 +130,7 @@ def _answer(client: Client | Bus, text: str, options: argparse.Namespace) -> tup
     return 0, False
 
 
-def _print_events(stream: EventStream) -> None:
+def _print_events(stream: EventStream | EventReader) -> None:
     for event in stream.pending():
         text = {"event": event.name, "data": msgspec.to_builtins(event.data), "seq": event.seq}
         print(json.dumps(text | {"timestamp": event.timestamp}), flush=True)

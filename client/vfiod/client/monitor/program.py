@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
 
 from vfiod.client.busargs import BUS_HELP, add_bus_options, is_bus, keys_of
 from vfiod.client.call import open_fds
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from vfiod.client.monitor.overbus import BusClient
 
 __all__ = ["main"]
+
+BUS_PATIENCE: Final = 5.0
+"""Seconds to wait for who publishes: ZeroMQ does not say that nobody is there."""
+
+LAST_EVENTS: Final = 0.2
+"""Seconds for the last events of a bus to come: by a socket of their own, so they may be later than the last reply."""
 
 EPILOG = """\
 At a terminal: Tab completes commands, arguments, values and the ids of what there is; 'help COMMAND' (or F1) explains;
@@ -97,12 +104,19 @@ def _in_a_pipe(options: argparse.Namespace, fds: dict[str, FileDescriptor]) -> i
     from vfiod.client.monitor.filter import run_filter
 
     if is_bus(options.path):
-        if options.events:
-            raise ClientError("-e needs a Unix socket: a bus has its events at another address")
-        from vfiod.client.bus import Bus
+        if options.events and not options.bus_events:
+            raise ClientError(
+                "A bus has its events elsewhere: with -e, add --bus-events ADDRESS, that of 'vfiod serve --events'"
+            )
+        from vfiod.client.bus import Bus, EventReader
 
-        with Bus(options.path, keys=keys_of(options)) as bus:
-            return run_filter(bus, None, options, fds)
+        with ExitStack() as open_:
+            bus = open_.enter_context(Bus(options.path, keys=keys_of(options)))
+            reader = None
+            if options.events:
+                reader = EventReader(options.bus_events, keys=keys_of(options), patience=BUS_PATIENCE)
+                open_.enter_context(reader)
+            return run_filter(bus, reader, options, fds, linger_s=LAST_EVENTS)
     from vfiod.client.sync import Client
 
     with Client.connect(options.path, dialect=_dialect(options)) as client, client.events() as stream:

@@ -225,6 +225,13 @@ class DeviceInfo(Result, kw_only=True):
     irq_kind: IrqKind
     vendor_id: int | UnsetType = UNSET
     device_id: int | UnsetType = UNSET
+    compatible: Annotated[
+        list[str] | UnsetType | None,
+        Meta(
+            description="Of a platform device: compatible of its node in the host's device tree, best first; null: it "
+            "has no such node (ACPI, a mediated device, a device of another program)."
+        ),
+    ] = UNSET
     group: GroupInfo | UnsetType = UNSET
     mdev: Annotated[
         MdevInfo | UnsetType, Meta(description="Of a mediated device: its type, parent and attributes.")

@@ -31,6 +31,9 @@ from vfiod.protocol.vfio_user.payload import SPECIFIED, Payload, Wire
 __all__ = ["Broken", "Channel", "Failure", "Happening", "Outgoing", "Rejected", "Reply", "Request", "errno_number"]
 
 _ERROR_REPLY: Final = MessageType.REPLY | Flags.ERROR
+# Found once: finding an Enum's member takes Python 3.11 its time, and these are asked with every message.
+_REPLY: Final = int(MessageType.REPLY)
+_VERSION: Final = Command.VERSION
 
 
 class Outgoing(Struct, frozen=True, eq=False):
@@ -205,15 +208,17 @@ class Channel:
         """What has come of a message that is not whole; the fds are lent."""
         return self._framer.keep()
 
-    def adopt(self, wire: Wire | None, data: bytes, fds: list[FileDescriptor]) -> None:
+    def adopt(self, wire: Wire | None, data: bytes, fds: list[FileDescriptor], *, next_id: int = 0) -> None:
         """Begin where another process's channel stood, between two requests. Owns the fds from here on.
 
         Args:
             wire: what was agreed on; None: VERSION has not come.
             data: what has come of the next message.
             fds: what came with that.
+            next_id: of the next request of ours (:attr:`next_id`).
 
         """
+        self._next_id = next_id
         if wire is not None:
             self.wire = wire
             self._awaits_version = False
@@ -256,13 +261,23 @@ class Channel:
         """Ids whose reply has not come and somebody waits for."""
         return tuple(id for id, command in self._pending.items() if command is not None)
 
+    @property
+    def next_id(self) -> int:
+        """The id of our next request, unless one is still out with it."""
+        return self._next_id
+
+    @property
+    def unanswered(self) -> int:
+        """Requests of ours whose reply has not come, whether or not anybody waits for it."""
+        return len(self._pending)
+
     def reply(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> Outgoing | None:
         """Answer a request: None when none is wanted. ``payload`` None: a header alone."""
         header = request.header
         if header.no_reply:
             return None
         body = b"" if payload is None else payload.pack(self.wire)
-        out = Header(header.id, header.command, HEADER_SIZE + len(body), MessageType.REPLY)
+        out = Header(header.id, header.command, HEADER_SIZE + len(body), _REPLY)
         return Outgoing(out.pack() + body, tuple(fds))
 
     def refuse(self, request: Request, errno: str | int) -> Outgoing | None:
@@ -308,9 +323,9 @@ class Channel:
         header = message.header
         command = header.known
         if self._awaits_version:
-            if command is not Command.VERSION:
+            if command is not _VERSION:
                 return Broken(f"{header.title} before VERSION", self._refusal(header, "EINVAL"))
-        elif command is Command.VERSION:
+        elif command is _VERSION:
             return self._reject(header, "VERSION came twice", "EINVAL")
         if command is None:
             return self._reject(header, f"{header.title} is not known here", "ENOSYS")

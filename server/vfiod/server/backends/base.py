@@ -212,6 +212,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def compatible(self) -> tuple[str, ...] | None:
+        """What the host's device tree says a platform device is; None: nothing, or it is no such device."""
+        ...
+
+    @property
     def given_out(self) -> bool:
         """Whether the device's fd was given to another process: then only the kernel knows who still has it."""
         ...

@@ -15,6 +15,7 @@ from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.backends.base import AddressSpace, FewerVectors
 from vfiod.server.backends.ioctls import call, call_info, failed
 from vfiod.server.kernel.syscalls import Syscalls
+from vfiod.server.kernel.sysfs import Sysfs
 
 __all__ = ["KernelDevice"]
 
@@ -103,6 +104,8 @@ class KernelDevice:
         self._regions: dict[int, vfio.RegionInfo] = {}
         self._irqs: dict[int, vfio.IrqInfo] = {}
         self._info = self._read_info(fd.number)
+        platform = bool(self._info.flags & vfio.DeviceFlags.PLATFORM)
+        self.compatible: Final = Sysfs(calls).compatible(name) if platform else None
         self.fd = fd
 
     def _read_info(self, number: int) -> vfio.DeviceInfo:

@@ -150,6 +150,7 @@ class MediatedBackend:
     kind = "mdev"
     given_out = False
     foreign = False
+    compatible = None
 
     def __init__(
         self,

@@ -216,18 +216,18 @@ class Device(ABC):
         pending = self.lane.pending()
         return f"{pending[0]} of device '{self.name}'" if pending else None
 
-    def keep(self, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState_:
+    def keep(self, given: Given, *, new: Mapping[str, Any], backend: Callable[[], BackendState]) -> DeviceState_:
         """Describe it, while nothing is under way.
 
         Args:
             given: takes the fds.
             new: what only the machine knows of it.
-            backend: where it comes from, described.
+            backend: describes where it comes from.
 
         """
         from vfiod.server.devices.keeping import keep_device
 
-        return keep_device(self, given, new=new, backend=backend)
+        return keep_device(self, given, new=new, keep_backend=backend)
 
     def keep_model(self, model: Model, given: Given) -> ModelState:
         """Describe what only devices of this class have. CannotKeep."""

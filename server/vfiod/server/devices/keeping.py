@@ -5,13 +5,12 @@ What the kernel has been told stays told: it signals the same eventfds, and noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vfiod.protocol.catalogue.devices import Driver, OnRequest
 from vfiod.protocol.catalogue.words import IrqMode
-from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.devices.bound import Bound
 from vfiod.server.devices.irq_index import INTX, IrqIndex
 from vfiod.server.devices.model import Options
@@ -39,7 +38,6 @@ __all__ = [
     "counts_from",
     "keep_bound",
     "keep_counts",
-    "keep_fds",
     "keep_options",
     "keep_vector",
     "options_from",
@@ -51,9 +49,15 @@ __all__ = [
 # --- a device -------------------------------------------------------------------------------------------------
 
 
-def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend: BackendState) -> DeviceState:
+def keep_device(
+    device: Device, given: Given, *, new: Mapping[str, Any], keep_backend: Callable[[], BackendState]
+) -> DeviceState:
     """See :meth:`Device.keep`, whose part this is: it knows what no other module does."""
     model = device._active()
+    notices = model.notices.keep(given)
+    kept_model = device.keep_model(model, given)
+    # Last: it may name eventfds by number, of which what stands above is the owner.
+    backend = keep_backend()
     return DeviceState(
         id=device.id,
         path=device.path,
@@ -62,12 +66,12 @@ def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend
         host=device._host,
         options=keep_options(device.options),
         backend=backend,
-        notices=model.notices.keep(given),
+        notices=notices,
         requested=device._requested,
         fast_path_told=device._fast_path_told,
         shared=model.regions.shared,
         mapped_by=device._mapped_by.keep(),
-        model=device.keep_model(model, given),
+        model=kept_model,
         **new,
     )
 
@@ -75,6 +79,7 @@ def keep_device(device: Device, given: Given, *, new: Mapping[str, Any], backend
 def adopt_device(device: Device, backend: Backend, state: DeviceState, taken: Taken) -> None:
     """See :meth:`Device.adopt`, whose part this is."""
     device._waits = backend.may_block
+    backend.watch_return(device._came_back)
     model = device.populate(backend, device._environment)
     device._model = model
     model.notices.adopt(state.notices, taken)
@@ -132,11 +137,6 @@ def options_from(state: OptionsState, driver: Driver) -> Options:
 
 
 # --- eventfds and vectors -------------------------------------------------------------------------------------
-
-
-def keep_fds(fds: Mapping[int, FileDescriptor], owner: str, given: Given) -> list[tuple[int, int]]:
-    """Eventfds by a number."""
-    return [(number, given.give(fd, f"{owner}/{number}")) for number, fd in fds.items()]
 
 
 def keep_counts(counts: Mapping[tuple[int, int], Counts]) -> list[CountsState]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from msgspec.structs import replace
+
 from vfiod.protocol import vfio
-from vfiod.protocol.catalogue.devices import Driver
+from vfiod.protocol.catalogue.devices import DeviceInfo, Driver
 from vfiod.protocol.errors import CommandError
 from vfiod.server import trace
 from vfiod.server.backends.base import Backend
@@ -105,6 +107,14 @@ class PlatformDevice(Device):
     def go_on(self, model: Model) -> None:
         """See :meth:`Device.go_on`."""
         _platform(model).platform.listen()
+
+    def info(self) -> DeviceInfo:
+        """For ``query-devices``: with what the host's device tree says it is."""
+        info = super().info()
+        if self._model is None:
+            return info
+        compatible = self._model.backend.compatible
+        return replace(info, compatible=None if compatible is None else list(compatible))
 
     def _region(self, backend: Backend, index: int) -> Region:
         info = backend.region_info(index)

@@ -144,26 +144,28 @@ class Client:
     def adopt(self, state: ClientRangeState, fd: FileDescriptor | None) -> None:
         """Have a mapping again that another process made. The fd is taken over on every path. CommandError."""
         space = self._table.space
-        # A device written in Python lives in this process: its space is as new. The kernel's has the mapping.
+        # A device written in Python lives in this process: its space is as new. The kernel's has the mapping; so has
+        # another program's, which is told nothing.
         fresh = bool(getattr(space, "by_messages", False))
+        learn = space.map if fresh else getattr(space, "know", None)
         try:
             if fd is None:
                 memory: GuestFile = self._remote or Unreachable(self.name)
                 mapping = Mapping(state.iova, state.size, memory, state.iova, state.readonly)
                 one = ClientRange(mapping, ("messages", self), [self], reachable=self._remote is not None)
-                if one.reachable and fresh:
-                    space.map(mapping)
+                if one.reachable and learn is not None:
+                    learn(mapping)
                 self._table.insert(one)
                 self.unreachable_bytes += state.size
             else:
-                self._adopt_file(state, fd, fresh=fresh)
+                self._adopt_file(state, fd, learn)
         finally:
             if fd is not None:
                 fd.close()
         self.mappings += 1
         self.mapped_bytes += state.size
 
-    def _adopt_file(self, state: ClientRangeState, fd: FileDescriptor, *, fresh: bool) -> None:
+    def _adopt_file(self, state: ClientRangeState, fd: FileDescriptor, learn: Callable[[Mapping], None] | None) -> None:
         status = os.fstat(fd.number)
         identity = ("file", status.st_dev, status.st_ino, state.offset, state.readonly)
         there = self._table.exact(state.iova, state.size)
@@ -176,8 +178,8 @@ class Client:
             return
         memory = self._clients.files.open(self.name, fd, state.readonly, state.offset + state.size)
         mapping = Mapping(state.iova, state.size, memory, state.offset, state.readonly)
-        if fresh:
-            self._table.space.map(mapping)
+        if learn is not None:
+            learn(mapping)
         self._table.insert(ClientRange(mapping, identity, [self]))
 
     def ranges(self) -> Iterator[ClientRange]:

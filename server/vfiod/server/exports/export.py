@@ -32,6 +32,7 @@ from vfiod.protocol.catalogue.fds import FdInfo
 from vfiod.protocol.catalogue.words import UNSET, DeviceState
 from vfiod.protocol.errors import Busy, CommandError
 from vfiod.protocol.fd import FdKind
+from vfiod.server import trace
 from vfiod.server.devices.device import Device
 from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.exports.session import ClientSession
@@ -143,6 +144,8 @@ class Export:
         self._machine.hub.emit(
             DeviceExportAttached(id=self.id, device=device.name, pid=session.peer.pid, uid=session.peer.uid)
         )
+        if trace.export_attached.on:
+            trace.export_attached(export=self.id, device=device.name, pid=session.peer.pid)
 
     def _claim(self) -> None:
         """The device is the client's."""
@@ -186,6 +189,8 @@ class Export:
         """The device is nobody's again."""
         self.device.claim = None
         self._machine.hub.emit(DeviceExportDetached(id=self.id, device=self.device.name, reason=reason))
+        if trace.export_detached.on:
+            trace.export_detached(export=self.id, device=self.device.name, reason=reason)
 
     async def _quiet(self, reason: str) -> None:
         """The device does nothing by itself any more: no DMA, no interrupt. What fails is logged."""

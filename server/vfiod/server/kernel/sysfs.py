@@ -198,6 +198,11 @@ class Sysfs:
             return None
         return "some method" if self._calls.exists(f"{device.path}/reset") else ""
 
+    def compatible(self, name: str) -> tuple[str, ...] | None:
+        """What a platform device is, best first, by the device tree; None: no node there is seen."""
+        text = self._text(f"/sys/bus/platform/devices/{name}/of_node/compatible")
+        return None if text is None else tuple(one for one in text.split("\0") if one)
+
     def is_virtual_function(self, address: str) -> bool:
         """Whether a PCI function is a virtual one of SR-IOV, as far as sysfs says."""
         return self._calls.exists(f"/sys/bus/pci/devices/{address}/physfn")

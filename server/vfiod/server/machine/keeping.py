@@ -115,7 +115,13 @@ def adopt_machine(machine: Machine, state: MachineState, taken: Taken, *, device
 
 def adopt_device(machine: Machine, state: DeviceState, taken: Taken) -> None:
     """Make one device again. CommandError, OSError, LookupError: what it needs is not there."""
-    machine.devices.adopt(_new(state), _backend(machine, state, taken), state, taken)
+    backend = _backend(machine, state, taken)
+    try:
+        machine.devices.adopt(_new(state), backend, state, taken)
+    except BaseException:
+        machine.sources.adopted(backend, made=False)
+        raise
+    machine.sources.adopted(backend, made=True)
 
 
 def rehome(machine: Machine) -> list[str]:
@@ -157,4 +163,6 @@ def _backend(machine: Machine, state: DeviceState, taken: Taken) -> Backend:
             return sources.cdevs.adopt_device(kept, taken)
         case "mdev":
             return sources.mediated.adopt(kept.name, state.id or state.path, state.driver)
+        case "vfio-user":
+            return sources.adopt_served(kept, state.id or state.path, taken)
     raise CannotKeep(f"Device '{state.id or state.path}': a backend of kind '{kept.kind}' is not known here")

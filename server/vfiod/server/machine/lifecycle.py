@@ -297,7 +297,8 @@ class Devices:
                 insist=unplug.insist,
             ),
         }
-        return added.device.keep(given, new=new, backend=keep_backend(added.device.backend, given))
+        device = added.device
+        return device.keep(given, new=new, backend=lambda: keep_backend(device.backend, given))
 
     def adopt(self, new: NewDevice, backend: Backend, state: DeviceState_, taken: Taken) -> None:
         """Have a device again that was open in another process, and listen. CommandError."""

@@ -21,7 +21,7 @@ from vfiod.server.onloop import OnLoop
 
 if TYPE_CHECKING:
     from vfiod.protocol.fd import FileDescriptor
-    from vfiod.server.backends.base import Backend
+    from vfiod.server.backends.base import AddressSpace, Backend, Mapping
     from vfiod.server.backends.cdev import IoasInfo, KernelCdevs
     from vfiod.server.backends.group import HeldFd, KernelGroups
     from vfiod.server.backends.mediated import MediatedDevices
@@ -188,8 +188,9 @@ class Sources:
 
     @property
     def under_way(self) -> str | None:
-        """What is being made or taken apart on the mediated bus; None: nothing."""
-        return self._mediation[0].under_way if self._mediation else None
+        """What is being made or taken apart on the mediated bus, or asked of another program; None: nothing."""
+        mediated = self._mediation[0].under_way if self._mediation else None
+        return mediated if mediated is not None or self._served is None else self._served.under_way
 
     def keep(self, given: Given) -> KernelState | None:
         """Describe what is open of the kernel's; None: nothing ever was."""
@@ -218,7 +219,27 @@ class Sources:
             return self.groups.keep_device(backend, given)
         if backend.kind == "mdev":
             return BackendState(kind=backend.kind, name=backend.name)
+        if backend.kind == "vfio-user":
+            from vfiod.server.backends.vfio_user.device import VfioUserBackend
+            from vfiod.server.backends.vfio_user.keeping import keep_backend
+
+            assert isinstance(backend, VfioUserBackend)  # noqa: S101 - no other has this kind
+            return keep_backend(backend, given)
         raise CannotKeep(f"{backend.name} is a device of another program ({backend.kind}): remove it first")
+
+    def adopt_served(self, state: BackendState, user: str, taken: Taken) -> Backend:
+        """Have a device of another program again; :meth:`adopted` must follow. CommandError, OSError, LookupError."""
+
+        def adopt_space(space: AddressSpace) -> list[Mapping]:
+            self._memory.adopt_space(space)
+            return self._memory.mappings_of(space)
+
+        return self.served.adopt_device(state, user, taken, adopt_space)
+
+    def adopted(self, backend: Backend, *, made: bool) -> None:
+        """The device around it is made again: from now on it may be asked. Or it could not be made."""
+        if self._served is not None:
+            self._served.adopted(backend, made=made)
 
     def adopt(self, state: KernelState, iommufd_of: Callable[[str], FileDescriptor], taken: Taken) -> None:
         """Have what was open of the kernel's again. OperationFailed."""

@@ -16,6 +16,7 @@ absent                                  means
 ``Parent.start``, ``Parent.shutdown``   it does not care when the VM runs
 ``Parent.available_instances``          the type's ``max_instances`` less what exists
 ``Parent.attributes``                   nothing to publish
+``Parent.restore``                      made by ``create``, then told by ``MediatedDevice.restore``
 ``MediatedDevice.quick``                False: every call of it is made in a thread, with a time limit
 ``MediatedDevice.open``, ``close``      nothing to do for a new or leaving user
 ``MediatedDevice.reset``                cannot be reset (``device_info().reset`` is false; ``ENOTTY``)
@@ -26,7 +27,7 @@ absent                                  means
 ``MediatedDevice.memory_mapped``        every mapping of guest memory is welcome
 ``MediatedDevice.memory_unmapped``      keeps nothing of guest memory
 ``MediatedDevice.request``              cannot tell its user that it must go: it just goes
-``MediatedDevice.save``                 vfiod cannot be replaced while such a device exists (``--take-over``)
+``MediatedDevice.save``, ``restore``    vfiod cannot be replaced while such a device exists (``--take-over``)
 ``MediatedDevice.attributes``           nothing to publish
 ``MediatedDevice.fds``                  ``query-fds`` lists those it watches through its host, and no others
 ======================================  ==============================================================

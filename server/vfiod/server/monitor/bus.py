@@ -21,7 +21,13 @@ import zmq
 from msgspec import UNSET
 
 from vfiod.protocol.errors import Busy, CommandError, InternalError, InvalidRequest, VfiodError
-from vfiod.protocol.limits import BUS_LINGER_MS, MAX_BUS_CALLS, MAX_BUS_IN_FLIGHT, MAX_MESSAGE_BYTES
+from vfiod.protocol.limits import (
+    BUS_LINGER_MS,
+    MAX_BUS_CALLS,
+    MAX_BUS_FRAMES,
+    MAX_BUS_IN_FLIGHT,
+    MAX_MESSAGE_BYTES,
+)
 from vfiod.protocol.wire import packed
 from vfiod.protocol.wire.arguments import convert_arguments
 from vfiod.server.commands.call import Call
@@ -39,6 +45,9 @@ _log: Final = logging.getLogger(__name__)
 TURN: Final = 64
 """Messages taken in one go: then the loop's other work has its turn."""
 
+FRAMES_IN_TURN: Final = 256
+"""Frames dropped in one go, of a message that has too many: about as long as 64 calls take."""
+
 DIALECT: Final = "msgpack"
 """What :attr:`Event.encoded` keeps our bytes under."""
 
@@ -46,18 +55,27 @@ DIALECT: Final = "msgpack"
 # As plain numbers: pyzmq looks its own constants up anew at each use.
 _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
+_MORE: Final = int(zmq.RCVMORE)
 _NOW: Final = int(zmq.DONTWAIT)
 _NOW_AND_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 
 
 def _received(socket: zmq.Socket[bytes]) -> list[bytes]:
-    """One message, which is there. A frame knows whether more follow; ``recv_multipart`` asks the socket each time."""
+    """One message, which is there; of one with too many frames, one more than may be.
+
+    A frame knows whether more follow; ``recv_multipart`` asks the socket each time.
+    """
     frame = socket.recv(_NOW, copy=False)
     frames = [frame.bytes]
-    while frame.more:
+    while frame.more and len(frames) <= MAX_BUS_FRAMES:
         frame = socket.recv(_NOW, copy=False)
         frames.append(frame.bytes)
     return frames
+
+
+def _envelope(frames: list[bytes]) -> list[bytes]:
+    """Where an answer goes: to the peer, with an empty frame when a REQ socket sent one."""
+    return frames[:2] if len(frames) > 2 and not frames[1] else frames[:1]
 
 
 def _send_frames(socket: zmq.Socket[bytes], first: Iterable[bytes], last: bytes) -> None:
@@ -113,6 +131,7 @@ class Bus:
         self._in_flight = 0
         self._scheduled = False
         self._closed = False
+        self._endless: list[bytes] | None = None  # whose message has too many frames, and is being dropped
         self.calls = 0
         self.errors = 0
         self.replies_dropped = 0
@@ -159,16 +178,35 @@ class Bus:
         for _ in range(TURN):
             if self._in_flight >= MAX_BUS_CALLS:
                 return  # a call that ends looks again
-            # Asked last, after every send of ours: if it has nothing now, the fd will tell when it has.
-            if not int(socket.getsockopt(_EVENTS)) & _POLLIN:
-                return
-            self._take(_received(socket))
+            if self._endless is None:
+                # Asked last, after every send of ours: if it has nothing now, the fd will tell when it has.
+                if not int(socket.getsockopt(_EVENTS)) & _POLLIN:
+                    return
+                frames = _received(socket)
+                if len(frames) <= MAX_BUS_FRAMES:
+                    self._take(frames)
+                    continue
+                self._endless = _envelope(frames)
+            if not self._drop(self._endless):
+                break
         self._later()
+
+    def _drop(self, envelope: list[bytes]) -> bool:
+        """Read past what is left of a message of too many frames, for one turn. Whether its end was there."""
+        for _ in range(FRAMES_IN_TURN):
+            if not self._socket.getsockopt(_MORE):
+                self._endless = None
+                self.calls += 1
+                error = InvalidRequest(f"A call is one frame of msgpack; this message has more than {MAX_BUS_FRAMES}")
+                self._refuse(envelope, error, None)
+                return True
+            self._socket.recv(_NOW, copy=False)
+        return False
 
     def _take(self, frames: list[bytes]) -> None:
         """One message: the peer, an empty frame when a REQ socket sent it, and the call."""
         self.calls += 1
-        envelope = frames[:2] if len(frames) > 2 and not frames[1] else frames[:1]
+        envelope = _envelope(frames)
         body = frames[len(envelope) :]
         if len(body) != 1:
             self._refuse(envelope, InvalidRequest(f"A call is one frame of msgpack, not {len(body)}"), None)

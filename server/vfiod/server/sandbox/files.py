@@ -12,7 +12,6 @@ import vfiod
 from vfiod.server.sandbox.landlock import KEEP, MAKE, READ, USE_DEVICE, Rule
 
 __all__ = [
-    "OPTION",
     "for_configuration",
     "for_devices",
     "for_names",
@@ -22,13 +21,12 @@ __all__ = [
     "is_shared",
 ]
 
-OPTION: Final = "--allow-path"
-
 HOST_FACTS: Final = (
     "/sys/bus",
     "/sys/class",
     "/sys/dev",
     "/sys/devices",
+    "/sys/firmware/devicetree",
     "/sys/kernel/iommu_groups",
     "/sys/module",
     "/proc/self",

@@ -94,7 +94,10 @@ class DoorbellState(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ClientState(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A connected client. ``version`` is the body of its VERSION, None: none came; ``room`` its bytes as it came."""
+    """A connected client. ``version`` is the body of its VERSION, None: none came; ``room`` its bytes as it came.
+
+    ``mapped``: the regions whose fds it was given.
+    """
 
     fd: Place
     pid: int
@@ -110,6 +113,7 @@ class ClientState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     requests: int
     errors: int
     failed_reads: int
+    mapped: list[int] = field(default_factory=list)
 
 
 class ExportState(Struct, frozen=True, kw_only=True, omit_defaults=True):

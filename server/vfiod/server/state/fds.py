@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Final
 
 from vfiod.protocol.fd import FileDescriptor, close_all
 from vfiod.server.state.machine import Place
@@ -15,8 +15,12 @@ class Given:
 
     Attributes:
         fds: what each is called, for a person, and its number; in the order of their places.
+        connections: whether connections to programs that serve devices go along, which they may only at rest. Where
+            a process may die at any moment they must not: the program would never hear of it.
 
     """
+
+    connections: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.fds: Final[list[tuple[str, int]]] = []

@@ -11,10 +11,13 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType, field
 
 __all__ = [
+    "AgreementState",
+    "ArmedState",
     "BackendState",
     "BoundState",
     "CcwState",
     "CompletionState",
+    "ConnectionState",
     "ContainerState",
     "CountsState",
     "DeviceState",
@@ -40,6 +43,10 @@ __all__ = [
     "Place",
     "PlatformState",
     "RomFileState",
+    "ServedIrqState",
+    "ServedRegionState",
+    "ServedState",
+    "SideState",
     "UnplugState",
     "VectorState",
 ]
@@ -149,6 +156,103 @@ class HostState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     device_api: str
 
 
+class SideState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One socket to a program, and what has come of its next message."""
+
+    fd: Place
+    input: bytes
+    input_fds: list[Place]
+
+
+class ConnectionState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A connection to a program, at rest: no request is out. ``twin``: where the program's own requests come."""
+
+    main: SideState
+    next_id: int
+    twin: SideState | None = None
+
+
+class AgreementState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was agreed on in the handshake (:class:`~vfiod.protocol.vfio_user.Agreement`)."""
+
+    minor: int
+    max_transfer: int
+    send_fds: int
+    dma_maps: int
+    page_size: int
+    multi: bool
+    twin: bool
+
+
+class ServedRegionState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a program has said of a region: ``struct vfio_region_info``, and the flags that hold; or its refusal."""
+
+    info: bytes
+    flags: int
+    file: Place | None = None
+    errno: str | None = None
+
+
+class ServedIrqState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a program has said of an interrupt index; or its refusal."""
+
+    flags: int
+    count: int
+    errno: str | None = None
+
+
+class ArmedState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An eventfd that a program was given: for which index, action (as the kernel numbers them) and interrupt."""
+
+    index: int
+    action: int
+    vector: int
+    fd: Place
+
+
+class ServedState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A device that another program serves (vfio-user): all that vfiod knows of it, so that it need not be asked.
+
+    Attributes:
+        path: of the program's socket; None: a connected one was passed.
+        timeout_ms: how long a reply may take, in milliseconds.
+        reconnect_ms: after which time to connect again, in milliseconds; 0: never.
+        state: ``connected``, ``lost``, ``another`` (device answers).
+        reason: of the state.
+        agreement: of the handshake.
+        flags: of the device.
+        regions: by index.
+        irqs: by index.
+        identity: the bytes of configuration space that say which device it is.
+        config: configuration space as it was last seen.
+        written: what of it is given to the program again when it is found again: offset, and bytes.
+        rom: whether the ROM could be read.
+        features: by number, whether the program has them, as far as it was asked.
+        armed: eventfds.
+        masked: interrupts by index.
+        connection: what it is connected by; None: nothing, or a dead process was.
+
+    """
+
+    path: str | None
+    timeout_ms: int
+    reconnect_ms: int
+    state: str
+    reason: str
+    agreement: AgreementState
+    flags: int
+    regions: list[ServedRegionState]
+    irqs: list[ServedIrqState]
+    identity: bytes
+    config: bytes
+    written: list[tuple[int, bytes]]
+    rom: bool
+    features: list[tuple[int, bool]]
+    armed: list[ArmedState]
+    masked: list[tuple[int, list[int]]]
+    connection: ConnectionState | None = None
+
+
 class BackendState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where an open device comes from; which members there are depends on ``kind``."""
 
@@ -161,6 +265,7 @@ class BackendState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     iommufd: str | None = None
     devid: int | None = None
     ioas: int | None = None
+    served: ServedState | None = None
 
 
 class MdevState(Struct, frozen=True, kw_only=True, omit_defaults=True):

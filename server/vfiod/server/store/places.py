@@ -62,6 +62,8 @@ class Places(Given):
 
     """
 
+    connections = False
+
     def __init__(self, calls: Syscalls | None = None) -> None:
         super().__init__()
         self._calls = calls or Syscalls()
@@ -87,7 +89,8 @@ class Places(Given):
         if kept is None or kept.owners.get(id(owner)) is not owner:
             kept = self._find(number) or self._add(number)
             if owner is None:
-                kept.number = number
+                if not kept.owners:  # an owner tells when the file is closed, a number alone does not
+                    kept.number = number
             else:
                 kept.owners[id(owner)] = owner
                 self._by_owner[id(owner)] = kept

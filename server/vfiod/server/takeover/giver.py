@@ -27,6 +27,7 @@ from vfiod.server.takeover.conversation import (
     Hello,
     Message,
     Refuse,
+    Welcome,
     Whole,
     decode_message,
 )
@@ -111,8 +112,7 @@ class HandOver:
                 f"vfiod {hello.program} takes over by protocol {hello.protocol} and reads state {hello.state}; this is "
                 f"vfiod {program_version()}, with protocol {PROTOCOL} and state {VERSION}"
             )
-        await self._wait()
-        welcome = self._everything.welcome()
+        welcome = await self._look()
         await asyncio.wait_for(self._loop.sock_sendall(connection, packed(welcome)), TAKE_OVER_MS / 1000)
         await self._hear(connection, giver)
         if giver.state is not GiverState.GIVING:
@@ -120,6 +120,15 @@ class HandOver:
             return
         await self._quiet()
         self._give(connection, giver)
+
+    async def _look(self) -> Welcome:
+        """What there is, once nothing is under way: under load that is so only while everybody is held."""
+        if self._everything.under_way() is not None:
+            self._everything.hold()
+        await self._wait()
+        welcome = self._everything.welcome()
+        self._everything.release()
+        return welcome
 
     async def _hear(self, connection: socket.socket, giver: Giver) -> Message:
         size = message_size(await self._exactly(connection, HEADER.size))

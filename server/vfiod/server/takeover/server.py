@@ -129,6 +129,11 @@ def prepare(server: MonitorServer, welcome: Welcome) -> None:
             device_class(Driver(what))
         elif need == "backend:mdev":
             assert server.machine.sources.mediated  # noqa: S101 - made when it is first looked at
+        elif need == "backend:vfio-user":
+            from vfiod.server.backends.vfio_user import keeping as served
+
+            del served
+            assert server.machine.sources.served  # noqa: S101 - made when it is first looked at
         elif kind == "backend":
             assert server.machine.sources.groups  # noqa: S101 - made when it is first looked at
         elif need == "exports":
@@ -141,7 +146,7 @@ def _known(server: MonitorServer, need: str) -> bool:
     kind, _, what = need.partition(":")
     match kind:
         case "backend":
-            return what in ("kernel-group", "kernel-cdev", "mdev")
+            return what in ("kernel-group", "kernel-cdev", "mdev", "vfio-user")
         case "device":
             from vfiod.server.devices.models import MODELS
 

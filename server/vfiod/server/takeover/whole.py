@@ -13,14 +13,14 @@ from msgspec import Struct
 
 from vfiod.protocol.errors import CommandError
 from vfiod.protocol.fd import FileDescriptor
-from vfiod.server.machine.keeping import adopt_machine, keep_machine, needs_of, rehome, under_way
+from vfiod.server.machine.keeping import adopt_machine, keep_machine, needs_of, under_way
 from vfiod.server.state.fds import Given, Taken
 from vfiod.server.state.format import BadState, CannotKeep, State, decode, encode
 
 if TYPE_CHECKING:
     from vfiod.server.machine import Machine
 
-__all__ = ["BadState", "CannotKeep", "Description", "busy", "describe", "own_memory", "rebuild"]
+__all__ = ["BadState", "CannotKeep", "Description", "busy", "describe", "rebuild"]
 
 
 class Description(Struct, frozen=True):
@@ -80,11 +80,6 @@ async def rebuild(machine: Machine, data: bytes, fds: list[FileDescriptor]) -> S
     finally:
         taken.close()
     return state
-
-
-def own_memory(machine: Machine) -> list[str]:
-    """The machine is this process's alone from now on: so is what it has locked. Gives what the kernel cannot do."""
-    return rehome(machine)
 
 
 def program_version() -> str:

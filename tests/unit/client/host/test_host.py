@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import pexpect  # type: ignore[import-untyped]
 import pytest
 
 from vfiod.client.host import binding
@@ -250,6 +253,19 @@ class TestBinding:
         assert not (root / "bus/pci/drivers_probe").read_text()
 
 
+def on_a_terminal(columns: int, term: str, *arguments: str) -> list[str]:
+    """The lines that ``vfiod`` writes to a real terminal of this width, without colours."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    child = pexpect.spawn(
+        sys.executable, ["-m", "vfiod.client.program", *arguments], dimensions=(24, columns), timeout=120,
+        env=kept | {"TERM": term, "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}, encoding="utf-8",
+    )  # fmt: skip
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0, child.before
+    return [re.sub("\x1b\\[[0-9;]*m", "", line).rstrip() for line in child.before.split("\r\n")]
+
+
 class TestProgram:
     def run(self, capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> tuple[int, str, str]:
         state = ["--state", str(root / "state")] if arguments[0] in ("bind", "unbind", "recover") else []
@@ -277,6 +293,34 @@ class TestProgram:
         assert "not viable: 0000:01:00.1 (snd_hda_intel)" in out
         groups = json.loads(self.run(capsys, root, "groups", "--json")[1])
         assert [(group["number"], group["viable"]) for group in groups] == [(1, False), (2, False), (3, True)]
+
+    @pytest.mark.parametrize(("columns", "term"), [(20, "xterm"), (80, "dumb"), (200, "dumb")])
+    @pytest.mark.parametrize("verb", ["list", "groups"])
+    def test_on_a_terminal_nothing_is_left_out(self, root: Path, verb: str, columns: int, term: str) -> None:
+        """Every address is whole, and nothing ends in an ellipsis; what is too wide for a table is records."""
+        lines = on_a_terminal(columns, term, "host", verb, "--sysfs", str(root))
+        assert "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)
+        shown = [line for line in lines if any(address in line for address in DEVICES)]
+        assert {word for line in shown for word in line.split()} >= set(DEVICES) - {"0000:00:01.0"}
+        # Sentences on standard error are the terminal's to wrap.
+        assert all(len(line.rstrip()) <= max(columns, len("Address 0000:00:00.0")) for line in shown)
+        record = {"list": "Address 0000:01:00.0", "groups": "Group 1"}[verb]
+        assert (record in lines) is (columns < {"list": 200, "groups": 80}[verb])
+
+    def test_records_of_a_narrow_terminal(self, root: Path) -> None:
+        lines = on_a_terminal(80, "xterm", "host", "list", "--sysfs", str(root), "--driver", "vfio-pci")
+        assert lines[:10] == [
+            "Address 0000:01:00.0",
+            "  Device      10de 1eb8" if system_names().place is None else lines[1],
+            "  Class       3D controller" if system_names().place is None else lines[2],
+            "  Driver      vfio-pci",
+            "  Group       1",
+            "  With        0000:00:01.0 (pcieport), 0000:01:00.1 (snd_hda_intel)",
+            "  Reset       flr bus",
+            "  NUMA        1",
+            "  VFIO        vfio0",
+            "  Assignable  bind: 0000:01:00.1 of its group is bound to snd_hda_intel",
+        ]
 
     def test_bind_each_for_itself(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, err = self.run(capsys, root, "bind", "02:00.0", "01:00.0")

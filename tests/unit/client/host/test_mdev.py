@@ -1,6 +1,7 @@
 """`vfiod host mdev` on a tree laid out as sysfs is, with a small kernel behind its two files that act.
 
 `create` and `remove` are FIFOs; a thread reads them and does what the kernel would. The kernel lab has the real one.
+Rules are those of behaviour.md, section 8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The builder of channel programs: what it lays out, and what it refuses."""
+"""The builder of channel programs: what it lays out, and what it refuses.
+
+Rules are those of behaviour.md, section 9.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Structures of the channel subsystem, against bytes written by hand from the architecture."""
+"""Structures of the channel subsystem, against bytes written by hand from the architecture.
+
+Rules are those of behaviour.md, section 9.
+"""
 
 from __future__ import annotations
 

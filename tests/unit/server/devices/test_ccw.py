@@ -1,4 +1,7 @@
-"""A subchannel whose parent does what a test says: return codes, late and stale interrupts, hanging, going away."""
+"""A subchannel whose parent does what a test says: return codes, late and stale interrupts, hanging, going away.
+
+Rules are those of behaviour.md, section 9.
+"""
 
 from __future__ import annotations
 

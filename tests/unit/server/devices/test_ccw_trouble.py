@@ -1,6 +1,8 @@
 """The list "bad input and trouble" of channel I/O, one by one: what is said, and that later requests work.
 
 Programs with addresses out of range and chains that loop are in ``tests/unit/server/mdev/test_channel.py``.
+
+Rules are those of behaviour.md, section 9.
 """
 
 from __future__ import annotations

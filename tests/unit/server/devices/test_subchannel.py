@@ -1,4 +1,7 @@
-"""The state machine of a subchannel's requests, without any I/O."""
+"""The state machine of a subchannel's requests, without any I/O.
+
+Rules are those of behaviour.md, section 9.
+"""
 
 from __future__ import annotations
 

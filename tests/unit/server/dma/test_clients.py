@@ -1,4 +1,7 @@
-"""Memory of clients of exports: whose it is, where it is, and when it goes."""
+"""Memory of clients of exports: whose it is, where it is, and when it goes.
+
+Rules are those of behaviour.md, section 2.
+"""
 
 from __future__ import annotations
 

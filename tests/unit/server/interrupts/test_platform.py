@@ -1,4 +1,7 @@
-"""Relayed platform interrupts: the table, and random lives in which nothing is lost, nothing doubled."""
+"""Relayed platform interrupts: the table, and random lives in which nothing is lost, nothing doubled.
+
+Rules are those of behaviour.md, section 7.
+"""
 
 from __future__ import annotations
 

@@ -44,6 +44,16 @@ def kernel() -> FakeKernel:
     return kernel
 
 
+def test_compatible_of_a_platform_device(kernel: FakeKernel) -> None:
+    kernel.add_platform_device("fff51000.ethernet", 11, compatible="calxeda,hb-xgmac\0snps,dwmac\0")
+    sysfs = Sysfs(kernel)
+    assert sysfs.compatible("fff51000.ethernet") == ("calxeda,hb-xgmac", "snps,dwmac")
+    assert sysfs.compatible("LNRO0005:00") is None, "by ACPI: there is no node"
+    assert sysfs.compatible("0000:01:00.0") is None
+    kernel.sysfs = False
+    assert sysfs.compatible("fff51000.ethernet") is None
+
+
 @pytest.mark.parametrize(
     ("host", "errno", "words"),
     [

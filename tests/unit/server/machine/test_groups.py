@@ -354,7 +354,7 @@ def test_adding_costs_the_same_however_many_are_there(play: Play) -> None:
 
 
 def test_a_vfio_ap_device_needs_its_vm_first(play: Play) -> None:
-    """``vfio_ap_mdev_open_device``: EINVAL without a VM; what that means is said."""
+    """Section 9. ``vfio_ap_mdev_open_device``: EINVAL without a VM; what that means is said."""
 
     async def scenario(world: Any) -> None:
         world.kernel.add_device("matrix0", 7, bus="")

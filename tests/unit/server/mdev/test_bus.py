@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +27,19 @@ from vfiod.protocol.errors import (
     PermissionRefused,
 )
 from vfiod.protocol.vfio import SetIrqs
+from vfiod.server.mdev import parent as interface
 from vfiod.server.mdev.bus import MdevBus
 from vfiod.server.mdev.instance import Instance
-from vfiod.server.mdev.parent import DeviceInfo, Host, IrqInfo, MdevType, MediatedDevice, Parent, RegionInfo
+from vfiod.server.mdev.parent import (
+    DeviceInfo,
+    Host,
+    IrqInfo,
+    MapRequest,
+    MdevType,
+    MediatedDevice,
+    Parent,
+    RegionInfo,
+)
 
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 OTHER = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
@@ -349,6 +360,44 @@ def test_a_failing_probe_unwinds_the_creation() -> None:
             assert s.bus.uuids() == []
 
     run(play)
+
+
+# --- what a parent has to have ------------------------------------------------------------------------------
+
+
+def test_what_may_be_left_out_is_written_down_with_what_it_means() -> None:
+    written = set()
+    for row in re.findall(r"^((?:``[\w.]+``(?:, )?)+) +\S", interface.__doc__ or "", re.M):
+        if not row.startswith(("``Parent.", "``MediatedDevice.")):
+            continue
+        owner = ""
+        for name in re.findall(r"``([^`]+)``", row):
+            owner = name.partition(".")[0] if "." in name else owner
+            written.add((owner, name.rpartition(".")[2]))
+    there = {
+        (owner.__name__, name)
+        for owner in (Parent, MediatedDevice)
+        for name in vars(owner)
+        if not name.startswith("_") and name not in owner.__abstractmethods__
+    }
+    assert written == there
+
+
+def test_a_device_with_nothing_more_than_it_must_have() -> None:
+    """Each absent operation means what the table says."""
+    device = Card()
+    device.open()
+    with pytest.raises(OSError, match="cannot be reset") as refused:
+        device.reset()
+    assert refused.value.errno == errno.ENOTTY
+    assert not device.device_info().reset
+    asked = MapRequest(0, 0, 4096, 0)
+    assert (device.quick, device.region_fd(0), device.validate_map_request(asked)) == (False, None, asked)
+    assert (list(device.doorbells()), device.may_dma(0, 0, 4, write=True)) == ([], True)
+    device.memory_mapped(0, 4096, False)
+    device.memory_unmapped(0, 4096)
+    assert (dict(device.attributes()), dict(device.fds())) == ({}, {})
+    device.close()
 
 
 # --- destroying -------------------------------------------------------------------------------------------

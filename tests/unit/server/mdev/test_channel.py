@@ -1,4 +1,7 @@
-"""The interpreter of channel programs, and subchannels in Python, on real guest memory and real eventfds."""
+"""The interpreter of channel programs, and subchannels in Python, on real guest memory and real eventfds.
+
+Rules are those of behaviour.md, section 9.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Parents and devices that hang: others go on, whoever asked is told, later requests work, what came late is undone."""
+"""Parents and devices that hang: others go on, whoever asked is told, later requests work, what came late is undone.
+
+Rules are those of behaviour.md, section 8.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A mediated device as a device model sees it: the kernel's vfio-pci, in every number."""
+"""A mediated device as a device model sees it: the kernel's vfio-pci, in every number.
+
+Rules are those of behaviour.md, section 8.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The built-in device, register by register (the map is in its module's docstring)."""
+"""The built-in device, register by register (the map is in its module's docstring).
+
+Rules are those of behaviour.md, section 8.
+"""
 
 from __future__ import annotations
 

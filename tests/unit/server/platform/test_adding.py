@@ -1,4 +1,7 @@
-"""``device_add driver=vfio-platform``: discovered, not assumed; what does not fit is refused, and leaves nothing."""
+"""``device_add driver=vfio-platform``: discovered, not assumed; what does not fit is refused, and leaves nothing.
+
+Rules are those of behaviour.md, section 7.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,22 @@ def test_regions_and_interrupts_are_as_many_as_the_device_says(play: Play) -> No
         assert len(eventfds) >= 7, "one for each, and one more for each level: set up when it is added"
         gone = await world.delete()
         assert gone.released
+
+    play(scenario)
+
+
+def test_compatible_is_read_from_the_host_and_reported(play: Play) -> None:
+    """Section 1: read from the device tree, at its node; null where the host has no such node. Never set."""
+
+    async def scenario(world: Any) -> None:
+        world.host("p0", compatible="calxeda,hb-xgmac\0snps,dwmac\0")
+        world.host("p1", group=8)
+        await world.plug("p0")
+        await world.plug("p1", group=8)
+        assert [one.compatible for one in await world.command("query-devices")] == [
+            ["calxeda,hb-xgmac", "snps,dwmac"],
+            None,
+        ]
 
     play(scenario)
 

@@ -1,4 +1,7 @@
-"""``irq-start``: the notification that the machine is complete, for one device or all; its numbers; ``irq-stop``."""
+"""``irq-start``: the notification that the machine is complete, for one device or all; its numbers; ``irq-stop``.
+
+Rules are those of behaviour.md, section 7.
+"""
 
 from __future__ import annotations
 

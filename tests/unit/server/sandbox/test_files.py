@@ -18,6 +18,11 @@ def test_sockets_are_made_in_directories_of_ones_own(tmp_path: Path) -> None:
     assert files.for_sockets(paths, shared=True) == [Rule(str(one), MAKE) for one in (own, shared, "/run")]
 
 
+def test_the_device_tree_stays_readable() -> None:
+    """``of_node`` of a device in /sys/devices is a link to it."""
+    assert Rule("/sys/firmware/devicetree", READ) in files.for_python()
+
+
 def test_what_is_named_is_kept_or_read() -> None:
     assert files.for_paths(["/a", "ro:/b"]) == [Rule("/a", KEEP), Rule("/b", READ)]
 

@@ -57,6 +57,22 @@ def test_a_number_that_is_used_again_is_another_file(fds: list[FileDescriptor]) 
     assert (places.give(new, "x"), places.unused()) == (1, [])
 
 
+def test_an_eventfd_lent_by_number_is_known_by_its_owner(fds: list[FileDescriptor]) -> None:
+    places = Places()
+    old = bell(fds)
+    number = old.number
+    places.begin()
+    assert [places.give(old, "x"), places.give(number, "x")] == [0, 0]
+    places.to_store()
+    old.close()
+    new = bell(fds)
+    assert new.number == number
+    places.begin()
+    assert [places.give(new, "x"), places.give(number, "x")] == [1, 1]
+    assert [place for place, _ in places.to_store()] == [1]
+    assert places.unused() == [0]
+
+
 def test_memory_and_sockets_may_be_lent_by_number(fds: list[FileDescriptor]) -> None:
     places = Places()
     number = os.memfd_create("a")

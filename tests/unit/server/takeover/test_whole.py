@@ -12,8 +12,9 @@ from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.interrupts import Irq
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.backends.container import Type1Space
+from vfiod.server.machine.keeping import rehome
 from vfiod.server.state.format import BadState, CannotKeep, decode
-from vfiod.server.takeover.whole import busy, describe, own_memory, rebuild
+from vfiod.server.takeover.whole import busy, describe, rebuild
 
 from .conftest import Two, bell, move, picture, rung
 
@@ -282,7 +283,7 @@ def test_what_the_kernel_cannot_count_is_said(two: Two) -> None:
         kernel.add_device("0000:01:00.0", 7)
         first.name_opened("g", "/dev/vfio/7")
         await first.command("device_add", driver="vfio-pci", id="n0", host="0000:01:00.0", group_fd="g")
-        problems = own_memory(first.machine)
+        problems = rehome(first.machine)
         assert problems == ["container:0: the kernel cannot update addresses (VFIO_UPDATE_VADDR)"]
         assert int(vfio.Extension.UPDATE_VADDR) == 10
 

@@ -17,6 +17,7 @@ from vfiod.protocol.vfio_user import (
 )
 from vfiod.server.backends.base import AddressSpace, Mapping
 from vfiod.server.backends.vfio_user.peer import Peer
+from vfiod.server.backends.vfio_user.seen import Seen
 from vfiod.server.mdev.space import Piece
 
 __all__ = ["VfioUserBackend", "VfioUserSpace"]
@@ -50,6 +51,11 @@ class VfioUserSpace:
             self._peer.translation.remove(mapping.iova, mapping.size)
             raise
 
+    def know(self, mapping: Mapping) -> None:
+        """It is mapped already: the server was told by the process whose place this one took."""
+        self._peer.translation.add(Piece(mapping.iova, mapping.size, mapping.memory, mapping.offset, mapping.readonly))
+        self._peer.know(mapping)
+
     def unmap(self, iova: int, size: int) -> None:
         """See :class:`AddressSpace`."""
         self._peer.unmap(iova, size)
@@ -61,6 +67,7 @@ class VfioUserBackend:
 
     kind = "vfio-user"
     given_out = False
+    compatible = None
     may_block = True
     prompt = False
     foreign = True
@@ -71,6 +78,33 @@ class VfioUserBackend:
         self._space = space
         self._left = left
         self._closed = False
+        self._seen = Seen()
+        self._recalling = False
+
+    # --- over a change of the process -------------------------------------------------------------------------
+
+    @property
+    def peer(self) -> Peer:
+        """Its server."""
+        return self._peer
+
+    @property
+    def seen(self) -> Seen:
+        """What it has shown of itself."""
+        return self._seen
+
+    def recall(self, seen: Seen) -> None:
+        """Until :meth:`look_again` ask it nothing, and have it be what another process has seen."""
+        self._seen, self._recalling = seen, True
+
+    def look_again(self) -> None:
+        """From now on ask it."""
+        self._recalling = False
+
+    def forsake(self) -> None:
+        """It does not come to a device: close it, unless its connection is still another process's."""
+        if not self._peer.has_link:
+            self.close()
 
     @property
     def address_space(self) -> AddressSpace:
@@ -110,6 +144,10 @@ class VfioUserBackend:
     def region_fd(self, index: int) -> int | None:
         """See :class:`Backend`."""
         fd = self._peer.facts.files.get(index)
+        if fd is None and index < len(self._peer.facts.regions):
+            info = self._peer.facts.regions[index]
+            if isinstance(info, vfio.RegionInfo) and info.mappable:
+                self._peer.check_there("mmap")  # it was not found again since this process was started
         return None if fd is None else fd.number
 
     def hot_reset_info(self) -> vfio.HotResetInfo:
@@ -129,7 +167,14 @@ class VfioUserBackend:
 
     def region_read(self, index: int, offset: int, length: int) -> bytes:
         """See :class:`Backend`."""
-        data = self.region_read_some(index, offset, length)
+        if self._recalling:
+            return self._seen.recall(index, offset, length, self._what(index))
+        try:
+            data = self.region_read_some(index, offset, length)
+        except OperationFailed:
+            self._seen.refused(index)
+            raise
+        self._seen.note(index, offset, data)
         if len(data) != length:
             advice = f"{length} bytes were asked for at offset 0x{offset:x}, {len(data)} came"
             raise OperationFailed("VFIO_USER_REGION_READ", self._what(index), errno="EIO", advice=advice)
@@ -204,13 +249,17 @@ class VfioUserBackend:
 
     def probe_feature(self, feature: int) -> bool:
         """See :class:`Backend`. What a server does not know, it does not have."""
+        if self._recalling:
+            return self._seen.features.get(feature, False)
         flags = vfio.FeatureFlags.PROBE | vfio.FeatureFlags.GET
         try:
             self._peer.ask(DeviceFeature(feature, flags)).close()
         except OperationFailed as error:
             if error.errno in ("ENOTCONN", "ETIMEDOUT"):
                 raise
+            self._seen.features[feature] = False
             return False
+        self._seen.features[feature] = True
         return True
 
     def watch_end(self, gone: Callable[[str], None]) -> None:

@@ -16,6 +16,9 @@ from vfiod.protocol.errors import OperationFailed
 __all__ = ["KeptConfig", "Read"]
 
 _COMMAND: Final = range(0x04, 0x06)
+_MASTER: Final = 0b100
+"""The bit of the command register, in its first byte, that lets a device master its bus."""
+
 _LEFT_OUT: Final = frozenset({0x06, 0x07, 0x0F})
 """Status and BIST (PCI 3.0, 6.2.3 and 6.2.4)."""
 
@@ -53,6 +56,29 @@ class KeptConfig:
                 continue  # it was just lost, or does not like to be read there
             for place in [place for place in self._bytes if first <= place < end]:
                 self._bytes[place] = shown[place - first]
+
+    def refused(self, offset: int, data: bytes) -> None:
+        """Nobody was there to take these bytes. What takes the device its DMA holds all the same.
+
+        Once it is found again, it must do none to memory that is another's by then.
+        """
+        first = _COMMAND.start
+        if offset <= first < offset + len(data) and not data[first - offset] & _MASTER:
+            self._bytes[first] = self._bytes.get(first, data[first - offset]) & ~_MASTER
+
+    def keep(self) -> list[tuple[int, bytes]]:
+        """Describe it: runs of bytes, with the offset of each."""
+        runs: list[tuple[int, bytearray]] = []
+        for place in sorted(self._bytes):
+            if not runs or runs[-1][0] + len(runs[-1][1]) != place:
+                runs.append((place, bytearray()))
+            runs[-1][1].append(self._bytes[place])
+        return [(first, bytes(run)) for first, run in runs]
+
+    def adopt(self, runs: Iterable[tuple[int, bytes]]) -> None:
+        """Have again what :meth:`keep` gave."""
+        for first, run in runs:
+            self._bytes.update(enumerate(run, first))
 
     def writes(self) -> list[tuple[int, bytes]]:
         """What to write to a device that knows nothing, in order: (offset, 1, 2 or 4 bytes, aligned).

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from msgspec import Struct
 
@@ -34,6 +34,10 @@ from vfiod.protocol.fd import FD_BYTES, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK, VFIO_USER_MAX_UNREAD, VFIO_USER_PATIENCE
 from vfiod.protocol.vfio_user import Broken, Channel, Command, Failure, Outgoing, Payload, Rejected, Reply, Request
 from vfiod.server.kernel import open_files
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Given, Taken
+    from vfiod.server.state.machine import ConnectionState
 
 __all__ = ["Link", "Serve"]
 
@@ -214,6 +218,54 @@ class Link:
         self._main.channel.accept_nothing()
         self._twin = _Socket(twin, other)
         self._epoll.register(twin, select.EPOLLIN)
+
+    # --- over a change of the process: on the loop, which does nothing else meanwhile -----------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """Why it is not at rest, for a person; None: nothing is out, nothing half sent, nobody reads it."""
+        with self._state:
+            if self._lost is not None or self._closed:
+                return f"the end of the connection to {self.what}"
+            waiting = next(iter(self._waiting.values()), None)
+            if waiting is not None:
+                return f"{waiting.command.name}, which {self.what} has not answered,"
+            if self._overdue is not None or self._main.channel.unanswered:
+                late = "a request" if self._overdue is None else self._overdue[0].name
+                return f"{late}, which {self.what} has not answered in time,"
+            if self._reading or any(side.outgoing for side in self._sides()):
+                return f"what is being said to {self.what}"
+        return None
+
+    def keep(self, given: Given) -> ConnectionState:
+        """Describe it at rest: what has come of the server's next message stays with it."""
+        from vfiod.server.state.machine import ConnectionState, SideState
+
+        first, *twin = (
+            SideState(
+                fd=given.give(side.sock.fileno(), self.what),
+                input=data,
+                input_fds=[given.give(fd, f"{self.what} input") for fd in fds],
+            )
+            for side in self._sides()
+            for data, fds in (side.channel.keep(),)
+        )
+        return ConnectionState(main=first, next_id=self._main.channel.next_id, twin=twin[0] if twin else None)
+
+    def adopt(self, wire: vfio_user.Wire, state: ConnectionState, twin: socket.socket | None, taken: Taken) -> None:
+        """Stand where another process's link stood. Nothing is read or sent. Owns the twin socket."""
+        channel = self._main.channel
+        first = [taken.take(fd) for fd in state.main.input_fds]
+        channel.adopt(wire, state.main.input, first, next_id=state.next_id)
+        self.agreed(wire, twin)
+        if self._twin is not None and state.twin is not None:
+            fds = [taken.take(fd) for fd in state.twin.input_fds]
+            self._twin.channel.adopt(wire, state.twin.input, fds)
+
+    def _sides(self) -> list[_Socket]:
+        return [self._main] if self._twin is None else [self._main, self._twin]
+
+    # --- asking, continued ----------------------------------------------------------------------------------
 
     def ask(self, payload: Payload, fds: Sequence[int] = (), *, command: Command | None = None) -> Reply:
         """Ask, and wait for the reply. Blocks up to the time-out: never on the loop.

@@ -80,13 +80,18 @@ class Peer:
         connect: gives a connected socket; blocks. Raises OperationFailed.
         what: the server, for messages.
         user: the device's id or path, for events.
+        path: of its socket; None: it was passed.
         on_loop: the machine's loop.
         executor: the machine's threads.
         emit: sends an event; on the loop.
         timeout_ms: how long a reply may take, in milliseconds.
         reconnect_ms: how long after a loss, and after each attempt, it is tried to connect again; 0: never.
 
+    It is of use after :meth:`open`; or when it has got all that another process knew of the server
+    (:mod:`~vfiod.server.backends.vfio_user.keeping`).
+
     Attributes:
+        facts: what it says of its device.
         when_lost: called on the loop with the reason each time the server is lost.
         when_back: called on the loop each time it is found again, with the indexes of the regions whose memory is
             another file now: who has mapped the former one sees nothing of the device any more.
@@ -99,6 +104,7 @@ class Peer:
         what: str,
         user: str,
         *,
+        path: str | None,
         on_loop: OnLoop,
         executor: Executor,
         emit: Callable[[EventData], None],
@@ -107,6 +113,7 @@ class Peer:
     ) -> None:
         self.what = what
         self.user = user
+        self.path = path
         self.translation: Final = Translation()
         self.on_loop = on_loop
         self.when_lost: Callable[[str], None] | None = None
@@ -125,6 +132,13 @@ class Peer:
         self._state = _State.LOST
         self._reason = "it is not connected"
         self._making: Link | None = None  # a connection that is not usable yet
+        self._again_begun = False  # a worker tries to connect again
+        self._link: Link | None = None  # the last one; None: another process had it
+        self._agreement: Agreement
+        self.facts: Facts
+
+    def open(self) -> None:
+        """Connect, shake hands, look. Blocks; once. Raises OperationFailed, and leaves nothing open then."""
         self._link, self._agreement, self.facts = self._opened()
         self._state = _State.CONNECTED
         self._watch(self._link)
@@ -147,10 +161,19 @@ class Peer:
         self._live(payload).post(payload, lambda error: self._tell(str(error)))
 
     def _live(self, payload: Payload) -> Link:
-        if self._state is not _State.CONNECTED:
-            operation = f"VFIO_USER_{vfio_user.COMMAND_OF.get(type(payload), Command.DEVICE_RESET).name}"
+        return self.check_there(f"VFIO_USER_{vfio_user.COMMAND_OF.get(type(payload), Command.DEVICE_RESET).name}")
+
+    def check_there(self, operation: str) -> Link:
+        """The connection. OperationFailed, ENOTCONN: there is none of use."""
+        link = self._connected
+        if link is None:
             raise OperationFailed(operation, self.what, errno="ENOTCONN", advice=self._reason)
-        return self._link
+        return link
+
+    @property
+    def _connected(self) -> Link | None:
+        """The connection; None: there is none of use."""
+        return self._link if self._state is _State.CONNECTED else None
 
     # --- what is kept over a loss -----------------------------------------------------------------------------
 
@@ -164,9 +187,14 @@ class Peer:
                     errno="ENOSPC",
                     advice=f"the server takes {self._agreement.dma_maps} mappings",
                 )
-            if self._state is _State.CONNECTED:
-                self._send_mapping(self._link, self._agreement, mapping)
+            link = self._connected
+            if link is not None:
+                self._send_mapping(link, self._agreement, mapping)
             self._mappings[mapping.iova] = mapping
+
+    def know(self, mapping: Mapping) -> None:
+        """Guest memory that the server was told of by another process."""
+        self._mappings[mapping.iova] = mapping
 
     @staticmethod
     def _send_mapping(link: Link, agreement: Agreement, mapping: Mapping) -> None:
@@ -181,13 +209,15 @@ class Peer:
         with self._keeping:
             inside = [one for one in self._mappings.values() if iova <= one.iova and one.last < iova + size]
             for mapping in inside:
-                if self._state is _State.CONNECTED:
-                    self._forget_mapping(mapping)
+                link = self._connected
+                if link is not None:
+                    self._forget_mapping(link, mapping)
                 del self._mappings[mapping.iova]
 
-    def _forget_mapping(self, mapping: Mapping) -> None:
+    @staticmethod
+    def _forget_mapping(link: Link, mapping: Mapping) -> None:
         try:
-            self._link.ask(vfio_user.DmaUnmap(mapping.iova, mapping.size)).close()
+            link.ask(vfio_user.DmaUnmap(mapping.iova, mapping.size)).close()
         except OperationFailed as error:
             if error.errno != "ENOTCONN":  # it went away, and its mappings with it
                 raise
@@ -203,7 +233,12 @@ class Peer:
 
         """
         with self._keeping:
-            write()
+            try:
+                write()
+            except OperationFailed as error:
+                if error.errno == "ENOTCONN":
+                    self._config.refused(offset, data)
+                raise
             self._config.written(offset, data, read)
 
     def reset(self, read: Read) -> None:
@@ -221,12 +256,15 @@ class Peer:
             for message, fds in split_irqs(request, 1):
                 if fds:
                     raise RuntimeError(f"{self.what} was to be given eventfds on the event loop")
-                self.post(message)
+                # One that was not found again since a crash is told when it is.
+                if self._link is not None or self._again_begun or not _takes_away(request):
+                    self.post(message)
             self._armed.note(request)
             return
         with self._keeping:
-            if self._state is _State.CONNECTED:
-                self._send_irqs(self._link, self._agreement, request)
+            link = self._connected
+            if link is not None:
+                self._send_irqs(link, self._agreement, request)
             elif not _takes_away(request):
                 self._live(vfio_user.SetIrqs(request.index, 0, 0, request.action))
             self._armed.note(request)
@@ -270,8 +308,7 @@ class Peer:
 
     def _opened(self) -> tuple[Link, Agreement, Facts]:
         """Connect, shake hands, look. Blocks. Raises OperationFailed, and leaves nothing open then."""
-        link = Link(self._connect(), self.what, timeout_ms=self._timeout_ms, serve=self._serve, lost=lambda _: None)
-        link.on_lost = lambda reason: self.on_loop.soon(lambda: self._lost(link, reason))
+        link = self._new_link(self._connect())
         self._making = link
         if self._state is _State.CLOSED:
             link.hang_up()
@@ -287,6 +324,11 @@ class Peer:
             self._making = None
         return link, agreement, facts
 
+    def _new_link(self, sock: socket.socket) -> Link:
+        link = Link(sock, self.what, timeout_ms=self._timeout_ms, serve=self._serve, lost=lambda _: None)
+        link.on_lost = lambda reason: self.on_loop.soon(lambda: self._lost(link, reason))
+        return link
+
     def _watch(self, link: Link) -> None:
         def watch() -> None:
             if self._state is not _State.CONNECTED or link is not self._link:
@@ -297,6 +339,19 @@ class Peer:
                 self._lost(link, link.lost)
 
         self.on_loop.soon(watch)
+
+    @property
+    def has_link(self) -> bool:
+        """Whether it has, or ever had, a connection here."""
+        return self._link is not None
+
+    @property
+    def under_way(self) -> str | None:
+        """Why it cannot be described with its connection now, for a person; None: it can. On the loop."""
+        if self._again_begun:
+            return f"connecting to {self.what} again"
+        link = self._connected
+        return None if link is None else link.under_way
 
     def _unwatch(self, link: Link) -> None:
         self.on_loop.run(lambda: self.on_loop.loop.remove_reader(link.fileno()))
@@ -324,20 +379,33 @@ class Peer:
 
     def _begin_again(self) -> None:
         if self._state is _State.LOST:
+            self._again_begun = True
             self._executor.submit(self._again)
 
     def _again(self) -> None:
         """Connect again. Blocks; in a worker."""
+        try:
+            self._try_again()
+        finally:
+            self.on_loop.soon(self._ended_again)
+
+    def _ended_again(self) -> None:
+        self._again_begun = False
+
+    def _try_again(self) -> None:
         try:
             with self._keeping:
                 if self._state is not _State.LOST:
                     return
                 outcome = self._revive()
         except OperationFailed as error:
-            # That nobody is there is what DEVICE_ERROR has said; somebody who does not take it all is news, once.
-            if error.operation != "connect" and str(error) != self._told:
+            # That nobody is there is what DEVICE_ERROR has said; that it may not be looked for, or that somebody does
+            # not take it all, is news, once.
+            forbidden = error.operation == "connect" and error.errno in ("EPERM", "EACCES")
+            if (forbidden or error.operation != "connect") and str(error) != self._told:
                 self._told = str(error)
-                self._tell(f"Its vfio-user server is there again, and cannot be used: {error}")
+                how = "cannot be reached" if forbidden else "is there again, and cannot be used"
+                self._tell(f"Its vfio-user server {how}: {error}")
             self.on_loop.soon(self._later)
             return
         if isinstance(outcome, str):
@@ -376,7 +444,8 @@ class Peer:
             self._reason = f"another device answers: {difference}"
             return f"Another device answers at its vfio-user server {self.what}: {difference}; device_del it"
         former, self._link, self._agreement = self._link, link, agreement
-        former.close()
+        if former is not None:
+            former.close()
         old, self.facts = self.facts, facts
         changed = old.other_files(facts)
         old.close()
@@ -393,12 +462,15 @@ class Peer:
         making = self._making
         if making is not None:
             making.hang_up()
-        if former is _State.CONNECTED:
-            self._link.hang_up()  # whoever waits for it, also with the lock held, hears that at once
+        link = self._link
+        if former is _State.CONNECTED and link is not None:
+            link.hang_up()  # whoever waits for it, also with the lock held, hears that at once
         with self._keeping:
-            self._unwatch(self._link)
-            self._link.close()
+            if self._link is not None:
+                self._unwatch(self._link)
+                self._link.close()
             self.facts.close()
+            self._armed.close()
             self.translation.clear()
 
 

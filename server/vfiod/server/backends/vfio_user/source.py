@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
@@ -15,12 +16,17 @@ from vfiod.protocol.catalogue.devices import Check
 from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import DEFAULT_MSG_TIMEOUT_MS
-from vfiod.server.backends.base import AddressSpace, Backend
+from vfiod.server.backends.base import AddressSpace, Backend, Mapping
 from vfiod.server.backends.origin import check_class
 from vfiod.server.backends.vfio_user.device import VfioUserBackend, VfioUserSpace
 from vfiod.server.backends.vfio_user.peer import Peer
 from vfiod.server.kernel import confinement
 from vfiod.server.onloop import OnLoop
+from vfiod.server.state.format import CannotKeep
+
+if TYPE_CHECKING:
+    from vfiod.server.state.fds import Taken
+    from vfiod.server.state.machine import BackendState
 
 __all__ = ["VfioUserDevices", "VfioUserOrigin"]
 
@@ -82,6 +88,7 @@ class VfioUserDevices:
         self._on_loop = on_loop
         self._executor = executor
         self._emit = emit
+        self._open: dict[int, VfioUserBackend] = {}  # by identity of their address space
 
     def open(self, origin: VfioUserOrigin, user: str) -> Backend:
         """Connect, look, and give it guest memory. Blocks: in the topology lane. Takes the origin's fd over.
@@ -92,20 +99,87 @@ class VfioUserDevices:
             lambda: _connected(origin),
             origin.what,
             user,
+            path=origin.path,
             on_loop=self._on_loop,
             executor=self._executor,
             emit=self._emit,
             timeout_ms=origin.timeout_ms,
             reconnect_ms=origin.reconnect_ms if origin.path is not None else 0,
         )
+        peer.open()
         try:
             check_class(origin.driver, origin.what, peer.facts.info)
             space = VfioUserSpace(peer)
             self._attach_space(space)
-            return VfioUserBackend(peer, space, self._detach_space)
         except BaseException:
             peer.close()
             raise
+        return self._made(peer, space)
+
+    def _made(self, peer: Peer, space: VfioUserSpace) -> VfioUserBackend:
+        backend = VfioUserBackend(peer, space, self._left)
+        self._open[id(space)] = backend
+        return backend
+
+    def _left(self, space: AddressSpace) -> None:
+        self._open.pop(id(space), None)
+        self._detach_space(space)
+
+    # --- over a change of the process: on the loop ---------------------------------------------------------
+
+    @property
+    def under_way(self) -> str | None:
+        """Which server is not at rest, for a person; None: all are."""
+        return next((what for one in tuple(self._open.values()) if (what := one.peer.under_way) is not None), None)
+
+    def adopt_device(
+        self,
+        state: BackendState,
+        user: str,
+        taken: Taken,
+        adopt_space: Callable[[AddressSpace], Iterable[Mapping]],
+    ) -> VfioUserBackend:
+        """Have a device again that another process had. CommandError, OSError, LookupError.
+
+        It is asked nothing until :meth:`VfioUserBackend.look_again`.
+
+        Args:
+            state: what was described.
+            user: its id or path.
+            taken: the fds.
+            adopt_space: knows an address space that has all guest memory already; gives the mappings.
+
+        """
+        from vfiod.server.backends.vfio_user.keeping import adopt_peer, seen_of
+
+        served = state.served
+        if served is None:
+            raise CannotKeep(f"Device '{user}': what is known of {state.name} is not in the state")
+        origin = VfioUserOrigin("", path=served.path, timeout_ms=served.timeout_ms)
+        peer = adopt_peer(
+            served,
+            state.name,
+            user,
+            taken,
+            connect=lambda: _connected(origin),
+            on_loop=self._on_loop,
+            executor=self._executor,
+            emit=self._emit,
+        )
+        space = VfioUserSpace(peer)
+        for mapping in adopt_space(space):
+            space.know(mapping)
+        backend = self._made(peer, space)
+        backend.recall(seen_of(served))
+        return backend
+
+    def adopted(self, backend: Backend, *, made: bool) -> None:
+        """The device around it is made again, or could not be. One that is not ours is passed over."""
+        if isinstance(backend, VfioUserBackend):
+            if made:
+                backend.look_again()
+            else:
+                backend.forsake()
 
     def check(self, origin: VfioUserOrigin) -> tuple[Check, ...]:
         """What ``device_add`` with ``x-dry-run`` says. Connects to nothing: a server may end with its client."""
