@@ -23,7 +23,8 @@ from vfiod.protocol.errors import CommandError, VfiodError
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.server.events import EventHub
 from vfiod.server.machine import Machine
-from vfiod.server.takeover.whole import describe, own_memory, rebuild
+from vfiod.server.machine.keeping import rehome
+from vfiod.server.takeover.whole import describe, rebuild
 
 __all__ = ["moves"]
 
@@ -48,7 +49,7 @@ def _take(bench: Bench, data: bytes, fds: list[FileDescriptor], before: set[str]
         machine = Machine("test", hub=EventHub(loop.call_later), syscalls=bench.kernel)
         await rebuild(machine, data, fds)
         shown = _snapshot(machine)
-        own_memory(machine)
+        rehome(machine)
         return shown
 
     try:
