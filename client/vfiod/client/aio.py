@@ -25,7 +25,7 @@ from vfiod.client.errors import ConnectionLost, RequestTimedOut
 from vfiod.client.events import DEFAULT_LIMIT, Event, EventName, EventQueue
 from vfiod.client.fds import OpenFd
 from vfiod.client.methods.aio import AsyncMethods
-from vfiod.client.sockets import adopt, connect_failed, new_socket, receive, send
+from vfiod.client.sockets import adopt, connect_failed, new_socket, path_of, receive, send
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.monitor import VersionInfo
 from vfiod.protocol.limits import GREETING_MS
@@ -327,7 +327,7 @@ async def _connected(path: str | os.PathLike[str]) -> socket.socket:
     try:
         while True:
             try:
-                sock.connect(os.fspath(path))  # on a Unix socket this never waits
+                sock.connect(path_of(path))  # on a Unix socket this never waits
             except BlockingIOError:
                 await asyncio.sleep(ACCEPT_RETRY)
             else:

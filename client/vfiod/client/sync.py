@@ -26,7 +26,7 @@ from vfiod.client.errors import ConnectionLost, RequestTimedOut
 from vfiod.client.events import DEFAULT_LIMIT, Event, EventName, EventQueue
 from vfiod.client.fds import OpenFd
 from vfiod.client.methods.sync import Methods
-from vfiod.client.sockets import adopt, connect_failed, new_socket, receive, send
+from vfiod.client.sockets import adopt, connect_failed, new_socket, path_of, receive, send
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.monitor import VersionInfo
 from vfiod.protocol.limits import GREETING_MS
@@ -74,7 +74,7 @@ class Client(Methods):
             sock = new_socket()
             try:
                 sock.settimeout(timeout)
-                sock.connect(os.fspath(where))
+                sock.connect(path_of(where))
                 sock.setblocking(False)
             except OSError as error:
                 sock.close()

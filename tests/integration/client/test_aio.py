@@ -222,6 +222,8 @@ def test_connecting(tmp_path: Path, server: OwnServer) -> None:
     async def test() -> None:
         with pytest.raises(ConnectFailed, match="ENOENT"):
             await AsyncClient.connect(tmp_path / "nobody")
+        async with await AsyncClient.connect(f"unix:{server.path}") as client:
+            assert (await client.query_name()).name == "vm1"
         ours, theirs = socket.socketpair()
         with theirs, pytest.raises(RequestTimedOut, match="greeting"):
             await AsyncClient.connect(ours, timeout=0.05)
