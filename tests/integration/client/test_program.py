@@ -61,6 +61,15 @@ class TestCall:
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "vfiod call: DeviceNotFound: device_del: Device 'nobody' not found\n"
 
+    def test_what_was_meant(self, server: OwnServer) -> None:
+        done = vfiod("call", server.path, "query-statu")
+        assert done.returncode == 1
+        assert done.stderr.endswith(
+            "The command query-statu has not been found; did you mean query-status or query-stats or query-fds?\n"
+        )
+        done = vfiod("call", server.path, "device_add", "driver=vfio-pci", "mdevv=x")
+        assert done.stderr.endswith("Property 'vfio-pci.mdevv' not found; did you mean mdev?\n")
+
     def test_registers(self, server: OwnServer, device: str) -> None:
         place = (f"device={device}", "region=bar0", "offset=0x4", "size=4")
         assert vfiod("call", server.path, "region-write", *place, "value=0xff").returncode == 0
