@@ -406,7 +406,7 @@ class Connection:
         try:
             data: EventData | dict[str, Any]
             data = msgspec.json.decode(text, type=spec.data) if spec else msgspec.json.decode(text, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             self.fail(ProtocolError(f"{self.peer} sent an event {event.name} this client does not understand: {error}"))
             return
         self._events.append(Event(event.name, data, event.seq, event.timestamp))
@@ -417,6 +417,11 @@ class Connection:
             return
         try:
             outcome = self._understand(ticket.spec, answer.value)
+        except RecursionError:
+            error = ProtocolError(f"The answer to {ticket.command} is nested too deep: fds in it cannot be told")
+            self._finish(ticket, error)
+            self.fail(error)
+            return
         except ProtocolError as error:
             self._finish(ticket, error)
             self.fail(error)

@@ -27,6 +27,7 @@ from vfiod.server.exports.connection import DONE, Answer, Connection
 from vfiod.server.exports.doorbells import Doorbells
 from vfiod.server.exports.interrupts import ClientInterrupts
 from vfiod.server.exports.remote import RemoteMemory
+from vfiod.server.exports.whole import WholeRegions
 from vfiod.server.kernel.memory import ACCESS_SIZES
 from vfiod.server.sockets.access import Peer
 
@@ -112,6 +113,7 @@ class ClientSession:
         self._room = 0  # bytes of its VERSION
         self._regions: tuple[Region, ...] = ()
         self._direct = 0  # regions that are accessed at once: all, of a device that waits for nobody
+        self._whole = WholeRegions(device) if device.whole_regions else None
         self._handlers: Final[dict[Command, Callable[[Request], Answer | Awaitable[Answer]]]] = {
             Command.VERSION: self._negotiate,
             Command.DMA_MAP: self._dma_map,
@@ -355,7 +357,7 @@ class ClientSession:
 
     def _shown(self, region: Region) -> vfio.RegionInfo:
         """A region as its client may use it: what may be mapped is what the device model lets be mapped."""
-        own = region.info
+        own = region.info if self._whole is None else self._whole.info(region)
         options = self._device.options
         flags = own.flags & (vfio.RegionFlags.READ | vfio.RegionFlags.WRITE)
         capabilities: list[vfio.Capability] = [] if own.type is None else [own.type]
@@ -472,6 +474,8 @@ class ClientSession:
         region, offset, count = self._region(asked.region), asked.offset, asked.count
         if not count:
             return Answer(vfio_user.RegionData(region.index, offset, b""))
+        if self._whole is not None:
+            return self._whole.read(region, offset, count)
         self._device.regions.check(region, offset, count, write=False)
 
         def read() -> Answer:
@@ -511,6 +515,8 @@ class ClientSession:
         count = len(data)
         if not count:
             return done
+        if self._whole is not None:
+            return self._whole.write(region, offset, data, done)
         self._device.regions.check(region, offset, count, write=True)
         if count > INLINE_BYTES or self._device.access_waits(region, offset, count, write=True):
             return self._write_long(region, offset, data, done)
@@ -607,7 +613,7 @@ class ClientSession:
         """It is agreed: the device's regions are the client's."""
         self.version, self._room = proposed, room
         self._regions = self._device.regions.all
-        self._direct = 0 if self._device.waits else len(self._regions)
+        self._direct = 0 if self._device.waits or self._whole is not None else len(self._regions)
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
