@@ -41,7 +41,7 @@ docs: $(READY)   ## Write again what is written from the code: references, manua
 	$(BIN)/python -m vfiod.protocol.settings_reference schema > docs/vfiod.schema.json
 	$(BIN)/python -m vfiod.client.manual docs/man
 
-fuzz: $(READY)   ## A long run of the fuzz tests and of every target (about twenty minutes); by atheris if it is there
+fuzz: $(READY)   ## A long run of the fuzz tests and of every target (an hour or more); by atheris if it is there
 	VFIOD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_targets.py
 	VFIOD_EVERY_LINE=1 $(BIN)/python -m pytest tests/integration/client/test_interrupted.py
 	$(BIN)/python -m tests.fuzz --seconds 60

@@ -25,9 +25,10 @@ from vfiod.client.errors import ConnectionLost, RequestTimedOut
 from vfiod.client.events import DEFAULT_LIMIT, Event, EventName, EventQueue
 from vfiod.client.fds import OpenFd
 from vfiod.client.methods.aio import AsyncMethods
-from vfiod.client.sockets import adopt, connect_failed, new_socket, receive, send
+from vfiod.client.sockets import adopt, connect_failed, new_socket, path_of, receive, send
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.monitor import VersionInfo
+from vfiod.protocol.limits import GREETING_MS
 
 __all__ = ["AsyncClient", "AsyncEventStream"]
 
@@ -77,13 +78,21 @@ class AsyncClient(AsyncMethods):
                 client = cls(sock, Connection(Dialect(dialect), peer=peer), timeout)
                 try:
                     client._settle()
-                    await client._ready
+                    asking = client._loop.call_later(GREETING_MS / 1000, client._ask)
+                    try:
+                        await client._ready
+                    finally:
+                        asking.cancel()
                 except BaseException:
                     await client.close()
                     raise
         except TimeoutError as error:
             raise RequestTimedOut(f"{peer} did not answer the greeting within {timeout:g} s") from error
         return client
+
+    def _ask(self) -> None:
+        self._connection.ask()
+        self._flush()
 
     @property
     def version(self) -> VersionInfo | None:
@@ -318,7 +327,7 @@ async def _connected(path: str | os.PathLike[str]) -> socket.socket:
     try:
         while True:
             try:
-                sock.connect(os.fspath(path))  # on a Unix socket this never waits
+                sock.connect(path_of(path))  # on a Unix socket this never waits
             except BlockingIOError:
                 await asyncio.sleep(ACCEPT_RETRY)
             else:

@@ -112,8 +112,11 @@ def main(argv: list[str]) -> int:
             result = plain(_call(client, options, arguments, fds), result_fds)
             return _show(result, result_fds, options)
     except RemoteError as error:
+        from vfiod.client.near import meant
+
         errno = f" [{error.errno}]" if error.errno else ""
-        print(f"vfiod call: {error.remote_class}: {error}{errno}", file=sys.stderr)
+        hint = meant(options.command, arguments)
+        print(f"vfiod call: {error.remote_class}: {error}{errno}{hint}", file=sys.stderr)
         return 1
     except (ClientError, ValueError) as error:
         print(f"vfiod call: {error}", file=sys.stderr)

@@ -40,6 +40,14 @@ from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_PENDING_FDS
 
 __all__ = ["Connection", "Dialect", "Outgoing", "State", "Ticket"]
 
+UNKNOWN: Final = "what this client does not understand"
+
+OTHERS: Final = {
+    Dialect.QMP: (b'"jsonrpc"', "JSON-RPC, not QMP: give --jsonrpc (in a program: dialect='jsonrpc')"),
+    Dialect.JSONRPC: (b'"QMP"', "QMP, not JSON-RPC: leave out --jsonrpc (in a program: dialect='jsonrpc')"),
+}
+"""By what the other dialect is known, and what to say then."""
+
 MAX_UNCLAIMED: Final = 4 * MAX_FDS_PER_MESSAGE
 """fds received whose reply is not complete yet. A reply carries at most 253; four such may be under way."""
 
@@ -231,7 +239,7 @@ class Connection:
             return
         for message in self._codec.receive(data):
             if isinstance(message, WireError):
-                self.fail(ProtocolError(f"{self.peer} sent what this client does not understand: {message}"))
+                self.fail(ProtocolError(self._other_dialect(data) or f"{self.peer} sent {UNKNOWN}: {message}"))
             else:
                 self._receive(message)
             if self._error is not None:
@@ -240,6 +248,17 @@ class Connection:
             self._drop_fds()
         elif len(self._fds) > MAX_UNCLAIMED:
             self.fail(ProtocolError(f"{self.peer} sent {len(self._fds)} fds that no reply speaks of"))
+
+    def ask(self) -> None:
+        """No greeting has come: find out what is there. A socket of JSON-RPC says nothing until it is spoken to.
+
+        It refuses this at once, in its own dialect. A QMP server that is only slow (it starts, or another process takes
+        its place) refuses it after its greeting, as any command before the negotiation, and nothing has changed.
+        """
+        if self.state is State.GREETING and self._error is None:
+            number = next(self._ids)
+            self._answers[number] = _nothing
+            self._send(self._codec.request("query-version", UNSET, number, oob=False))
 
     def receive_eof(self, cause: OSError | None = None) -> None:
         """The other side closed, or the socket failed."""
@@ -357,6 +376,12 @@ class Connection:
                 elif isinstance(message, Returned):
                     self._discard(message.value)
 
+    def _other_dialect(self, data: bytes) -> str | None:
+        """What to say of a peer that, in its first words, speaks the other dialect."""
+        mark, words = OTHERS[self.dialect]
+        begun = self.state is State.GREETING or self.dialect is Dialect.JSONRPC
+        return f"{self.peer} speaks {words}" if begun and mark in data else None
+
     def _announced(self, greeting: Announced) -> None:
         if self.state is not State.GREETING:
             self.fail(ProtocolError(f"{self.peer} greeted twice"))
@@ -381,7 +406,7 @@ class Connection:
         try:
             data: EventData | dict[str, Any]
             data = msgspec.json.decode(text, type=spec.data) if spec else msgspec.json.decode(text, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             self.fail(ProtocolError(f"{self.peer} sent an event {event.name} this client does not understand: {error}"))
             return
         self._events.append(Event(event.name, data, event.seq, event.timestamp))
@@ -392,6 +417,11 @@ class Connection:
             return
         try:
             outcome = self._understand(ticket.spec, answer.value)
+        except RecursionError:
+            error = ProtocolError(f"The answer to {ticket.command} is nested too deep: fds in it cannot be told")
+            self._finish(ticket, error)
+            self.fail(error)
+            return
         except ProtocolError as error:
             self._finish(ticket, error)
             self.fail(error)
@@ -450,6 +480,10 @@ class Connection:
     def _drop_fds(self) -> None:
         close_all(self._fds)
         self._fds.clear()
+
+
+def _nothing(_: Returned | Failed) -> None:
+    """What is done with an answer that only had to come."""
 
 
 @functools.cache

@@ -236,8 +236,8 @@ class Keeper:
             _, status = os.waitpid(self._pid, 0)
             code = os.waitstatus_to_exitcode(status)
             last = code if code >= 0 else 128 - code
-            if code == 0 or self._ending or (code > 0 and not self._ready):
-                return last  # as asked; or it could not begin, and says why
+            if code == 0 or self._ending or (code > 0 and not self._ready and not self._deaths):
+                return last  # as asked; or the first could not begin, and says why
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         else:
             # No child of ours: how it ended nobody tells us. One that ends as asked takes all it has out first.

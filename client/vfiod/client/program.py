@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "help":  # "help COMMAND" is "COMMAND --help"
+        argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -60,7 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             print("vfiod (from a source tree)")
         return 0
     if argv[0] not in SUBCOMMANDS:
-        print(f"vfiod: there is no command '{argv[0]}'\n\n{usage()}", file=sys.stderr)
+        from vfiod.client.near import did_you_mean
+
+        print(
+            f"vfiod: there is no command '{argv[0]}'{did_you_mean(argv[0], SUBCOMMANDS)}\n\n{usage()}", file=sys.stderr
+        )
         return 2
     try:
         module = importlib.import_module(SUBCOMMANDS[argv[0]][0])

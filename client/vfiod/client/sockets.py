@@ -14,7 +14,7 @@ from vfiod.protocol.errors import errno_name
 from vfiod.protocol.fd import FD_BYTES, MSG_CMSG_CLOEXEC, MSG_CTRUNC, FileDescriptor, rights_of
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, READ_CHUNK
 
-__all__ = ["adopt", "connect_failed", "new_socket", "receive", "send"]
+__all__ = ["adopt", "connect_failed", "new_socket", "path_of", "receive", "send"]
 
 ANCILLARY: Final = socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * FD_BYTES)
 ADVICE: Final = {
@@ -42,6 +42,11 @@ def adopt(sock: socket.socket) -> socket.socket:
         raise ConnectFailed(f"A connected Unix stream socket is needed, got {sock!r}")
     sock.setblocking(False)
     return sock
+
+
+def path_of(where: str | os.PathLike[str]) -> str:
+    """A socket's path; ``unix:PATH``, as the server's options name it, is the same."""
+    return os.fspath(where).removeprefix("unix:")
 
 
 def connect_failed(path: str | os.PathLike[str], error: OSError) -> ConnectFailed:

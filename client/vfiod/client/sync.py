@@ -26,9 +26,10 @@ from vfiod.client.errors import ConnectionLost, RequestTimedOut
 from vfiod.client.events import DEFAULT_LIMIT, Event, EventName, EventQueue
 from vfiod.client.fds import OpenFd
 from vfiod.client.methods.sync import Methods
-from vfiod.client.sockets import adopt, connect_failed, new_socket, receive, send
+from vfiod.client.sockets import adopt, connect_failed, new_socket, path_of, receive, send
 from vfiod.protocol.catalogue import Arguments
 from vfiod.protocol.catalogue.monitor import VersionInfo
+from vfiod.protocol.limits import GREETING_MS
 
 __all__ = ["Client", "EventStream"]
 
@@ -73,18 +74,32 @@ class Client(Methods):
             sock = new_socket()
             try:
                 sock.settimeout(timeout)
-                sock.connect(os.fspath(where))
+                sock.connect(path_of(where))
                 sock.setblocking(False)
             except OSError as error:
                 sock.close()
                 raise connect_failed(where, error) from error
         client = cls(sock, Connection(Dialect(dialect), peer=peer), timeout)
         try:
-            client._wait(lambda: client._connection.state is State.READY, timeout, "the greeting")
+            client._greet(timeout)
         except BaseException:
             client.close()
             raise
         return client
+
+    def _greet(self, timeout: float | None) -> None:
+        def ready() -> bool:
+            return self._connection.state is State.READY
+
+        patience = GREETING_MS / 1000
+        if timeout is not None and timeout <= patience:
+            self._wait(ready, timeout, "the greeting")
+            return
+        try:
+            self._wait(ready, patience, "the greeting")
+        except RequestTimedOut:
+            self._connection.ask()
+            self._wait(ready, None if timeout is None else timeout - patience, "the greeting, and a question after it")
 
     @property
     def version(self) -> VersionInfo | None:

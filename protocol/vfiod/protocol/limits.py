@@ -267,6 +267,11 @@ VFIO_USER_PARTING_MS: Final = 1_000
 MAX_EXPORTS: Final = 4096
 """Exports of one machine: as many as devices."""
 
+# --- the client -----------------------------------------------------------------------------------
+GREETING_MS: Final = 5_000
+"""Milliseconds a client waits for a QMP greeting, which comes at once, before it asks what is there. Bearable for a
+person; longer than a server usually takes to start, which would be asked for nothing."""
+
 # --- the program ----------------------------------------------------------------------------------
 MAX_CONFIG_SIZE: Final = 1024 * 1024
 """Bytes of a configuration file: every key with thousands of values. A log given by mistake has more."""

@@ -18,12 +18,19 @@ has not the few private names that this leans on (:func:`_fits`), all of it is t
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import select
 import selectors
 import time
 from typing import Any, Final
 
 __all__ = ["Poller", "new_loop"]
+
+_log: Final = logging.getLogger(__name__)
+
+WATCH_AGAIN_SECONDS: Final = 0.1
+"""When an fd that epoll had no room for is tried again."""
 
 EVENTS_PER_POLL: Final = 64
 """Most events taken from epoll at once. Python reserves room for as many each time; what is left comes next."""
@@ -45,15 +52,49 @@ class Poller(selectors.EpollSelector):
         self.loop: Any = None
         self._handles: Final[dict[int, tuple[Any, Any]]] = {}
         """The loop's handles of each fd: the reader's and the writer's."""
+        self._unwatched: Final[set[int]] = set()
+        """fds that epoll has had no room for yet."""
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """As any selector does."""
-        key = super().register(fileobj, events, data)
+        """As any selector does; but no room in epoll (ENOMEM, ENOSPC) is waited for.
+
+        Whoever reads here could do nothing but give up what it reads for: a session, an interrupt, a whole device.
+        """
+        try:
+            key = super().register(fileobj, events, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC) or self.loop is None:
+                raise
+            base: Any = selectors
+            key = base._BaseSelectorImpl.register(self, fileobj, events, data)
+            if not self._unwatched:
+                _log.error("epoll has no room for another fd (fs.epoll.max_user_watches), it is tried again: %s", error)
+                self.loop.call_later(WATCH_AGAIN_SECONDS, self._watch_again)
+            self._unwatched.add(key.fd)
         self._handles[key.fd] = data
         return key
 
+    def _watch_again(self) -> None:
+        selector: Any = self
+        for fd in tuple(self._unwatched):
+            events = self.get_map()[fd].events
+            try:
+                selector._selector.register(
+                    fd,
+                    bool(events & selectors.EVENT_READ) * select.EPOLLIN
+                    | bool(events & selectors.EVENT_WRITE) * select.EPOLLOUT,
+                )
+            except OSError:
+                continue
+            self._unwatched.discard(fd)
+        if self._unwatched and self.loop is not None:
+            self.loop.call_later(WATCH_AGAIN_SECONDS, self._watch_again)
+
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """As any selector does."""
+        if self._unwatched and self.get_key(fileobj).fd in self._unwatched:
+            self.unregister(fileobj)
+            return self.register(fileobj, events, data)
         key = super().modify(fileobj, events, data)
         self._handles[key.fd] = data
         return key
@@ -61,6 +102,7 @@ class Poller(selectors.EpollSelector):
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         """As any selector does."""
         key = super().unregister(fileobj)
+        self._unwatched.discard(key.fd)
         self._handles.pop(key.fd, None)
         return key
 
@@ -68,6 +110,7 @@ class Poller(selectors.EpollSelector):
         """As any selector does."""
         self.loop = None
         self._handles.clear()
+        self._unwatched.clear()
         super().close()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -138,6 +181,7 @@ def _fits(loop: asyncio.SelectorEventLoop, poller: Poller) -> bool:
             and inside._stopping is False
             and inside._debug is loop.get_debug()
             and isinstance(selector._selector, select.epoll)
+            and isinstance(selector, selectors._BaseSelectorImpl)
             and bool(poller._handles)  # the loop's own socket pair
             and all(_is_pair(data) for data in poller._handles.values())
         )

@@ -16,7 +16,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vfiod.protocol.catalogue.monitor import ShutdownCause
@@ -159,17 +159,24 @@ async def serve(options: Options, journal: Journal | None = None, daemon: Daemon
             if taking is not None:
                 store = await _take(taking, server, options, supervised)
                 if options.pidfile is not None:
-                    pidfile = stack.enter_context(Pidfile(options.pidfile))
-            _listen_bus(server, options)
-            metrics = await _listen_metrics(server, machine, access, options)
+                    with _besides(taking):
+                        pidfile = stack.enter_context(Pidfile(options.pidfile))
+            with _besides(taking):
+                _listen_bus(server, options)
+            with _besides(taking):
+                metrics = await _listen_metrics(server, machine, access, options)
             for option in reversed(options.sockets):  # the first last: who finds that one finds all of them
-                _listen(server, option, options.socket_gid)
-            if options.hand_over is not None and not server.listens_at(options.hand_over):
-                _hand_over_at(server, listener.open_path(options.hand_over), options.hand_over, store, supervised)
+                with _besides(taking):
+                    _listen(server, option, options.socket_gid)
+            with _besides(taking):
+                if options.hand_over is not None and not server.listens_at(options.hand_over):
+                    listening = listener.open_path(options.hand_over)
+                    _hand_over_at(server, listening, options.hand_over, store, supervised)
             if not threads:
                 confine(wanted)
             if pidfile is not None:
-                pidfile.write()
+                with _besides(taking):
+                    pidfile.write()
             restrict(wanted)
             # What is here now stays: later collections need not look at it, and children of a fork share it.
             gc.freeze()
@@ -212,8 +219,11 @@ def _kept(options: Options, notifier: Notifier) -> FdStore | None:
     if options.fd_store == "on" and notifier.datagrams is None:
         raise StartError("--fd-store on: nobody keeps fds for this process ($NOTIFY_SOCKET is not set)")
     kept = options.fd_store == "on" or (options.fd_store == "auto" and told.isdecimal() and int(told) > 0)
-    if not kept or notifier.datagrams is None:
+    if not kept:
         return None
+    if notifier.datagrams is None:
+        # Whoever starts us has them still, and gives them to the next one; this one would begin without any.
+        raise StartError("--fd-store auto: whoever keeps fds for this process cannot be reached ($NOTIFY_SOCKET)")
     from vfiod.server.store.fdstore import FdStore
 
     return FdStore(notifier.datagrams, None if from_us else control_group())
@@ -237,6 +247,17 @@ def _taking(options: Options, stack: contextlib.ExitStack) -> TakingOver | None:
     taking = TakingOver(options.take_over, orphan=options.daemonize)
     stack.callback(taking.close)
     return taking
+
+
+@contextlib.contextmanager
+def _besides(taking: TakingOver | None) -> Iterator[None]:
+    """What is opened besides what was taken over: whoever owns a VM's devices by now does without it and goes on."""
+    try:
+        yield
+    except (VfiodError, OSError) as error:
+        if taking is None:
+            raise
+        _log.error("What was taken over is served; what could not be opened besides: %s", error)
 
 
 async def _take(taking: TakingOver, server: MonitorServer, options: Options, supervised: Supervised) -> Current | None:

@@ -6,7 +6,7 @@ import errno as e
 
 from tests.fuzz.faults.injector import EMPTY, SHORT
 
-__all__ = ["plausible"]
+__all__ = ["plausible", "plausible_of_process"]
 
 _COMMON = (e.ENODEV, e.EIO, e.ENOMEM, e.EFAULT, e.EINTR, e.EAGAIN)
 """A device that was taken away (vfio_device_pm, pci_channel_offline), and what any ioctl may say."""
@@ -53,6 +53,7 @@ _PLAUSIBLE: dict[str, tuple[int, ...]] = {
     "IOMMU_IOAS_UNMAP": (e.ENOENT, e.EBUSY, e.ENOMEM, e.EINVAL, e.EFAULT),
     "IOMMU_DESTROY": (e.EBUSY, e.ENOENT, e.EINTR),
     "IOMMU_GET_HW_INFO": (e.ENOENT, e.EOPNOTSUPP, e.ENOMEM),
+    "IOMMU_IOAS_CHANGE_PROCESS": (e.ENOTTY, e.EINVAL, e.ENOMEM, e.EPERM),
     "IOMMU_OPTION": (e.EPERM, e.EOPNOTSUPP),
     # drivers/vfio/pci/vfio_pci_core.c, vfio_pci_intrs.c
     "VFIO_DEVICE_GET_INFO": (e.EINVAL, e.ENODEV, e.EFAULT, e.EIO),
@@ -69,3 +70,35 @@ _PLAUSIBLE: dict[str, tuple[int, ...]] = {
 def plausible(call: str) -> tuple[int, ...]:
     """What a call of this name may say, the most telling first. KeyError for one that nobody thought about."""
     return _PLAUSIBLE[call]
+
+
+_OF_PROCESS: dict[str, tuple[int, ...]] = {
+    # socket(2), unix(7), net/unix/af_unix.c, net/core/scm.c. That the other end is gone (EPIPE, ECONNRESET) is said
+    # when it is: tests/integration/takeover/test_deaths.py kills it.
+    "socket": (e.EMFILE, e.ENFILE, e.ENOBUFS, e.ENOMEM),
+    "connect": (e.ECONNREFUSED, e.EAGAIN, e.EACCES, e.ENOENT, e.ENOMEM),
+    "accept4": (e.EMFILE, e.ENFILE, e.ENOMEM, e.ECONNABORTED, e.EINTR),
+    "getsockopt": (e.EACCES,),  # a security module
+    "sendto": (e.ENOBUFS, e.ENOMEM, e.EINTR),
+    "recvfrom": (e.ENOMEM, e.EINTR),
+    "sendmsg": (e.ETOOMANYREFS, e.ENOMEM, e.ENOBUFS, e.EINTR),
+    "recvmsg": (e.ENOMEM, e.EINTR),
+    "poll": (e.ENOMEM, e.EINTR),
+    "epoll_ctl": (e.ENOMEM, e.ENOSPC),
+    # kernel/pid.c: an older kernel, a process that has just ended
+    "pidfd_open": (e.ENOSYS, e.EMFILE, e.ESRCH, e.ENOMEM),
+    "dup": (e.EMFILE,),
+    "eventfd2": (e.EMFILE, e.ENFILE, e.ENOMEM),
+    "memfd_create": (e.EMFILE, e.ENFILE, e.ENOMEM),
+    "pipe2": (e.EMFILE, e.ENFILE),
+    "ftruncate": (e.EIO, e.ENOSPC, e.EINTR),
+    # mm/shmem.c, mm/mmap.c
+    "pread": (e.EIO, e.ENOMEM, e.EINTR),
+    "pwrite": (e.ENOSPC, e.ENOMEM, e.EIO, e.EINTR),
+    "mmap": (e.ENOMEM, e.EAGAIN, e.EPERM),
+}
+
+
+def plausible_of_process(call: str) -> tuple[int, ...]:
+    """The same for the calls of a whole process (:mod:`tests.fuzz.faults.wall`)."""
+    return _OF_PROCESS[call]

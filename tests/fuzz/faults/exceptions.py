@@ -65,7 +65,8 @@ _PRESENT = (r".*",)
 
 EXCEPTIONS: tuple[Reason, ...] = (
     Reason(
-        ("device_add",), ("VFIO_DEVICE_GET_IRQ_INFO",), (*_IRQS, r"/kernel/devices/.*/single"),
+        ("device_add", "take-over"), ("VFIO_DEVICE_GET_IRQ_INFO",),
+        (*_IRQS, r"/kernel/devices/.*/single", r"/parent 0//irqs\["),
         "EINVAL is how the kernel and its mediated drivers say that a device has no such interrupt",
         refused=False, numbers=(e.EINVAL,),
     ),
@@ -117,7 +118,8 @@ EXCEPTIONS: tuple[Reason, ...] = (
         refused=True,
     ),
     Reason(
-        ("device_add", "device-reset", "hot-reset", "system_reset", "config write"), ("pread", "pwrite"), _FAST_PATH,
+        ("device_add", "device-reset", "hot-reset", "system_reset", "config write", "take-over"), ("pread", "pwrite"),
+        _FAST_PATH,
         "whether the device decodes memory could not be read: until it can, accesses go by read and write",
         refused=False,
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.fuzz.faults.bench import Bench
 from tests.fuzz.faults.doors import doors
+from tests.fuzz.faults.moved import moves
 from tests.fuzz.faults.sweep import Operation
 
 from vfiod.protocol.vfio import DeviceFlags
@@ -484,4 +485,12 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("mdev-destroy", primer_ready, do("mdev-destroy", uuid=MDEV), (MDEV,)),
     *doors(group, primer),
+    *moves(
+        ("group", two),
+        ("cdev", cdev_two),
+        ("platform", platform_started),
+        ("ccw", ccw),
+        ("objects", objects),
+        ("built-in mdev", started(primer, "msix")),
+    ),
 )

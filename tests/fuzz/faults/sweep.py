@@ -26,7 +26,7 @@ from tests.fuzz.faults.injector import Call, Fault, Injector, short_of_fds
 
 from vfiod.protocol.errors import CommandError, InternalError
 
-__all__ = ["Good", "Operation", "good_run", "starve", "sweep_one"]
+__all__ = ["Good", "Operation", "difference", "good_run", "starve", "sweep_one"]
 
 Step = Callable[[Bench], Awaitable[Any]]
 
@@ -75,19 +75,19 @@ class Outcome:
     after: dict[str, Any] = field(default_factory=dict)
 
 
-def _difference(one: Any, other: Any, where: str = "") -> list[str]:
+def difference(one: Any, other: Any, where: str = "") -> list[str]:
     """Where two pictures differ, in words."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted({*one, *other}, key=str)
         return [
             line
             for key in keys
-            for line in _difference(one.get(key), other.get(key), f"{where}/{key}")
+            for line in difference(one.get(key), other.get(key), f"{where}/{key}")
             if one.get(key) != other.get(key)
         ]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = zip(one, other, strict=True)
-        return [line for n, (a, b) in enumerate(pairs) if a != b for line in _difference(a, b, f"{where}[{n}]")]
+        return [line for n, (a, b) in enumerate(pairs) if a != b for line in difference(a, b, f"{where}[{n}]")]
     return [] if one == other else [f"{where}: {one!r} != {other!r}"]
 
 
@@ -163,12 +163,12 @@ def _run(operation: Operation, good: Good, injector: Injector, left: int | None)
                     complaints.append(f"a defect: {refusal}")
                 if not any(word in str(refusal) for word in operation.names):
                     complaints.append(f"the refusal names none of {operation.names}: {refusal}")
-                found += [f"left: {one}" for one in _difference(before, after)]
+                found += [f"left: {one}" for one in difference(before, after)]
                 found += [f"refused, but told {events}"] if events else []
                 if operation.again:
                     found += await _again(bench, operation, good)
             else:
-                found += [f"done otherwise: {one}" for one in _difference(good.picture, after)]
+                found += [f"done otherwise: {one}" for one in difference(good.picture, after)]
                 found += [f"told {events} instead of {good.events}"] if events != good.events else []
             reason = excused(operation.name, injector.fault, refusal, found) if found else None
             parts = () if reason is None else reason.parts
@@ -192,4 +192,4 @@ async def _again(bench: Bench, operation: Operation, good: Good) -> list[str]:
         await operation.run(bench)
     except Exception as error:
         return [f"a second try failed: {error!r}"]
-    return [f"after a second try: {one}" for one in _difference(good.picture, await bench.picture())]
+    return [f"after a second try: {one}" for one in difference(good.picture, await bench.picture())]

@@ -78,6 +78,12 @@ def test_every_call_is_thought_of() -> None:
     assert {name for name in used if name.isupper()} <= {one.name for enum in known for one in enum}
 
 
+def test_a_machine_that_is_taken_over_is_the_one_that_was_given() -> None:
+    for operation in OPERATIONS:
+        if operation.name.startswith("take-over"):
+            assert good_run(operation).picture["parent 0"] == {}, operation
+
+
 def test_every_exception_is_documented() -> None:
     told = (Path(__file__).parents[3] / "docs" / "faults.md").read_text()
     assert [one.why for one in EXCEPTIONS if one.why not in told] == []

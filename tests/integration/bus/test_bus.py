@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgpack
+import msgspec
 import pytest
 import zmq
 from tests.integration.terminal.screen import PROGRAM
@@ -63,6 +64,21 @@ def events_of(server: OwnServer) -> str:
 
 def add(bus: Bus, name: str) -> None:
     bus.device_add(driver="vfio-pci", id=name, mdev=bus.mdev_create(parent="primer", type="primer-pci").uuid)
+
+
+def test_what_the_bus_refuses_is_in_the_audit_log(tmp_path: Path) -> None:
+    """Before it began, too: as at the monitor's sockets."""
+    tmp_path.chmod(0o700)
+    arguments = ["--bus", f"ipc:{tmp_path}/bus", "--audit", str(tmp_path / "audit")]
+    with own_server(tmp_path, arguments, name="vm1") as server, Bus(bus_of(server)) as bus:
+        with pytest.raises(RemoteError):
+            bus.execute("device_del", {"id": 5})
+        with pytest.raises(RemoteError):
+            bus.execute("query-devices", {"id": 5})  # changes nothing
+        assert "Error" in bus.human_monitor_command(command_line="device_del nope")
+    said = [msgspec.json.decode(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    noted = [(one["command"], one["ok"]) for one in said if one["dialect"] == "bus"]
+    assert noted == [("device_del", False), ("device_del", False)]
 
 
 def test_every_kind_of_answer(server: OwnServer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from vfiod.client import AsyncClient, ConnectFailed, ConnectionLost, FileDescriptor, RemoteError, RequestTimedOut
+from vfiod.client.errors import ProtocolError
 from vfiod.client.spawn import OwnServer
 from vfiod.protocol.catalogue.devices import DeviceDeleted
 
@@ -209,10 +210,20 @@ def test_more_than_the_socket_takes(server: OwnServer) -> None:
     asyncio.run(test())
 
 
+def test_a_silent_socket_of_the_other_dialect(server: OwnServer) -> None:
+    async def test() -> None:
+        with pytest.raises(ProtocolError, match="speaks JSON-RPC, not QMP: give --jsonrpc"):
+            await AsyncClient.connect(server.path.parent / "rpc.sock")
+
+    asyncio.run(test())
+
+
 def test_connecting(tmp_path: Path, server: OwnServer) -> None:
     async def test() -> None:
         with pytest.raises(ConnectFailed, match="ENOENT"):
             await AsyncClient.connect(tmp_path / "nobody")
+        async with await AsyncClient.connect(f"unix:{server.path}") as client:
+            assert (await client.query_name()).name == "vm1"
         ours, theirs = socket.socketpair()
         with theirs, pytest.raises(RequestTimedOut, match="greeting"):
             await AsyncClient.connect(ours, timeout=0.05)

@@ -41,6 +41,17 @@ class TestCall:
         assert json.loads(done.stdout) == {"name": "vm1"}
         assert vfiod("call", server.path, "query-name", "--compact", "--oob").stdout == '{"name": "vm1"}\n'
 
+    @pytest.mark.parametrize("program", [["call"], ["monitor"]])
+    def test_the_wrong_dialect_is_named(self, server: OwnServer, program: list[str]) -> None:
+        """A JSON-RPC socket says nothing until it is spoken to: nobody waits for its greeting without a word."""
+        query = ["query-name"] if program == ["call"] else []
+        done = vfiod(*program, server.path.parent / "rpc.sock", *query)
+        assert done.returncode == 1
+        assert "speaks JSON-RPC, not QMP: give --jsonrpc" in done.stderr + done.stdout
+        done = vfiod(*program, "--jsonrpc", server.path, *query, stdin="query-name\n")
+        assert done.returncode == 1
+        assert "speaks QMP, not JSON-RPC: leave out --jsonrpc" in done.stderr + done.stdout
+
     def test_jsonrpc(self, server: OwnServer) -> None:
         done = vfiod("call", "--jsonrpc", server.path.parent / "rpc.sock", "query-name")
         assert json.loads(done.stdout) == {"name": "vm1"}
@@ -49,6 +60,15 @@ class TestCall:
         done = vfiod("call", server.path, "device_del", "id=nobody")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "vfiod call: DeviceNotFound: device_del: Device 'nobody' not found\n"
+
+    def test_what_was_meant(self, server: OwnServer) -> None:
+        done = vfiod("call", server.path, "query-statu")
+        assert done.returncode == 1
+        assert done.stderr.endswith(
+            "The command query-statu has not been found; did you mean query-status or query-stats or query-fds?\n"
+        )
+        done = vfiod("call", server.path, "device_add", "driver=vfio-pci", "mdevv=x")
+        assert done.stderr.endswith("Property 'vfio-pci.mdevv' not found; did you mean mdev?\n")
 
     def test_registers(self, server: OwnServer, device: str) -> None:
         place = (f"device={device}", "region=bar0", "offset=0x4", "size=4")

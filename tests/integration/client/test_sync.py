@@ -275,6 +275,10 @@ class TestConnecting:
             assert client.query_name().name == "vm1"
         assert sock.fileno() == -1, "the client owns it"
 
+    def test_by_the_name_that_the_server_s_options_have(self, server: OwnServer) -> None:
+        with Client.connect(f"unix:{server.path}", timeout=30) as client:
+            assert client.query_name().name == "vm1"
+
     def test_versions(self, server: OwnServer) -> None:
         with Client.connect(server.path, timeout=30) as client:
             assert client.version == client.query_version()

@@ -80,18 +80,19 @@ class Hypervisor:
 
     def wait(self, id: int) -> Reply:
         """The reply to one request. Others must not be outstanding."""
-        while True:
-            for one in self.receive():
+        found: Reply | Failure | None = None
+        while found is None:
+            for one in self.receive():  # all of it: a question may stand behind the answer
                 if isinstance(one, Request):
                     self.serve(one)
-                elif isinstance(one, Failure):
-                    assert one.id == id, one
-                    raise Refused(one.errno)
-                elif isinstance(one, Reply) and one.id == id:
-                    self.fds = one.fds
-                    return one
                 else:
-                    raise AssertionError(one)
+                    assert isinstance(one, Reply | Failure), one
+                    assert one.id == id, one
+                    found = one
+        if isinstance(found, Failure):
+            raise Refused(found.errno)
+        self.fds = found.fds
+        return found
 
     def do(
         self, payload: vfio_user.Payload, fds: Sequence[int] = (), command: Command | None = None

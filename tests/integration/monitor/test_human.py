@@ -25,6 +25,11 @@ def test_a_persons_first_session(monitor: Monitor) -> None:
     assert say("region-read n0 bar0 0 size=4").startswith("value  0x")
     assert say("region-read n0 bar9 0 size=4").startswith("Error: ")
     assert "bar2" in say("info regions n0")
+    # A picture, unless another form is asked for: nodes and edges are for programs.
+    drawn = say("info topology")
+    assert "n0" in drawn and "\N{BOX DRAWINGS LIGHT UP AND RIGHT}" in drawn and "edges" not in drawn
+    assert "edges:" in say("info topology json")
+    assert say("info topology dot").startswith("digraph topology {")
     assert say("device_del n0") == ""
     assert say(f"device_add vfio-pci,id=n0,mdev={UUID}x").startswith("Error: ")
     assert say("nope") == "Error: unknown command: 'nope'; try help\n"

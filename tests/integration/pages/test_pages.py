@@ -12,7 +12,12 @@ import pytest
 from tests.integration.pages.blocks import NAMES, REPO, broken_links, faults, read_page
 from tests.integration.pages.session import Session
 
+from vfiod.protocol.catalogue import COMMANDS, EVENTS
 from vfiod.server.mdev.parent import ENTRY_POINTS
+
+LIKE_A_COMMAND = re.compile(r"(?:query|irq|region|dma|mdev|ccw|object|device|trace-event)-[a-z-]+|device_[a-z_]+")
+LIKE_AN_EVENT = re.compile(r"(?:DEVICE|IRQ|CCW|REGION|MACHINE|EVENTS)_[A-Z_]+")
+LIKE_AN_OPTION = re.compile(r"--[a-z][a-z0-9-]+")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,3 +63,22 @@ def test_trouble_quotes_what_is_said() -> None:
     quoted = [text for table in tables for text in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)]
     assert len(quoted) > 8
     assert [text for text in quoted if text not in sources] == []
+
+
+def test_what_is_named_exists() -> None:
+    """Words in backticks that look like commands, events or options are some, on every page."""
+    reference = (REPO / "docs/commands.md").read_text()
+    known = {*COMMANDS, *EVENTS, *re.findall(r"`([^`\n]+)`", reference)}  # members of results look like commands, too
+    manuals = "".join(path.read_text() for path in (REPO / "docs/man").iterdir()).replace("\\-", "-")
+    options = set(LIKE_AN_OPTION.findall(manuals))
+    wrong, seen = [], 0
+    for name in NAMES:
+        text = re.sub(r"^```.*?^```", "", (REPO / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for word in re.findall(r"`([^` \n]+)[^`]*`", text):
+            if (LIKE_A_COMMAND.fullmatch(word) or LIKE_AN_EVENT.fullmatch(word)) and word not in known:
+                wrong.append(f"{name}: {word}")
+            # Examples have options of their own.
+            if (found := LIKE_AN_OPTION.match(word)) and not name.startswith("examples") and found[0] not in options:
+                wrong.append(f"{name}: {word}")
+            seen += word in known or word in options
+    assert wrong == [] and seen > 300

@@ -114,3 +114,27 @@ def test_a_server_that_names_no_doors_opens_none(house: House) -> None:
         assert scraped(house.directory / "metrics") == ""
         with Bus(f"ipc:{house.directory}/bus") as bus:
             assert not answers(bus)
+
+
+def test_what_cannot_be_opened_besides_takes_nothing_along(house: House) -> None:
+    """Found by failing system calls: the new server ended, and with it every device that it had just taken over."""
+    first = house.first()
+    nowhere = house.directory / "nowhere"
+    with house.connect() as client:
+        primer(client)
+        put(client, 0x04, 7)
+        doors = (
+            "--pidfile",
+            f"{nowhere}/pid",
+            "--metrics",
+            f"unix:{nowhere}/metrics",
+            "--jsonrpc",
+            f"unix:{nowhere}/j",
+        )
+        second = house.next(*doors)
+        assert first.ended() == 0, second.log()
+        until(lambda: "Serving vm" in second.log())
+        assert get(client, 0x04) == 7 ^ 0xFFFF_FFFF
+        assert second.process.poll() is None
+        complaints = [line for line in second.log().splitlines() if "could not be opened besides" in line]
+        assert len(complaints) == 3 and all(str(nowhere) in line for line in complaints), second.log()

@@ -61,7 +61,7 @@ class Bench:
     def add(self, **options: Any) -> None:
         if "socket_fd" not in options:
             options.setdefault("socket", str(self.path))
-        self.client.device_add(driver="vfio-pci", id="dev0", **options)
+        self.client.device_add(driver=options.pop("driver", "vfio-pci"), id="dev0", **options)
 
     def get(self, register: int, region: str = "bar0") -> int:
         value = self.client.region_read(device="dev0", region=region, offset=register, size=4).value

@@ -242,8 +242,9 @@ def test_mdpys_picture(mdevs: KernelMdevs, vm: Vm, way: str) -> None:
         assert value == 0x44332211
 
 
-def test_mbochs_has_a_region_of_its_own_type(mdevs: KernelMdevs, vm: Vm) -> None:
-    add_by_group(vm, mdevs.create("mbochs", "mbochs-small", UUID), "display")
+@pytest.mark.parametrize("way", ADD)
+def test_mbochs_has_a_region_of_its_own_type(mdevs: KernelMdevs, vm: Vm, way: str) -> None:
+    ADD[way](vm, mdevs.create("mbochs", "mbochs-small", UUID), "display")
     regions = {one.name: one for one in vm.client.query_regions(device="display")}
     assert regions["bar0"].mappable
     assert regions["bar2"].size == 4096

@@ -273,6 +273,10 @@ def balloon(tmp_path: Path) -> Iterator[Balloon]:
 
 
 def test_added_by_its_name(balloon: Balloon) -> None:
+    """Section 1: `compatible` is the host's. This one came by the kernel's command line: no node, so null."""
+    (device,) = balloon.vm.client.query_devices()
+    assert not (platform.device_path(str(device.host)) / "of_node").exists()
+    assert device.compatible is None
     (region,) = balloon.vm.client.query_regions(device="b0")
     assert (region.size, region.mappable) == (platform.REGION_SIZE, False)
     irq = balloon.irq()

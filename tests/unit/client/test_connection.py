@@ -548,3 +548,52 @@ class TestNonsense:
         for ticket in tickets:
             connection.abandon(ticket)  # closes what it got, if it got something
         assert all(fd.closed for fd in given)
+
+
+@pytest.mark.parametrize("depth", [600, 900, 1000, 5000, 100_000])
+def test_a_reply_nested_deep(connection: Connection, depth: int) -> None:
+    """Understood, or the connection ends, as fds in it could not be told from those of the next reply."""
+    ticket = connection.start("x-new")
+    connection.receive_data(b'{"return":' + b"[" * depth + b"]" * depth + b',"id":2}\r\n')
+    assert ticket.done
+    if connection.state is State.READY:
+        ticket.result()
+    else:
+        with pytest.raises(ProtocolError):
+            ticket.result()
+
+
+@pytest.mark.parametrize("depth", [900, 5000])
+def test_an_event_nested_deep(connection: Connection, depth: int) -> None:
+    stamp = b',"timestamp":{"seconds":1,"microseconds":2}}\r\n'
+    connection.receive_data(b'{"event":"X_NEW","data":{"a":' + b"[" * depth + b"]" * depth + b"}" + stamp)
+    assert connection.events_received() or connection.state is not State.READY
+
+
+def test_a_slow_server_that_is_asked_goes_on_as_any() -> None:
+    """The question is refused after the greeting, and that is all."""
+    connection = Connection(Dialect.QMP)
+    connection.ask()
+    [([question], _)] = sent(connection)
+    assert question["execute"] == "query-version"
+    connection.receive_data(GREETING)
+    answer(connection, error={"class": "CommandNotFound", "desc": "Expecting capabilities"}, id=question["id"])
+    [([negotiation], _)] = sent(connection)
+    assert negotiation["execute"] == "qmp_capabilities"
+    answer(connection, **{"return": {}}, id=negotiation["id"])
+    assert connection.state is State.READY and connection.oob_enabled
+    connection.ask()
+    assert sent(connection) == []
+
+
+@pytest.mark.parametrize(
+    ("dialect", "heard", "said"),
+    [
+        (Dialect.QMP, b'{"jsonrpc": "2.0", "error": {"code": -32600, "message": ""}, "id": null}\n', "give --jsonrpc"),
+        (Dialect.JSONRPC, GREETING, "speaks QMP, not JSON-RPC: leave out --jsonrpc"),
+    ],
+)
+def test_the_other_dialect_is_named(dialect: Dialect, heard: bytes, said: str) -> None:
+    connection = Connection(dialect)
+    connection.receive_data(heard)
+    assert isinstance(connection.error, ProtocolError) and said in str(connection.error)

@@ -24,6 +24,13 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["fly"]) == 2
     assert "no command 'fly'" in capsys.readouterr().err
+    assert main(["moniter"]) == 2
+    assert "no command 'moniter'; did you mean monitor?" in capsys.readouterr().err
+    assert main(["help"]) == 0
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit, match="0"):
+        main(["help", "call"])
+    assert "usage: vfiod call" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert "vfiod" in capsys.readouterr().out
 

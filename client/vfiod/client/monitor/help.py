@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 
@@ -10,9 +9,10 @@ import msgspec
 
 from vfiod.client.line import members, plain_type
 from vfiod.client.monitor.complete import LOCAL, about, readable
+from vfiod.client.near import meant
 from vfiod.protocol.catalogue import COMMANDS, CommandSpec
 
-__all__ = ["did_you_mean", "help_text"]
+__all__ = ["help_text"]
 
 
 def help_text(command: str = "") -> str:
@@ -21,7 +21,7 @@ def help_text(command: str = "") -> str:
         return f"{command}: {LOCAL[command]} (the monitor's own)"
     if command:
         spec = COMMANDS.get(command)
-        return _one(spec) if spec else f"There is no command '{command}'{did_you_mean(command)}"
+        return _one(spec) if spec else f"There is no command '{command}'{meant(command, more=LOCAL)}"
     lines = []
     ordered = sorted(COMMANDS.values(), key=lambda spec: spec.family)
     for family, specs in itertools.groupby(ordered, key=lambda spec: spec.family):
@@ -31,12 +31,6 @@ def help_text(command: str = "") -> str:
     lines += [f"  {name:<24} {text}" for name, text in LOCAL.items()]
     lines.append("\n'help COMMAND' tells more. A line is: COMMAND key=value ..., or JSON as QMP has it.")
     return "\n".join(lines).lstrip("\n")
-
-
-def did_you_mean(command: str) -> str:
-    """``; did you mean ...?`` where something is near."""
-    near = difflib.get_close_matches(command, [*COMMANDS, *LOCAL], n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _one(spec: CommandSpec) -> str:

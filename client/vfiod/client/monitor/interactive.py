@@ -32,10 +32,11 @@ from vfiod.client.errors import ClientError, ConnectFailed, ConnectionLost
 from vfiod.client.events import Event
 from vfiod.client.fds import descriptors
 from vfiod.client.line import is_unfinished, parse_line
-from vfiod.client.monitor.complete import command_in, complete, complete_human
-from vfiod.client.monitor.help import did_you_mean, help_text
+from vfiod.client.monitor.complete import LOCAL, command_in, complete, complete_human
+from vfiod.client.monitor.help import help_text
 from vfiod.client.monitor.local import open_named
 from vfiod.client.monitor.names import LIVE_SECONDS, live_names
+from vfiod.client.near import meant
 from vfiod.client.render import WIDE, coloured, plain, table
 from vfiod.protocol.errors import RemoteError, VfiodError
 from vfiod.protocol.fd import FileDescriptor, close_all
@@ -238,6 +239,7 @@ class Monitor(Completer):
             session.app.key_processor.send_sigint()
 
     async def _command(self, client: AsyncClient | BusClient, text: str) -> None:
+        given: dict[str, Any] = {}
         try:
             if self._human:
                 self._print(("", _printable(await client.human_monitor_command(command_line=text)).rstrip("\n")))
@@ -249,6 +251,7 @@ class Monitor(Completer):
             else:
                 as_json = text.startswith("json ")
                 line = parse_line(text.removeprefix("json "))
+                given = line.arguments
                 if self._verbose:
                     request = {"exec-oob" if line.oob else "execute": line.command, "arguments": line.arguments}
                     self._print(("class:note", f"-> {json.dumps(request)}"))
@@ -258,7 +261,7 @@ class Monitor(Completer):
                 finally:
                     close_all(descriptors(result))
         except RemoteError as error:
-            hint = did_you_mean(error.command) if error.remote_class == "CommandNotFound" else ""
+            hint = meant(error.command, given, more=LOCAL)
             errno = f" [{error.errno}]" if error.errno else ""
             self._print(("class:error", f"{error.remote_class}: {_printable(error.desc)}{errno}{hint}"))
         except ConnectionLost:

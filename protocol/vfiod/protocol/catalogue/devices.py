@@ -49,10 +49,6 @@ ONLY_OF: Final[Mapping[str, frozenset[Driver]]] = {
     "mmap-timeout-ms": frozenset({Driver.VFIO_PCI, Driver.VFIO_PLATFORM}),
     "x-irqfd": frozenset({Driver.VFIO_PLATFORM}),
     "x-no-mmap": frozenset({Driver.VFIO_PCI, Driver.VFIO_PLATFORM}),
-    "socket": frozenset({Driver.VFIO_PCI}),
-    "socket-fd": frozenset({Driver.VFIO_PCI}),
-    "x-msg-timeout": frozenset({Driver.VFIO_PCI}),
-    "reconnect-ms": frozenset({Driver.VFIO_PCI}),
 }
 """Properties of ``device_add`` that not every driver has; those that are not here, every driver has."""
 

@@ -31,6 +31,9 @@ from vfiod.protocol.vfio_user.payload import SPECIFIED, Payload, Wire
 __all__ = ["Broken", "Channel", "Failure", "Happening", "Outgoing", "Rejected", "Reply", "Request", "errno_number"]
 
 _ERROR_REPLY: Final = MessageType.REPLY | Flags.ERROR
+# Found once: finding an Enum's member takes Python 3.11 its time, and these are asked with every message.
+_REPLY: Final = int(MessageType.REPLY)
+_VERSION: Final = Command.VERSION
 
 
 class Outgoing(Struct, frozen=True, eq=False):
@@ -274,7 +277,7 @@ class Channel:
         if header.no_reply:
             return None
         body = b"" if payload is None else payload.pack(self.wire)
-        out = Header(header.id, header.command, HEADER_SIZE + len(body), MessageType.REPLY)
+        out = Header(header.id, header.command, HEADER_SIZE + len(body), _REPLY)
         return Outgoing(out.pack() + body, tuple(fds))
 
     def refuse(self, request: Request, errno: str | int) -> Outgoing | None:
@@ -320,9 +323,9 @@ class Channel:
         header = message.header
         command = header.known
         if self._awaits_version:
-            if command is not Command.VERSION:
+            if command is not _VERSION:
                 return Broken(f"{header.title} before VERSION", self._refusal(header, "EINVAL"))
-        elif command is Command.VERSION:
+        elif command is _VERSION:
             return self._reject(header, "VERSION came twice", "EINVAL")
         if command is None:
             return self._reject(header, f"{header.title} is not known here", "ENOSYS")

@@ -20,7 +20,7 @@ from vfiod.protocol.catalogue.ccw import (
 )
 from vfiod.protocol.catalogue.declare import Arguments
 from vfiod.protocol.catalogue.words import UNSET
-from vfiod.protocol.errors import InvalidArgument
+from vfiod.protocol.errors import Busy, InvalidArgument
 from vfiod.server.commands.call import Call, Handler
 
 if TYPE_CHECKING:
@@ -37,9 +37,20 @@ def _device(call: Call, name: str) -> CcwDevice:
     return as_ccw(call.machine.device(name))
 
 
+def _to_use(call: Call, name: str) -> CcwDevice:
+    """The subchannel, for a function: not while a client has it, whose status it would take."""
+    device = _device(call, name)
+    if device.claim is not None:
+        raise Busy(
+            f"Device '{name}' is attached to by the client of {device.claim.name}: its functions and their status are "
+            "the client's; device-export-del first"
+        )
+    return device
+
+
 def ccw_request(call: Call, arguments: CcwRequest) -> CcwResult | Awaitable[CcwResult]:
     """Start a channel program and wait for its interrupt."""
-    device = _device(call, arguments.device)
+    device = _to_use(call, arguments.device)
     return device.request(_orb(arguments), _scsw(arguments), timeout_ms=arguments.timeout_ms, queue=arguments.queue)
 
 
@@ -95,14 +106,14 @@ def ccw_halt(call: Call, arguments: CcwHalt) -> CcwControlResult | Awaitable[Ccw
     """Halt what the subchannel does."""
     from vfiod.protocol.vfio.ccw import AsyncCommand
 
-    return _device(call, arguments.device).control(AsyncCommand.HSCH, now=call.oob)
+    return _to_use(call, arguments.device).control(AsyncCommand.HSCH, now=call.oob)
 
 
 def ccw_clear(call: Call, arguments: CcwClear) -> CcwControlResult | Awaitable[CcwControlResult]:
     """Clear the subchannel."""
     from vfiod.protocol.vfio.ccw import AsyncCommand
 
-    return _device(call, arguments.device).control(AsyncCommand.CSCH, now=call.oob)
+    return _to_use(call, arguments.device).control(AsyncCommand.CSCH, now=call.oob)
 
 
 def query_subchannel(call: Call, arguments: QuerySubchannel) -> SubchannelInfo | Awaitable[SubchannelInfo]:

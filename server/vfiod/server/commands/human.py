@@ -22,6 +22,7 @@ import msgspec
 from msgspec import inspect
 
 from vfiod.protocol.catalogue import COMMANDS, CommandSpec, monitor
+from vfiod.protocol.catalogue.devices import QueryTopology, Topology, TopologyFormat
 from vfiod.protocol.errors import CommandError, InternalError, InvalidArgument
 from vfiod.protocol.wire.arguments import decode_arguments
 from vfiod.server.commands.call import Call, Handlers
@@ -71,7 +72,10 @@ def _begin(call: Call, spec: CommandSpec, rest: list[str]) -> Any:
     if call.session is not None and not call.session.allows(spec.name):
         raise call.session.refusal(spec.name)
     # What asks the call for its arguments means those of the command: the check of claims, the audit log.
-    call.arguments = decode_arguments(spec, msgspec.Raw(msgspec.json.encode(_arguments(spec, rest))))
+    given = _arguments(spec, rest)
+    if spec.arguments is QueryTopology:
+        given.setdefault("format", TopologyFormat.TREE.value)  # its nodes and edges are for programs
+    call.arguments = decode_arguments(spec, msgspec.Raw(msgspec.json.encode(given)))
     return TABLE[spec.name](call, call.arguments)
 
 
@@ -210,6 +214,8 @@ def _plain(text: str) -> str:
 
 def format_value(value: Any) -> str:
     """A result as text: a table for a list of objects, lines for an object; ends with a newline unless empty."""
+    if isinstance(value, Topology) and isinstance(value.text, str):
+        value = value.text
     if isinstance(value, str):
         return value if not value or value.endswith("\n") else value + "\n"
     if isinstance(value, msgspec.Raw):

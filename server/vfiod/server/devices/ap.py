@@ -86,5 +86,7 @@ class ApDevice(Device):
         if one.index != ApIrq.CFG_CHG:
             super()._noticed(one, count)
             return
+        if self.claim is not None:
+            self.claim.signalled(one.index)
         self._changes += count
         self._environment.emit(ApConfigChanged(device=self.name, count=self._changes))

@@ -266,7 +266,9 @@ class CcwDevice(Subchannel):
         self._settle(answered(what) if isinstance(what, bytes) else what)
 
     def _fail(self, error: CommandError) -> None:
-        if isinstance(error, OperationFailed) and self._orb is not None:
+        # A program that serves the device and does not answer, or nonsense: nobody knows what became of it.
+        known = isinstance(error, OperationFailed) and error.errno not in ("ETIMEDOUT", "EPROTO")
+        if isinstance(error, OperationFailed) and known and self._orb is not None:
             self._settle(refused(error, self._orb))
         else:
             self._settle(error)
@@ -334,11 +336,13 @@ class CcwDevice(Subchannel):
     # --- interrupts, and the end of the device ------------------------------------------------------------
 
     def _noticed(self, one: IrqIndex, count: int) -> None:
+        self._ccw().own.heard(one, count)
+        if self.claim is not None and not one.requests:
+            self.claim.signalled(one.index)  # whoever has it reads the status, and the report: that takes it
+            return
         if one.index == CcwIrq.IO:
-            self._ccw().own.heard(one, count)
             self._feed(Input.SIGNAL)
             return
-        self._ccw().own.heard(one, count)
         if one.index == CcwIrq.CRW:
             self._reported()
         else:

@@ -24,8 +24,11 @@ from vfiod.protocol.errors import OperationFailed
 
 __all__ = ["answered", "control_refused", "controlled", "crw_info", "decoded", "made_up", "refused"]
 
-_NOT_STARTED: Final = {"EBUSY": 2, "ENODEV": 3, "EACCES": 3}
-"""Condition codes by the errno of the write that hands a function over (QEMU ``hw/vfio/ccw.c``)."""
+_NOT_STARTED: Final = {"EBUSY": 2, "ENODEV": 3, "EACCES": 3, "ENOTCONN": 3}
+"""Condition codes by the errno of the write that hands a function over (QEMU ``hw/vfio/ccw.c``).
+
+ENOTCONN: the program that serves the device is gone, and the device with it.
+"""
 
 _HINTS: Final = {
     "EOPNOTSUPP": "only command mode is done: no transport mode, no QDIO",
@@ -61,11 +64,12 @@ def answered(irb: bytes) -> CcwResult:
 def made_up(errno: str, orb: Orb | None) -> Irb:
     """The IRB for a return code that comes without one, as QEMU's ``vfio_ccw_io_notifier_handler`` makes it.
 
-    ENODEV: deferred condition code 3. EFAULT: channel-data check. Anything else: program check.
+    ENODEV, and ENOTCONN (its program is gone): deferred condition code 3. EFAULT: channel-data check. Anything else:
+    program check.
     """
     fctl = Fctl.START
     flags = ScswFlags.FMT if orb is None or orb.format else ScswFlags(0)
-    if errno == "ENODEV":
+    if errno in ("ENODEV", "ENOTCONN"):
         return Irb(scsw=Scsw(flags=flags, cc=3, fctl=fctl, stctl=Stctl.ALERT | Stctl.STATUS_PENDING))
     return Irb(
         scsw=Scsw(

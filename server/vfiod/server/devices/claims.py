@@ -23,6 +23,9 @@ class Claim(Protocol):
     def asked_to_go(self) -> None:
         """The device is to be removed, or its host wants it back: let go soon, in one's own time."""
 
+    def signalled(self, index: int) -> None:
+        """An interrupt that vfiod hears for every device of the class has come, and is whose the device is."""
+
     def failed(self) -> None:
         """The device has reported an error."""
 

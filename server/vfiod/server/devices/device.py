@@ -83,6 +83,8 @@ class Device(ABC):
         driver: which model this is.
         hot_resettable: whether devices of this class share resets with others (``hot-reset``): PCI only.
         on_platform_bus: whether ``irq-start`` without a device ("machine complete") starts its interrupts.
+        whole_regions: whether its regions are requests and answers rather than registers: the client of an export reads
+            and writes each as it is, and hears what is refused.
         lane: the order of its commands.
         claim: who has it for itself: the client of an export.
         state: where it is in its life; the machine sets ``UNPLUGGING`` and back.
@@ -92,6 +94,7 @@ class Device(ABC):
     driver: ClassVar[Driver]
     hot_resettable: ClassVar[bool] = False
     on_platform_bus: ClassVar[bool] = False
+    whole_regions: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -349,6 +352,13 @@ class Device(ABC):
     def stop_dma(self) -> None:
         """The device masters its bus no more, as far as its model can see to that. Blocks; in a worker."""
         self._stop_dma(self._active())
+
+    def check_free(self) -> None:  # noqa: B027 - most have nothing of that kind
+        """Refuse a client while something of the monitor's is under way that outlasts its command. Busy."""
+
+    def client_gone(self) -> None:
+        """What had the device is gone: it touches that memory no more, as far as its model can. Blocks; in a worker."""
+        self.stop_dma()
 
     async def stop_interrupts(self, *, reason: str, whatever: bool = False) -> None:
         """Every interrupt off, in its turn of the lane. CommandError; then they are as they were.

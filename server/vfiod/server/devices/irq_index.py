@@ -76,6 +76,11 @@ class IrqIndex(Struct, frozen=True):
         """Whether it is REQ: the host wants the device back."""
         return False
 
+    @property
+    def passed_on(self) -> bool:
+        """Whether vfiod hears it for whoever has the device, as it comes (a subchannel's I/O interrupt)."""
+        return False
+
     def __str__(self) -> str:
         return f"Interrupt index {self.name} of device '{self.device}'"
 

@@ -59,9 +59,11 @@ class Notices:
         return [(one.index, given.give(fd, f"{owner}/{one.name}")) for one, fd in self._armed.items()]
 
     def adopt(self, armed: list[tuple[int, Place]], taken: Taken) -> None:
-        """Instead of :meth:`arm`: the kernel has these eventfds already, and goes on signalling them."""
+        """Instead of :meth:`arm`: the kernel has these eventfds already, and goes on signalling them. CommandError."""
         known = {one.index: one for one in self._indexes}
         for index, place in armed:
+            if index not in known:
+                raise CommandError(f"Device '{self._device}' says that it has no interrupt {index}, which was armed")
             self._armed[known[index]] = taken.take(place)
 
     def start(self, environment: Environment, hear: Callable[[IrqIndex, int], None]) -> None:

@@ -43,6 +43,11 @@ class OwnIrqIndex(IrqIndex, frozen=True):
         """Whether it is REQ."""
         return self.name == "req"
 
+    @property
+    def passed_on(self) -> bool:
+        """All but REQ."""
+        return not self.requests
+
     def check_free(self) -> NoReturn:
         """Refuse: it belongs to vfiod. InvalidArgument."""
         raise InvalidArgument(f"{self} belongs to vfiod: it becomes {self.event}")

@@ -83,7 +83,7 @@ class PlatformDevice(Device):
         return PlatformModel(
             backend,
             info,
-            Regions(self.name, backend, regions, no_mmap=options.no_mmap),
+            Regions(self.name, backend, regions, no_mmap=options.no_mmap, foreign=backend.foreign),
             interrupts,
             Notices(self.name, backend, ()),  # the kernel's vfio-platform has neither REQ nor ERR
             False,

@@ -280,6 +280,7 @@ class PlatformInterrupts:
             old = self._bound.get(each.index)
             if old is None:
                 self._numbers.pop(each.index, None)
+                self._relay.lines.masked -= {each.index}
                 continue
             try:
                 self._switch(each, old, None)
@@ -321,6 +322,26 @@ class PlatformInterrupts:
         self._relay.perform(self._relay.lines.unmask, one.index)
         if trace.irq_unmask.on:
             trace.irq_unmask(device=self.device, index=one.index, vector=vector)
+
+    def set_mask(self, one: IrqIndex, *, masked: bool) -> None:
+        """MASK or UNMASK, as the kernel's interface has them (``vfio_platform_set_irq_mask``, ``_unmask``).
+
+        Before it is started, too: then it starts masked. UNMASK of one that nobody masked completes it.
+        InvalidArgument, OperationFailed.
+        """
+        one.check_maskable()
+        lines = self._relay.lines
+        if masked:
+            self._relay.perform(lambda: lines.mask(one.index))
+        elif one.index in lines.masked or one.index not in self._bound:
+            self._relay.perform(lambda: lines.unmask(one.index))
+        else:
+            self.eoi(one, 0)
+
+    def trigger_of(self, one: IrqIndex) -> FileDescriptor | None:
+        """The consumer's eventfd, lent; None: it is not started."""
+        bound = self._bound.get(one.index)
+        return None if bound is None else bound.trigger
 
     def eoi(self, one: IrqIndex, vector: int) -> None:
         """Complete an interrupt. With nothing active it does nothing; direct, it unmasks. OperationFailed."""

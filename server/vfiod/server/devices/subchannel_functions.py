@@ -60,6 +60,7 @@ class Subchannel(Device):
     """One subchannel, as far as it is no request."""
 
     driver: ClassVar[Driver] = Driver.VFIO_CCW
+    whole_regions: ClassVar[bool] = True
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -96,6 +97,17 @@ class Subchannel(Device):
     def waiting(self) -> int:
         """Requests that wait for their turn."""
         return 0
+
+    def check_free(self) -> None:
+        """See :meth:`Device.check_free`: an interrupt that is still to come would be taken for the client's."""
+        if self._requests.pending or self.waiting or self._aside:
+            raise Busy(f"Device '{self.name}' has a channel program or function of the monitor's under way")
+
+    def client_gone(self) -> None:
+        """See :meth:`Device.client_gone`: its program reads and writes its memory, and is ended by a reset."""
+        model = self._active()
+        if model.info.can_reset:
+            model.backend.reset()
 
     def _ccw(self) -> CcwModel:
         return cast("CcwModel", self._active())  # populate made it
@@ -213,7 +225,7 @@ class Subchannel(Device):
 
     def crws(self) -> list[CrwInfo] | Awaitable[list[CrwInfo]]:
         """The last reports, those not read yet among them. CommandError without a CRW region, OperationFailed."""
-        if self._requests.state in _TAKING:
+        if self._requests.state in _TAKING or self.claim is not None:  # reading takes them from the client
             return self._reports()
         read = self._read_crws()
         return self._reports_after(read) if isinstance(read, Awaitable) else self._reports()

@@ -133,6 +133,11 @@ class Connection:
         """The socket, lent; -1 once it has ended."""
         return self._socket.fileno()
 
+    @property
+    def queued(self) -> bool:
+        """Whether requests wait behind the one that is executed."""
+        return bool(self._queue)
+
     def part(self, reason: str) -> None:
         """Execute nothing more; end when what is to be said has been sent, or is not read."""
         if not self.open:

@@ -139,6 +139,7 @@ class Export:
             raise Busy(f"Device '{device.name}' is attached to by the client of {device.claim.name}")
         if device.state is not DeviceState.RUNNING or self._closing:
             raise Busy(f"Device '{device.name}' is {device.state}: nobody can attach to it any more")
+        device.check_free()
         self._claim()
         self._attached += 1
         self._machine.hub.emit(
@@ -196,10 +197,10 @@ class Export:
         """The device does nothing by itself any more: no DMA, no interrupt. What fails is logged."""
         try:
             try:
-                await self.device.lane.run(f"detaching the client of {self.name}", self.device.stop_dma)
+                await self.device.lane.run(f"detaching the client of {self.name}", self.device.client_gone)
             except CommandError as error:
                 _log.warning(
-                    "Bus mastering of device '%s' could not be switched off: %s",
+                    "DMA of device '%s' could not be stopped: %s",
                     self.device.name,
                     error,
                     extra=about(device=self.device.name),
@@ -237,6 +238,11 @@ class Export:
         """Tell the client by REQ, as the kernel would: QEMU unplugs the device then."""
         if self._session is not None and not self._session.interrupts.notice(request=True):
             _log.info("The client of %s does not listen to requests to let go of the device", self.name)
+
+    def signalled(self, index: int) -> None:
+        """Pass it on, if the client listens to it."""
+        if self._session is not None:
+            self._session.interrupts.pass_on(index)
 
     def failed(self) -> None:
         """Tell the client by ERR."""

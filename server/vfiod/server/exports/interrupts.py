@@ -5,8 +5,12 @@ the device model nevertheless: ``query-irqs`` shows it, a reset brings it back, 
 client is there, this alone changes the interrupts: what is written to MSI and MSI-X capabilities is only remembered
 (QEMU writes them through to us, and says what it wants by SET_IRQS).
 
-REQ and ERR of a PCI device are vfiod's own. The client is offered indexes of the same numbers that vfiod signals: REQ
-when the device is to be given back (QEMU then unplugs it), ERR when it has failed.
+REQ and ERR are vfiod's own. The client is offered indexes of the same numbers that vfiod signals: REQ when the device
+is to be given back (QEMU then unplugs it), ERR when it has failed. So are all interrupts of a subchannel and of an AP
+matrix, which vfiod hears whoever has the device: they are passed on, and what they tell of is the client's to read.
+
+A platform device's are masked and unmasked as the kernel has it: before they have an eventfd too, and UNMASK completes.
+Its messages (extended IRQs) are not there for a client: vfio-user has no place for what a source is programmed with.
 
 One message carries at most 16 eventfds: a block of messages comes in pieces, which the kernel would refuse for MSI; the
 device model makes the block grow.
@@ -15,7 +19,7 @@ device model makes the block grow.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from vfiod.protocol import vfio
 from vfiod.protocol.catalogue.words import IrqKind, IrqMode
@@ -29,6 +33,7 @@ from vfiod.server.devices.irqs import DeviceInterrupts
 from vfiod.server.kernel.kinds import kind_of
 
 if TYPE_CHECKING:
+    from vfiod.server.devices.platform_irqs import PlatformInterrupts
     from vfiod.server.state.fds import Given, Taken
     from vfiod.server.state.machine import Place
 
@@ -57,7 +62,7 @@ class ClientInterrupts:
         """One index. InvalidArgument for one it does not have."""
         one = self._find(index)
         if not one.reserved:
-            return one.info
+            return one.info if one.info.type is None else vfio.IrqInfo(index)
         # REQ is vfiod's own wish too, so every device has it; ERR only one that can report.
         present = one.requests or one.info.count > 0
         return vfio.IrqInfo(index, _OFFERED, 1) if present else vfio.IrqInfo(index)
@@ -117,9 +122,13 @@ class ClientInterrupts:
         """The eventfd by which a level interrupt is completed: given, or taken away."""
         one.check_level()
         interrupts = self._device.interrupts
-        if not isinstance(interrupts, DeviceInterrupts) or one.index != INTX:
+        platform = self._platform()
+        if platform is not None:
+            trigger = platform.trigger_of(one)
+        elif isinstance(interrupts, DeviceInterrupts) and one.index == INTX:
+            trigger = interrupts.trigger_of(one, 0)
+        else:
             raise InvalidArgument(f"{one} takes no eventfd that unmasks", errno="ENOTTY")
-        trigger = interrupts.trigger_of(one, 0)
         if trigger is None:
             if not fds:
                 return
@@ -133,8 +142,17 @@ class ClientInterrupts:
             raise
         interrupts.start(one, [Wanted(0, trigger=again, resample=resample)], IrqMode.DIRECT)
 
+    def _platform(self) -> PlatformInterrupts | None:
+        """The interrupts of a platform device; None: it is another. Its class is imported with the first of them."""
+        return cast("PlatformInterrupts", self._device.interrupts) if self._device.on_platform_bus else None
+
     def _now(self, one: IrqIndex, whole: vfio.SetIrqs) -> None:
         interrupts = self._device.interrupts
+        platform = self._platform()
+        if platform is not None and whole.action is not vfio.IrqAction.TRIGGER:
+            if whole.data is vfio.IrqData.NONE or whole.values[0]:
+                platform.set_mask(one, masked=whole.action is vfio.IrqAction.MASK)
+            return
         chosen = [
             whole.start + place
             for place in range(whole.count)
@@ -172,10 +190,14 @@ class ClientInterrupts:
         """Tell the client: the device is wanted back, or has failed. Whether it listens."""
         told = False
         for one in self._device.interrupts.indexes:
-            if one.reserved and one.requests is request and one.index in self._notices:
+            if one.reserved and not one.passed_on and one.requests is request and one.index in self._notices:
                 self._signal(one)
                 told = True
         return told
+
+    def pass_on(self, index: int) -> None:
+        """An interrupt that vfiod has heard is the client's."""
+        self._signal(self._find(index))
 
     # --- over a change of the process -----------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from vfiod.server.exports.connection import DONE, Answer, Connection
 from vfiod.server.exports.doorbells import Doorbells
 from vfiod.server.exports.interrupts import ClientInterrupts
 from vfiod.server.exports.remote import RemoteMemory
+from vfiod.server.exports.whole import WholeRegions
 from vfiod.server.kernel.memory import ACCESS_SIZES
 from vfiod.server.sockets.access import Peer
 
@@ -112,6 +113,7 @@ class ClientSession:
         self._room = 0  # bytes of its VERSION
         self._regions: tuple[Region, ...] = ()
         self._direct = 0  # regions that are accessed at once: all, of a device that waits for nobody
+        self._whole = WholeRegions(device) if device.whole_regions else None
         self._handlers: Final[dict[Command, Callable[[Request], Answer | Awaitable[Answer]]]] = {
             Command.VERSION: self._negotiate,
             Command.DMA_MAP: self._dma_map,
@@ -239,26 +241,45 @@ class ClientSession:
             raise DeviceNotActive("There is no memory before VERSION", errno="EINVAL")
         return memory
 
-    async def _dma_map(self, request: Request) -> Answer:
+    def _dma_map(self, request: Request) -> Answer | Awaitable[Answer]:
         asked = cast("vfio_user.DmaMap", request.payload)
         memory = self._joined()
         fd = request.fds.pop() if request.fds else None
-        flags = vfio_user.DmaFlags(asked.flags & (vfio_user.DmaFlags.READ | vfio_user.DmaFlags.WRITE))
-        try:
+
+        def work() -> None:
             if not asked.readable:
+                flags = vfio_user.DmaFlags(asked.flags & (vfio_user.DmaFlags.READ | vfio_user.DmaFlags.WRITE))
                 raise InvalidArgument(f"DMA_MAP with {flags!r}: memory that devices reach is readable at least")
+            memory.map(asked.address, asked.size, fd, offset=asked.offset, readonly=not asked.writable)
 
-            def work() -> None:
-                memory.map(asked.address, asked.size, fd, offset=asked.offset, readonly=not asked.writable)
+        if not self._alone():
+            return self._map_later(asked, fd, work)
+        try:
+            work()
+        except CommandError as error:
+            self._not_mapped(fd, error)
+            raise
+        self._mapped(asked, fd)
+        return DONE
 
+    async def _map_later(self, asked: vfio_user.DmaMap, fd: FileDescriptor | None, work: Callable[[], None]) -> Answer:
+        try:
             await self._change_memory("dma-map of an export", work)
         except CommandError as error:
-            if fd is not None:
-                fd.close()
-            # The client may not hear the error (QEMU does not look), and its guest would run on memory that the
-            # device cannot reach.
-            self._machine.loop.call_soon(self._connection.part, f"Its memory could not be mapped: {error}")
+            self._not_mapped(fd, error)
             raise
+        self._mapped(asked, fd)
+        return DONE
+
+    def _not_mapped(self, fd: FileDescriptor | None, error: CommandError) -> None:
+        if fd is not None:
+            fd.close()
+        # The client may not hear the error (QEMU does not look), and its guest would run on memory that the
+        # device cannot reach.
+        self._machine.loop.call_soon(self._connection.part, f"Its memory could not be mapped: {error}")
+
+    def _mapped(self, asked: vfio_user.DmaMap, fd: FileDescriptor | None) -> None:
+        memory = self._joined()
         if memory.unreachable_bytes and fd is None and not memory.by_messages:
             _log.info(
                 "%s maps %d bytes at 0x%x without a file: device '%s' cannot reach them (share=on?)",
@@ -267,9 +288,8 @@ class ClientSession:
                 asked.address,
                 self._device.name,
             )
-        return DONE
 
-    async def _dma_unmap(self, request: Request) -> Answer:
+    def _dma_unmap(self, request: Request) -> Answer | Awaitable[Answer]:
         asked = cast("vfio_user.DmaUnmap", request.payload)
         memory = self._joined()
 
@@ -279,14 +299,30 @@ class ClientSession:
             else:
                 memory.unmap(asked.address, asked.size)
 
+        if not self._alone():
+            return self._unmap_later(asked, work)
+        work()
+        return Answer(asked)
+
+    async def _unmap_later(self, asked: vfio_user.DmaUnmap, work: Callable[[], None]) -> Answer:
         await self._change_memory("dma-unmap of an export", work)
         return Answer(asked)
 
-    async def _change_memory(self, what: str, work: Callable[[], None]) -> None:
-        """In the lane where memory changes: in a thread, unless it cannot wait for anybody."""
+    def _alone(self) -> bool:
+        """Whether memory may be changed at once, without a task: nothing else of the client's waits behind it.
+
+        With many in a row the others have their turns of the loop in between.
+        """
+        return not self._connection.queued and self._quick()
+
+    def _quick(self) -> bool:
+        """Whether changing its memory waits for nobody: else it is done in its lane, in a thread."""
         memory = self._joined()
         # A device that asks its client holds its memory's lock meanwhile, and the loop brings it the answer.
-        if memory.quick and not memory.unreachable_bytes and self._machine.topology.free:
+        return memory.quick and not memory.unreachable_bytes and self._machine.topology.free
+
+    async def _change_memory(self, what: str, work: Callable[[], None]) -> None:
+        if self._quick():
             work()
         else:
             await self._machine.topology.run(what, work)
@@ -321,7 +357,7 @@ class ClientSession:
 
     def _shown(self, region: Region) -> vfio.RegionInfo:
         """A region as its client may use it: what may be mapped is what the device model lets be mapped."""
-        own = region.info
+        own = region.info if self._whole is None else self._whole.info(region)
         options = self._device.options
         flags = own.flags & (vfio.RegionFlags.READ | vfio.RegionFlags.WRITE)
         capabilities: list[vfio.Capability] = [] if own.type is None else [own.type]
@@ -438,6 +474,8 @@ class ClientSession:
         region, offset, count = self._region(asked.region), asked.offset, asked.count
         if not count:
             return Answer(vfio_user.RegionData(region.index, offset, b""))
+        if self._whole is not None:
+            return self._whole.read(region, offset, count)
         self._device.regions.check(region, offset, count, write=False)
 
         def read() -> Answer:
@@ -477,6 +515,8 @@ class ClientSession:
         count = len(data)
         if not count:
             return done
+        if self._whole is not None:
+            return self._whole.write(region, offset, data, done)
         self._device.regions.check(region, offset, count, write=True)
         if count > INLINE_BYTES or self._device.access_waits(region, offset, count, write=True):
             return self._write_long(region, offset, data, done)
@@ -573,7 +613,7 @@ class ClientSession:
         """It is agreed: the device's regions are the client's."""
         self.version, self._room = proposed, room
         self._regions = self._device.regions.all
-        self._direct = 0 if self._device.waits else len(self._regions)
+        self._direct = 0 if self._device.waits or self._whole is not None else len(self._regions)
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None

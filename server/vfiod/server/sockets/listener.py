@@ -239,7 +239,11 @@ class Listener:
                 self._wait("the open files that are left are reserved for the bus")
                 return
             connection.setblocking(False)
-            self._admit(connection)
+            try:
+                self._admit(connection)
+            except OSError as error:  # it could not be asked about, or watched: whoever it was is not kept waiting
+                _log.error("Cannot take a connection on %s: %s", self.name, error)
+                connection.close()
 
     def _wait(self, why: str) -> None:
         _log.error("Cannot accept a connection on %s: %s", self.name, why)

@@ -53,7 +53,7 @@ class Slots:
     """Two memory files. They belong to the object; :meth:`close` closes them.
 
     Args:
-        files: both, or none: then they are made. Raises OSError (EMFILE, ENOMEM).
+        files: both, or none: then they are made. Raises SlotError; OSError (EMFILE, ENOMEM).
 
     """
 
@@ -74,7 +74,11 @@ class Slots:
         self.files: Final = tuple(files)
         self._place: int | None = None
         self._number = 0
-        self._find()
+        try:
+            self._find()
+        except BaseException:
+            self.close()
+            raise
 
     def _find(self) -> None:
         for place in range(COUNT):
@@ -85,19 +89,19 @@ class Slots:
     def _read(self, place: int) -> tuple[int, bytes] | None:
         """Number and text of a file; None: it has none that is whole."""
         fd = self.files[place].number
-        head = os.pread(fd, _HEAD.size, 0)
+        head = _pread(fd, _HEAD.size, 0)
         if len(head) < _HEAD.size:
             return None
         magic, number, length, check, _ = _HEAD.unpack(head)
         if magic != _MAGIC or length > MOST_BYTES or number >= _NEVER:
             return None
-        text = os.pread(fd, length, _TEXT_AT)
+        text = _pread(fd, length, _TEXT_AT)
         if len(text) != length or _check(number, text) != check:
             return None
         return number, text
 
     def read(self) -> bytes | None:
-        """The last text that was written whole; None: there is none."""
+        """The last text that was written whole; None: there is none. Raises SlotError."""
         found = None if self._place is None else self._read(self._place)
         return None if found is None else found[1]
 
@@ -125,19 +129,29 @@ class Slots:
         self._place = None
 
     def try_again(self) -> int:
-        """Note that a server begins with the text there is. Returns how often one has, this one included."""
+        """Note that a server begins with the text there is. Returns how often one has, this one included. SlotError."""
         if self._place is None:
             return 0
         fd = self.files[self._place].number
-        (tries,) = _TRIES.unpack(os.pread(fd, _TRIES.size, _TRIES_AT))
+        (tries,) = _TRIES.unpack(_pread(fd, _TRIES.size, _TRIES_AT))
         tries = min(int(tries), TRIED_ENOUGH) + 1
-        os.pwrite(fd, _TRIES.pack(tries), _TRIES_AT)
+        try:
+            os.pwrite(fd, _TRIES.pack(tries), _TRIES_AT)
+        except OSError as error:
+            raise SlotError(f"The state cannot be written: {os.strerror(error.errno or 0)}") from error
         return tries
 
     def close(self) -> None:
         """Close both files; in a store they live on."""
         for one in self.files:
             one.close()
+
+
+def _pread(fd: int, length: int, offset: int) -> bytes:
+    try:
+        return os.pread(fd, length, offset)
+    except OSError as error:  # no memory to bring back what was swapped out, or the swap is broken
+        raise SlotError(f"The state cannot be read: {os.strerror(error.errno or 0)}") from error
 
 
 def _check(number: int, text: bytes) -> int:

@@ -192,7 +192,7 @@ class HandOver:
         # From here on the other end may own it at any moment: only its word or its end decides.
         connection.settimeout(None)
         wire.send(Commit())
-        giver.hear(wire.receive())
+        giver.hear(wire.receive(to_the_end=True))
         self._leave(0)
 
     def _pass_on(self, store: Current, wire: Wire, connection: socket.socket, pid: int) -> None:

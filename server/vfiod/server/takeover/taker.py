@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import socket
+import time
 from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor
@@ -29,7 +30,7 @@ from vfiod.server.takeover.conversation import (
 )
 from vfiod.server.takeover.server import STORE
 from vfiod.server.takeover.whole import program_version
-from vfiod.server.takeover.wire import Ended, Wire
+from vfiod.server.takeover.wire import AGAIN_S, Ended, Wire
 
 __all__ = ["Refused", "TakingOver"]
 
@@ -72,7 +73,10 @@ class TakingOver:
             raise
 
     def _watch_giver(self) -> None:
-        pid = peer_of(self._socket).pid
+        try:
+            pid = peer_of(self._socket).pid
+        except OSError as error:
+            raise Refused(f"Who hands over cannot be asked for: {os.strerror(error.errno or 0)}") from error
         try:
             self._pidfd = FileDescriptor(os.pidfd_open(pid))
         except OSError as error:  # another pid namespace, or a kernel before 5.3: its socket alone tells
@@ -154,7 +158,14 @@ class TakingOver:
             return True
         waiting = select.poll()
         waiting.register(self._pidfd.number, select.POLLIN)
-        return bool(waiting.poll(TAKE_OVER_MS))
+        end = time.monotonic() + TAKE_OVER_MS / 1000
+        while (left := end - time.monotonic()) > 0:
+            try:
+                return bool(waiting.poll(left * 1000))
+            except OSError as error:  # ENOMEM: no answer
+                _log.debug("The other process cannot be waited for: %s", error)
+                time.sleep(AGAIN_S)
+        return False
 
     def wait_for_end(self) -> None:
         """Wait until the other process has ended, and with it its ports, locks and addresses are free; not for ever."""

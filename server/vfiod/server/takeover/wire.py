@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from typing import Final
 
 from vfiod.protocol.fd import FileDescriptor, close_all, rights_of
 from vfiod.protocol.limits import MAX_FDS_PER_MESSAGE, MAX_STATE_BYTES, MAX_STATE_FDS
 from vfiod.server.takeover.conversation import BadHandOver, Message, Whole, decode_message, encode_message
 
-__all__ = ["HEADER", "Ended", "Wire", "check_whole", "message_size", "packed"]
+__all__ = ["AGAIN_S", "HEADER", "Ended", "Wire", "check_whole", "message_size", "packed"]
 
 HEADER: Final = struct.Struct(">I")
 """Bytes of the JSON text that follows."""
 
 MAX_TEXT: Final = 1 << 20
 """Bytes of one message; the state itself is none."""
+
+AGAIN_S: Final = 0.01
+"""Seconds until the kernel is asked again what it could not say for want of memory."""
 
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * 4)
 
@@ -66,9 +70,16 @@ class Wire:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise Ended("The other end is gone") from error
 
-    def receive(self) -> Message:
-        """Raises BadHandOver; Ended."""
-        return decode_message(self._exactly(message_size(self._exactly(HEADER.size))))
+    def receive(self, *, to_the_end: bool = False) -> Message:
+        """Raises BadHandOver; Ended; OSError.
+
+        Args:
+            to_the_end: what the kernel may say for a while (ENOMEM) is no answer: only the other end's word is one, or
+                that it is gone.
+
+        """
+        size = message_size(self._exactly(HEADER.size, to_the_end))
+        return decode_message(self._exactly(size, to_the_end))
 
     def send_whole(self, data: bytes, fds: list[int]) -> None:
         """The state and its fds, as :class:`Whole` has announced them. Raises Ended, OSError."""
@@ -109,13 +120,18 @@ class Wire:
             raise Ended("The other end is gone")
         raise BadHandOver("fds were lost on arrival: raise the limit of open files (RLIMIT_NOFILE)")
 
-    def _exactly(self, size: int) -> bytes:
+    def _exactly(self, size: int, to_the_end: bool = False) -> bytes:
         parts = bytearray()
         while len(parts) < size:
             try:
                 part = self._socket.recv(min(size - len(parts), 1 << 20))
             except ConnectionResetError as error:
                 raise Ended("The other end is gone") from error
+            except OSError:
+                if not to_the_end:
+                    raise
+                time.sleep(AGAIN_S)
+                continue
             if not part:
                 raise Ended("The other end is gone")
             parts += part

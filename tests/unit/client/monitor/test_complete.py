@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from vfiod.client.line import members
 from vfiod.client.monitor.complete import LIVE, command_in, complete, complete_human
-from vfiod.client.monitor.help import did_you_mean, help_text
+from vfiod.client.monitor.help import help_text
+from vfiod.client.near import meant
 from vfiod.protocol.catalogue import COMMANDS
 
 
@@ -150,5 +151,8 @@ def test_help(name: str) -> None:
 
 def test_help_for_what_is_not_there() -> None:
     assert "did you mean device_del" in help_text("device-del")
-    assert did_you_mean("zzzzzz") == ""
+    assert meant("zzzzzz") == ""
+    assert meant("exti", more=["exit"]) == "; did you mean exit?"
+    assert meant("device_add", ["driver", "mdevv"]) == "; did you mean mdev?"
+    assert meant("device_add", ["driver"]) == ""
     assert "the server stays" in help_text("exit")

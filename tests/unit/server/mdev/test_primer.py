@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import random
+import resource
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,20 @@ def user(ground: Ground) -> Iterator[User]:
     yield made
     made.device.close()
     ground.settle()
+
+
+def test_memory_that_does_not_get_its_size_is_closed(ground: Ground) -> None:
+    """Found by failing system calls: an open that was refused kept its file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE, hard))
+    try:
+        with pytest.raises(OSError) as refused:
+            User(ground)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.errno == errno.EFBIG
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- registers --------------------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ class VfioUserBackend:
         except OperationFailed:
             self._seen.refused(index)
             raise
-        self._seen.note(index, offset, data)
+        if self._is_pci:
+            self._seen.note(index, offset, data)
         if len(data) != length:
             advice = f"{length} bytes were asked for at offset 0x{offset:x}, {len(data)} came"
             raise OperationFailed("VFIO_USER_REGION_READ", self._what(index), errno="EIO", advice=advice)
@@ -202,10 +203,15 @@ class VfioUserBackend:
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """See :class:`Backend`. What is written to configuration space is given to its server again."""
-        if index == _CONFIG:
+        if index == _CONFIG and self._is_pci:
             self._peer.write_config(offset, lambda: self._write(index, offset, data), data, self._config)
         else:
             self._write(index, offset, data)
+
+    @property
+    def _is_pci(self) -> bool:
+        """Whether its regions are those of a PCI device: of any other, the numbers mean nothing."""
+        return vfio.DeviceFlags.PCI in self._peer.facts.info.flags
 
     def _config(self, offset: int, length: int) -> bytes:
         return self.region_read(_CONFIG, offset, length)

@@ -14,6 +14,7 @@ from vfiod.protocol import vfio
 from vfiod.protocol.errors import OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import VFIO_USER_MAX_INFO, VFIO_USER_MAX_IRQS, VFIO_USER_MAX_REGIONS
+from vfiod.protocol.vfio.ccw import SCHIB_REGION_SIZE, CcwSubtype
 from vfiod.protocol.vfio_user import (
     DeviceInfoReply,
     GetDeviceInfo,
@@ -37,6 +38,9 @@ _FIRST_ASK: Final = 4096
 _IDENTITY: Final = ((0x00, 4), (0x08, 4), (0x2C, 4))
 """What of configuration space says which device it is: ids, revision and class, subsystem (PCI 3.0, 6.2.1)."""
 
+_DEVICE_NUMBER: Final = (6, 2)
+"""Of a subchannel, where its device number is in the SCHIB: in the PMCW, behind the parameter and the flags."""
+
 
 class Facts(Struct, frozen=True, eq=False):
     """A device as its server describes it.
@@ -46,7 +50,7 @@ class Facts(Struct, frozen=True, eq=False):
         regions: by index; what the server said no to is an OperationFailed.
         irqs: by index; likewise.
         files: fds that map regions, by index; owned.
-        identity: the bytes of configuration space that say which device it is.
+        identity: the bytes of configuration space that say which device it is; of a subchannel its device number.
 
     """
 
@@ -59,6 +63,8 @@ class Facts(Struct, frozen=True, eq=False):
     def differs(self, other: Facts) -> str | None:
         """How another device differs from this one, as far as a guest can tell; None: it does not."""
         if self.identity != other.identity:
+            if self.info.flags & vfio.DeviceFlags.CCW and other.info.flags == self.info.flags:
+                return f"its device number is {other.identity.hex()}, it was {self.identity.hex()}"
             return f"its ids are {other.identity.hex()}, they were {self.identity.hex()}"
         if self.info != other.info:
             return f"it is {other.info}, it was {self.info}"
@@ -120,7 +126,7 @@ def look(link: Link, *, takes_fds: bool) -> Facts:
     try:
         regions = tuple(_region(link, index, files) for index in range(info.num_regions))
         irqs = tuple(_irq(link, index, usable=takes_fds) for index in range(info.num_irqs))
-        return Facts(info, regions, irqs, files, _identity(link, regions))
+        return Facts(info, regions, irqs, files, _identity(link, info, regions))
     except BaseException:
         for fd in files.values():
             fd.close()
@@ -206,13 +212,28 @@ def _irq(link: Link, index: int, *, usable: bool) -> vfio.IrqInfo | OperationFai
     return info if usable else vfio.IrqInfo(index)
 
 
-def _identity(link: Link, regions: tuple[vfio.RegionInfo | OperationFailed, ...]) -> bytes:
-    """Empty for what has no configuration space."""
+def _identity(link: Link, info: vfio.DeviceInfo, regions: tuple[vfio.RegionInfo | OperationFailed, ...]) -> bytes:
+    """Empty for what has neither configuration space nor SCHIB."""
+    if info.flags & vfio.DeviceFlags.CCW:
+        return _device_number(link, regions)
     config = int(vfio.PciRegion.CONFIG)
-    region = regions[config] if config < len(regions) else None
+    region = regions[config] if info.flags & vfio.DeviceFlags.PCI and config < len(regions) else None
     if not isinstance(region, vfio.RegionInfo) or region.size < 64 or not region.readable:
         return b""
     return b"".join(link.ask_for(RegionRead(config, offset, size), RegionData).data for offset, size in _IDENTITY)
+
+
+def _device_number(link: Link, regions: tuple[vfio.RegionInfo | OperationFailed, ...]) -> bytes:
+    kind = (int(vfio.RegionType.CCW), int(CcwSubtype.SCHIB))
+    for region in regions:
+        if isinstance(region, vfio.RegionInfo) and region.type is not None and region.size == SCHIB_REGION_SIZE:
+            if (region.type.type, region.type.subtype) != kind:
+                continue
+            # Whole, as the machine stores it.
+            data = link.ask_for(RegionRead(region.index, 0, SCHIB_REGION_SIZE), RegionData).data
+            first, size = _DEVICE_NUMBER
+            return data[first : first + size]
+    return b""
 
 
 def _wrong(link: Link, operation: str, why: str) -> OperationFailed:

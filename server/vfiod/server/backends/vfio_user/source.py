@@ -7,17 +7,17 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
+from vfiod.protocol import vfio
 from vfiod.protocol.catalogue import EventData
-from vfiod.protocol.catalogue.devices import Check
+from vfiod.protocol.catalogue.devices import Check, Driver
 from vfiod.protocol.errors import InvalidArgument, OperationFailed
 from vfiod.protocol.fd import FileDescriptor
 from vfiod.protocol.limits import DEFAULT_MSG_TIMEOUT_MS
 from vfiod.server.backends.base import AddressSpace, Backend, Mapping
-from vfiod.server.backends.origin import check_class
 from vfiod.server.backends.vfio_user.device import VfioUserBackend, VfioUserSpace
 from vfiod.server.backends.vfio_user.peer import Peer
 from vfiod.server.kernel import confinement
@@ -35,7 +35,7 @@ class VfioUserOrigin(Struct, frozen=True):
     """What ``device_add`` was told: a path, or a connected socket.
 
     Attributes:
-        driver: ``vfio-pci``.
+        driver: what the program is to serve a device of: ``vfio-pci``, ``vfio-platform``, ``vfio-ccw``, ``vfio-ap``.
         path: of the server's socket; None: ``fd`` is connected to it.
         fd: a duplicate; whoever is given the origin owns it.
         name: what the fd was called.
@@ -108,7 +108,7 @@ class VfioUserDevices:
         )
         peer.open()
         try:
-            check_class(origin.driver, origin.what, peer.facts.info)
+            _check_class(origin, peer.facts.info)
             space = VfioUserSpace(peer)
             self._attach_space(space)
         except BaseException:
@@ -190,6 +190,28 @@ class VfioUserDevices:
         finally:
             for fd in origin.fds():
                 fd.close()
+
+
+_SERVED: Final[dict[vfio.DeviceFlags, tuple[str, Driver]]] = {
+    vfio.DeviceFlags.PCI: ("a PCI device", Driver.VFIO_PCI),
+    vfio.DeviceFlags.PLATFORM: ("a platform device", Driver.VFIO_PLATFORM),
+    vfio.DeviceFlags.CCW: ("a subchannel", Driver.VFIO_CCW),
+    vfio.DeviceFlags.AP: ("an AP matrix", Driver.VFIO_AP),
+}
+"""What a server says it has (DEVICE_GET_INFO), in words, and the driver that takes it."""
+
+
+def _check_class(origin: VfioUserOrigin, info: vfio.DeviceInfo) -> None:
+    """Refuse what is of another class than the driver. InvalidArgument says what is served, and the driver for it."""
+    served = [known for flag, known in _SERVED.items() if flag in info.flags]
+    if any(driver == origin.driver for _, driver in served):
+        return
+    if served:
+        words, driver = served[0]
+        why = f"{words}: give driver={driver} instead of '{origin.driver}'"
+    else:
+        why = f"a device of a class that vfiod has no driver for (DEVICE_GET_INFO has the flags 0x{int(info.flags):x})"
+    raise InvalidArgument(f"The vfio-user server {origin.what} serves {why}", errno="EINVAL")
 
 
 def _check_path(path: str) -> Check:
