@@ -188,6 +188,10 @@ async def serve(options: Options, journal: Journal | None = None, daemon: Daemon
             _log.info("Serving %s on %s", machine.name, ", ".join(map(str, doors)))
             cause = await server.closing
             _log.info("Ending: %s", cause)
+        except Exception as error:
+            if store is not None and machine.devices.all():
+                _leave_to_the_next(error)
+            raise
         finally:
             supervised.stopping()
             if store is not None:
@@ -210,6 +214,18 @@ async def serve(options: Options, journal: Journal | None = None, daemon: Daemon
         logging.shutdown()
         os._exit(1)
     return not problems
+
+
+def _leave_to_the_next(error: Exception) -> NoReturn:
+    """End as one that was killed: orderly, we would let go devices whose guests run, for want of a socket, say.
+
+    Whoever keeps the fds starts the next server with all of them (docs/restarts.md).
+    """
+    known = isinstance(error, (VfiodError, OSError))
+    what = "This server ends, and the next one goes on with what is in the store: %s"
+    _log.critical(what, error, exc_info=None if known else error)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _kept(options: Options, notifier: Notifier) -> FdStore | None:

@@ -26,6 +26,7 @@ FEW = {
         ("pread", 1, e.EIO),
         ("dup", 2, e.EMFILE),
         ("epoll_ctl", 1, e.ENOSPC),
+        ("socket", 1, e.EMFILE),
     ),
 }
 
