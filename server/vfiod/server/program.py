@@ -182,10 +182,10 @@ async def serve(options: Options, journal: Journal | None = None, daemon: Daemon
             gc.freeze()
             gc.enable()
             supervised.ready()
-            if daemon is not None:
-                daemon.ready()
             doors = [*options.sockets, *(one for one in (options.bus, options.events) if one is not None)]
             _log.info("Serving %s on %s", machine.name, ", ".join(map(str, doors)))
+            if daemon is not None:
+                daemon.ready()  # after the last word that whoever waits for it may look for
             cause = await server.closing
             _log.info("Ending: %s", cause)
         except Exception as error:
