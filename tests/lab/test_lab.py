@@ -211,10 +211,10 @@ def test_qemu_does_not_outlive_a_killed_runner() -> None:
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) as runner:
         assert runner.stdout is not None
         directory = runner.stdout.readline().strip()
-        wait_until(lambda: (Path(directory) / "qmp").exists(), "QEMU", 60)
+        wait_until(lambda: (Path(directory) / "qmp").exists(), "QEMU", 120)
         runner.send_signal(signal.SIGKILL)
     try:
-        wait_until(lambda: not processes_with(directory), "the end of QEMU", 20)
+        wait_until(lambda: not processes_with(directory), "the end of QEMU", 120)
     finally:
         for process in processes_with(directory):
             os.kill(process, signal.SIGKILL)
