@@ -25,23 +25,15 @@ from vfiod.client.sync import Client
 from vfiod.protocol.catalogue.monitor import MachineRestored
 
 from .test_crash import ACKNOWLEDGE, PATIENCE, RAISE, SCRATCH, MiB, add, get, put, rung, until
-from .test_systemd import NAMESPACES, SYSTEMD, UNIT
+from .test_systemd import MOUNTS, NAMESPACES, SYSTEMD, UNIT
 from .test_taken_over import GIVEN, NOT_KNOWN, SAID, UNCONFINED, WITNESS, put_for_good
 
 USER = "daemon"
 """In place of vfiod, which packages make: one that every system has."""
 
-BOOT = """
-set -e
-mount --make-rprivate /
-mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /sys/fs/cgroup
-if mkdir /sys/fs/cgroup/systemd && mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd 2>/dev/null
-then mkdir /sys/fs/cgroup/unified && mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
-else umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
-fi
-mount -t tmpfs tmpfs /etc/systemd/system
-cp -r "$1"/units/* /etc/systemd/system/
+BOOT = (
+    MOUNTS
+    + """cp -r "$1"/units/* /etc/systemd/system/
 cp "$1"/witness.py /run/witness.py
 {binds}
 cd /
@@ -50,6 +42,7 @@ mount -t tmpfs tmpfs /tmp
 echo set-up
 container=vfiod-test exec {systemd} --system --unit=test.target --log-target=console --show-status=no
 """
+)
 """What the server imports is bound where any user may read it. The host's /tmp is covered last: it may be in there."""
 
 

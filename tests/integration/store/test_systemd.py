@@ -34,7 +34,7 @@ SETTINGS = ("Type", "NotifyAccess", "Restart", "RestartSec", "FileDescriptorStor
 
 NAMESPACES = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--cgroup", "--ipc", "--uts", "--mount-proc"]
 
-BOOT = """
+MOUNTS = """
 set -e
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
@@ -44,10 +44,16 @@ then mkdir /sys/fs/cgroup/unified && mount -t cgroup2 cgroup2 /sys/fs/cgroup/uni
 else umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
 fi
 mount -t tmpfs tmpfs /etc/systemd/system
-cp "$1"/units/* /etc/systemd/system/
+"""
+"""What a systemd of its own begins with, of its own: ``/run``, control groups, units."""
+
+BOOT = (
+    MOUNTS
+    + """cp "$1"/units/* /etc/systemd/system/
 echo set-up
 container=vfiod-test exec {systemd} --system --unit=test.target --log-target=console --show-status=no
 """
+)
 
 
 def settings() -> list[str]:
